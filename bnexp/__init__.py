@@ -1,0 +1,1 @@
+"""bnexp answers what batch normalization does to a network, with evidence."""

@@ -1,0 +1,230 @@
+"""From configuration to objects: the only file that turns a ``_target_`` into a thing, and the rules that no single key can state.
+
+``check`` looks at everything that can be wrong before anything is built, ``build`` makes the run.
+"""
+
+import importlib
+import inspect
+import os
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+
+from bnexp import folder
+from bnexp.config import Train
+from bnexp.data.batches import Batches
+from bnexp.errors import UserError
+from bnexp.loop import Plan
+from bnexp.models.initialize import initialize
+from bnexp.optim import make_optimizer
+from bnexp.run import AUTOCAST, Run
+
+GROUPS = ("model", "norm", "data", "optimizer", "schedule")
+OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
+
+
+def check(cfg: DictConfig, *, free: bool = True) -> None:
+    """Raise :class:`UserError` for what cannot work, before any work; ``free=False`` lets ``out`` hold this run."""
+    if unknown := set(cfg) - {field.name for field in fields(Train)}:
+        raise UserError(f"{sorted(unknown)[0]}: there is no such setting; bnexp train --help lists them all")
+    for key in ("batch_size", "log_every"):
+        _at_least_one(key, cfg[key])
+    if cfg.steps is None:
+        _at_least_one("epochs", cfg.epochs)
+    for key in ("steps", "eval_every", "checkpoint_every"):
+        if cfg[key] is not None:
+            _at_least_one(key, cfg[key])
+    if cfg.seed < 0:
+        raise UserError(f"seed={cfg.seed}: a seed is 0 or more")
+    if cfg.precision not in AUTOCAST:
+        raise UserError(f"precision={cfg.precision}: not known; choose one of {', '.join(AUTOCAST)}")
+    if cfg.threads != "auto":
+        _at_least_one("threads", int(cfg.threads) if cfg.threads.isdigit() else cfg.threads)
+    find_device(cfg.device)
+    for group in GROUPS:
+        check_options(group, cfg[group], cfg.allow)
+    if free and cfg.out is not None:
+        folder.check_free(Path(cfg.out))
+
+
+def _at_least_one(key: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value}: has to be a whole number, 1 or more")
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+        raise UserError(f"device={name}: not known; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch finds no CUDA device here; use device=cpu or device=auto")
+    if index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person knows it: ``cpu``, or ``cuda:0 (NVIDIA H100)``."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def set_threads(threads: str) -> None:
+    """Use the cores that this process may use, or as many threads as asked for."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if threads == "auto" else int(threads))
+
+
+def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
+    """The class or function that ``_target_`` names, if it is one that a config may name.
+
+    A run's folder can come from a stranger, so a config reaches bnexp's own parts, the modules and optimizers
+    of torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
+    """
+    package = path.partition(".")[0]
+    if package not in ("bnexp", "torch", "torchvision", *allow):
+        raise UserError(
+            f"{group}._target_={path}: configs may name classes of bnexp, torch and torchvision only; "
+            f"if you trust {package}, add allow=[{package}]"
+        )
+    module_name, _, name = path.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}._target_={path}: cannot be found ({error})") from error
+    home = getattr(target, "__module__", None) or ""
+    is_ours = home.partition(".")[0] == package and package not in ("torch", "torchvision")
+    is_part = isinstance(target, type) and issubclass(target, nn.Module | Optimizer)
+    is_model = inspect.isfunction(target) and home.startswith("torchvision.models.")
+    if not (callable(target) and (is_ours or is_part or is_model)):
+        raise UserError(f"{group}._target_={path}: neither a module, an optimizer nor a part of bnexp; name one")
+    return target
+
+
+def check_options(group: str, node: DictConfig, allow: Collection[str]) -> None:
+    """Every option of a group's entry must be one that its target takes, and of the type that it takes."""
+    if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # noqa: SIM118 (in hides what is missing)
+        raise UserError(f"{group}={node}: not an entry of the group, which has a _target_")
+    if missing := OmegaConf.missing_keys(node):
+        raise UserError(f"{group}.{sorted(missing)[0].rpartition('.')[2]}: has to be given, it has no default")
+    options = OmegaConf.to_container(node, resolve=True)
+    target = find_target(group, options["_target_"], allow)
+    accepted = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    for key, value in options.items():
+        if key in ("_target_", "_partial_") or (group == "optimizer" and key in OURS):
+            continue
+        if key.startswith("_") or _mentions_target(value):
+            raise UserError(f"{group}.{key}: an entry names one _target_ and plain options, nothing else")
+        if key not in accepted and not takes_any:
+            known = ", ".join(k for k in accepted if k in options) or "none"
+            raise UserError(f"{group}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
+        if not fits(value, hints.get(key, Any)):
+            expected = _type_name(hints[key])
+            raise UserError(f"{group}.{key}={value}: {type(value).__name__} given, {expected} expected")
+
+
+def _mentions_target(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_mentions_target, value.values()))
+    return isinstance(value, list) and any(map(_mentions_target, value))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value from a config can stand where ``hint`` is annotated; unknown hints take anything."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in get_args(hint))
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        items = get_args(hint)
+        return isinstance(value, list) and (not items or all(fits(item, items[0]) for item in value))
+    return hint is not torch.Tensor
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in get_args(hint) if option is not torch.Tensor)
+    return getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
+
+
+def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable[..., Any]:
+    """The target of a group's entry with its options filled in, waiting for what only the caller knows."""
+    options = OmegaConf.to_container(cfg[group], resolve=True)
+    target = find_target(group, options.pop("_target_"), cfg.allow)
+    options.pop("_partial_", None)
+    return partial(target, **{key: value for key, value in options.items() if key not in without})
+
+
+def make_model(cfg: DictConfig, source: Any) -> nn.Module:
+    """The model for images like the source's, with the weights that ``seed`` gives whatever the norm is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)  # for layers that ``initialize`` does not know
+        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+    initialize(model, torch.Generator().manual_seed(cfg.seed))
+    return model
+
+
+def check_statistics(cfg: DictConfig, source: Any, num_images: int) -> None:
+    """Refuse batches that leave a norm one value per channel, by a dry forward pass that computes nothing."""
+    sizes = {cfg.batch_size} if cfg.drop_last else {cfg.batch_size, num_images % cfg.batch_size or cfg.batch_size}
+    if 1 not in sizes:
+        return
+    with torch.device("meta"):
+        try:
+            part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))(
+                torch.empty(1, *source.in_shape)
+            )
+        except ValueError as error:
+            raise UserError(
+                f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
+                f"there is no variance; use another batch_size or drop_last=true ({error})"
+            ) from error
+
+
+def build(cfg: DictConfig) -> Run:
+    """The run that a checked config describes, on its device, at step 0."""
+    set_threads(cfg.threads)
+    device = find_device(cfg.device)
+    source = part(cfg, "data")()
+    model = make_model(cfg, source)
+    dataset = source.load()
+    check_statistics(cfg, source, len(dataset.train))
+    batches = Batches(dataset.to(device), cfg.batch_size, cfg.seed, drop_last=cfg.drop_last)
+    model = model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
+    decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
+    return Run(
+        model,
+        make_optimizer(part(cfg, "optimizer", without=OURS), model, **decays),
+        batches,
+        total_steps=cfg.steps or cfg.epochs * batches.steps_per_epoch,
+        schedule=part(cfg, "schedule"),
+        precision=cfg.precision,
+        channels_last=cfg.channels_last,
+    )
+
+
+def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
+    return Plan(
+        log_every=cfg.log_every,
+        eval_every=cfg.eval_every or steps_per_epoch,
+        checkpoint_every=cfg.checkpoint_every or steps_per_epoch,
+        eval_train=cfg.eval_train,
+    )

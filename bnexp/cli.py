@@ -1,0 +1,109 @@
+"""The front door: a table of commands, answered without importing torch or Hydra until one of them runs."""
+
+import os
+import sys
+import textwrap
+from importlib.metadata import version
+from pathlib import Path
+
+from bnexp.errors import UserError
+
+COMMANDS = {
+    "train": "train one model and log it to TensorBoard; -m trains every combination of several values",
+    "rerun": "run a run folder's config again, with other values if you give any",
+    "summary": "a table of the model: layers, shapes, parameters and where norms sit",
+    "completion": "print the bash script that completes commands, groups and values",
+}
+GROUPS = ("model", "norm", "data", "optimizer", "schedule")
+EXAMPLES = """\
+bnexp train                                          LeNet with batch norm on embedded digits, seconds
+bnexp train model=resnet norm=scratch                the textbook batch norm in a ResNet
+bnexp train data=mnist optimizer=sgd optimizer.lr=0.1 schedule=cosine epochs=10
+bnexp summary model=densenet data.size=224           layers, shapes, parameters
+bnexp rerun outputs/DATE/RUN seed=1                  the same run with another seed"""
+BASH = """\
+# bash completion for bnexp; load it with: eval "$(bnexp completion)"
+_bnexp() {
+    COMPREPLY=($(COMP_LINE="$COMP_LINE" COMP_POINT="$COMP_POINT" bnexp completion query 2>/dev/null))
+    [[ ${COMPREPLY[0]} == *[=/.] ]] && compopt -o nospace
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o default -F _bnexp bnexp"""
+
+
+def conf_dir() -> Path:
+    """The folder of the configuration: inside the package when installed from a wheel, beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def choices(group: str) -> list[str]:
+    """What a group offers: the yaml files in its folder."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def help_text() -> str:
+    commands = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+    groups = "\n".join(f"  {group + '=':<12}{' | '.join(choices(group))}" for group in GROUPS)
+    return (
+        "bnexp: what does batch normalization do to this network?\n\n"
+        "usage: bnexp COMMAND [group=choice] [setting=value] ...\n\n"
+        f"commands\n{commands}\n\ngroups\n{groups}\n\nexamples\n{textwrap.indent(EXAMPLES, '  ')}\n\n"
+        "bnexp train --help lists every setting; tensorboard --logdir outputs shows the curves."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(help_text())
+        return 0
+    if command in ("--version", "-V"):
+        print(f"bnexp {version('bnexp')}")
+        return 0
+    try:
+        if command == "completion":
+            return completion(rest)
+        if command not in COMMANDS:
+            raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {', '.join(COMMANDS)}")
+        # Two OpenMP threads that spin while they wait slow each other down as soon as anything else runs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from bnexp import commands
+
+        return getattr(commands, command)(rest)
+    except UserError as error:
+        print(f"bnexp: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bnexp: interrupted", file=sys.stderr)
+        return 130
+
+
+def nearest(word: str, known) -> str:
+    """`` (did you mean X?)`` if something known looks like ``word``."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def completion(arguments: list[str]) -> int:
+    """Print the bash script, or with ``query`` what can stand where COMP_LINE ends."""
+    if arguments != ["query"]:
+        print(BASH)
+        return 0
+    line = os.environ.get("COMP_LINE", "")[: int(os.environ.get("COMP_POINT", 10**6))]
+    words = line.split()
+    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+        typed = words[1] if len(words) == 2 else ""
+        print("\n".join(name for name in (*COMMANDS, "--help", "--version") if name.startswith(typed)))
+    elif words[1] in ("train", "summary"):
+        from bnexp import commands
+
+        # Hydra completes "program overrides"; it must not see the command's word.
+        os.environ["COMP_LINE"] = line = line.replace(f" {words[1]}", "", 1)
+        os.environ["COMP_POINT"] = str(len(line))
+        commands.complete()
+    return 0

@@ -1,0 +1,197 @@
+"""Resident image sets: what a run trains, validates and tests on, as tensors on its device.
+
+A source (digits, mnist, cifar10, folder) reads its files and hands whole splits to :func:`assemble`; from
+there on all are alike: uint8 images that stay where the model is, turned into floats one batch at a time.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from bnexp.errors import UserError
+
+AUGMENTATIONS = ("none", "flip", "crop_flip")
+SPLIT_SEED = 20150211  # never the run's seed: runs of every seed share one split, so that they can be paired
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images uint8 (N, C, H, W) and their labels int64 (N,); N = 0 where a dataset has no such split."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, indices: Tensor) -> "Split":
+        """The images at ``indices``, kept in their stored order."""
+        indices = indices.sort().values
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Train, valid and test split, and how their images become the input of a model.
+
+    ``mean`` and ``std`` (C,) are those of the training images in [0, 1]. An empty ``valid`` or ``test`` split
+    means that there is nothing to report on it.
+    """
+
+    name: str
+    train: Split
+    valid: Split
+    test: Split
+    class_names: tuple[str, ...]
+    in_shape: tuple[int, int, int]
+    mean: Tensor
+    std: Tensor
+    augment: str = "none"
+    normalize: bool = True
+
+    def __post_init__(self):
+        # (u/255 - mean)/std = u*scale + offset, shaped (C, 1, 1) to meet (N, C, H, W)
+        scale = 1 / (255 * self.std) if self.normalize else torch.full_like(self.std, 1 / 255)
+        offset = -self.mean / self.std if self.normalize else torch.zeros_like(self.mean)
+        object.__setattr__(self, "_scale", scale.view(-1, 1, 1))
+        object.__setattr__(self, "_offset", offset.view(-1, 1, 1))
+        object.__setattr__(self, "device", self.train.images.device)
+
+    def to(self, device) -> "Dataset":
+        """The same dataset with every tensor on ``device``."""
+
+        splits = {name: getattr(self, name).to(device) for name in ("train", "valid", "test")}
+        return replace(self, **splits, mean=self.mean.to(device), std=self.std.to(device))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Stored uint8 (N, C, h, w) -> float32 (N, *in_shape), on the device of ``images``.
+
+        Scales to [0, 1], subtracts the mean and divides by the standard deviation of each channel if
+        ``normalize``, and resizes bilinearly to another size: the aspect ratio is kept, the rest is black.
+        """
+        scale, offset = self._scale.to(images.device), self._offset.to(images.device)
+        x = images.to(torch.float32).mul_(scale).add_(offset)
+        height, width = self.in_shape[1:]
+        if x.shape[2:] == (height, width):
+            return x
+        ratio = min(height / x.shape[2], width / x.shape[3])
+        inner = (max(1, round(x.shape[2] * ratio)), max(1, round(x.shape[3] * ratio)))
+        # Both maps are affine, so normalizing first gives the same values and works on the smaller image.
+        x = interpolate(x, size=inner, mode="bilinear", antialias=ratio < 1)
+        if inner == (height, width):
+            return x
+        canvas = offset.expand(len(x), *self.in_shape).contiguous()  # the normalized value of black
+        top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+        canvas[:, :, top : top + inner[0], left : left + inner[1]] = x
+        return canvas
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings that every source shares, checked: see ``conf/data/*.yaml`` for what each does."""
+
+    valid: float | int
+    limit: int | None
+    augment: str
+    normalize: bool
+
+    def __post_init__(self):
+        upper = {int: float("inf"), float: 1}.get(type(self.valid), 0)
+        if not upper or not 0 <= self.valid < upper:
+            raise UserError(
+                f"data.valid={self.valid}: neither a part nor a number of the training images; "
+                "give a fraction below 1 (data.valid=0.1), a count (data.valid=5000) or 0 for none"
+            )
+        if self.limit is not None and not (type(self.limit) is int and self.limit > 0):
+            raise UserError(f"data.limit={self.limit}: not a number of images; give 1 or null for all")
+        if self.augment not in AUGMENTATIONS:
+            choices = ", ".join(AUGMENTATIONS)
+            raise UserError(f"data.augment={self.augment}: not known; choose one of {choices}")
+        if type(self.normalize) is not bool:
+            raise UserError(f"data.normalize={self.normalize}: neither true nor false; give one of the two")
+
+
+def check_size(size: int | None, default: int) -> int:
+    """The side of the square image that the model sees, ``default`` when None."""
+    if size is None:
+        return default
+    if type(size) is not int or size < 1:
+        raise UserError(f"data.size={size}: not a number of pixels; give 1 or more, {default} for example")
+    return size
+
+
+def find_root(root) -> Path:
+    """The folder of the files: ``root``, else $BNEXP_DATA, else ``bnexp`` in the user's cache folder."""
+    given = f"data.root={root}"
+    if root is None and (root := os.environ.get("BNEXP_DATA")):
+        given = f"BNEXP_DATA={root}"
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bnexp")
+        given = f"data.root={root}"
+    path = Path(os.path.expanduser(str(root)))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{given}: a file; give the folder that the data lie in")
+    return path
+
+
+def divide(split: Split, count: int) -> tuple[Split, Split]:
+    """``count`` images picked at random, the same ones every time, and the others."""
+    order = _shuffled(len(split))
+    return split.take(order[:count]), split.take(order[count:])
+
+
+def assemble(source, train: Split, test: Split, valid: Split | None = None) -> Dataset:
+    """A source's :class:`Dataset`: validation images set aside, every split limited, channels measured.
+
+    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. Without a ``valid`` split of its
+    own, ``options.valid`` training images become one. Which ones, and which ``options.limit`` leaves, depends
+    on the number of images and on nothing else.
+    """
+    options = source.options
+    if valid is None:
+        num_images, part = len(train), options.valid
+        count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
+        if count >= num_images:
+            raise UserError(
+                f"data.valid={part}: takes {count} of {num_images} training images and leaves none; "
+                f"give a fraction such as data.valid=0.1 or a count below {num_images}"
+            )
+        valid, train = divide(train, count)
+    if options.limit is not None:
+        train, valid, test = (
+            split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
+            for split in (train, valid, test)
+        )
+    mean, std = channel_moments(train.images)
+    return Dataset(
+        source.name, train, valid, test, source.class_names, source.in_shape, mean, std,
+        augment=options.augment, normalize=options.normalize,
+    )  # fmt: skip
+
+
+def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of uint8 (N, C, H, W) over N, H, W, in units of [0, 1].
+
+    Counts how often each of the 256 values occurs: exact, and no float copy of the images. A channel that
+    varies by less than one grey level gets std = 1/255, so that dividing by it stays harmless.
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
+    for chunk in images.split(4096):
+        for channel in range(images.shape[1]):
+            counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
+    share = counts / counts.sum(1, keepdim=True)
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ value
+    std = (share * (value - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)
+    return mean.float(), std.float()
+
+
+def _shuffled(num_images: int) -> Tensor:
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(SPLIT_SEED))

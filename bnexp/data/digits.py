@@ -1,0 +1,35 @@
+"""Real handwritten digits that come with scikit-learn: data for everybody, at once and without a network."""
+
+import torch
+from torch.nn.functional import interpolate
+
+from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, divide
+
+NUM_TEST = 360  # a fifth of the 1,797 images
+
+
+class Digits:
+    """1,797 digits of 8x8 pixels and 17 grey levels (Alpaydin and Kaynak 1998), resized to ``size`` squared.
+
+    360 of them, always the same, are the test split; ``valid`` is taken from the other 1,437.
+    """
+
+    name = "digits"
+    class_names = tuple("0123456789")
+
+    def __init__(self, size=28, valid=0.1, limit=None, augment="none", normalize=True):
+        size = check_size(size, default=28)
+        self.in_shape = (1, size, size)
+        self.options = Options(valid, limit, augment, normalize)
+
+    def load(self) -> Dataset:
+        from sklearn.datasets import load_digits  # slow to import, and only wanted here
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).view(-1, 1, 8, 8) * (255 / 16)
+        size = self.in_shape[1:]
+        if size != (8, 8):
+            images = interpolate(images, size=size, mode="bilinear", antialias=size < (8, 8))
+        everything = Split(images.round().to(torch.uint8), torch.from_numpy(labels).to(torch.int64))
+        test, train = divide(everything, NUM_TEST)
+        return assemble(self, train, test)

@@ -1,0 +1,196 @@
+"""Drives a run from its first step to its last: readings on schedule, evaluation, checkpoints, a clean end."""
+
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from bnexp import checkpoint
+from bnexp.errors import StorageError
+from bnexp.folder import Status
+from bnexp.progress import NullProgress
+from bnexp.readings import Scalar
+from bnexp.run import Run, first_non_finite
+from bnexp.writer import NullWriter, Writer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a run is looked at, in steps. Whatever stands here, the run's weights come out the same."""
+
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    eval_train: bool = False
+
+
+class Diverged(Exception):
+    """The loss stopped being finite: a result, not a fault."""
+
+    def __init__(self, step: int, last_finite_loss: float | None) -> None:
+        super().__init__(f"the loss is not finite since step {step}")
+        self.step = step
+        self.last_finite_loss = last_finite_loss
+
+
+class Journal:
+    """Where a run is recorded: readings, status and checkpoints in one folder, or nowhere (``folder=None``)."""
+
+    def __init__(self, writer: Writer | NullWriter, status: Status | None = None, folder: Path | None = None):
+        self.writer = writer
+        self.status = status
+        self.folder = folder
+
+    def write(self, run: Run, readings: list[Scalar]) -> dict[str, float]:
+        metrics = self.writer.write(run.num_steps, run.epoch, run.seconds, readings)
+        self._update(run, metrics=metrics)
+        return metrics
+
+    def save(self, run: Run) -> None:
+        if self.folder is not None:
+            checkpoint.save(run.state_dict(), self.folder)
+
+    def end(self, run: Run, status: str, **fields: object) -> None:
+        """Write how the run ended. Should even that fail, what was written before stays as it is."""
+        self._update(run, status=status, **fields)
+        self.writer.close(success=status != "failed")
+
+    def _update(self, run: Run, **fields: object) -> None:
+        if self.status is not None:
+            self.status.update(step=run.num_steps, epoch=run.epoch, seconds=run.seconds, **fields)
+
+
+def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]]:
+    """Take the run to its last step, one step per item; an item holds that step's readings, mostly none.
+
+    Being a generator it can be driven to the end at once or in lockstep with others: the numbers are the same.
+    ``run.seconds`` counts the time spent in here. Raises :class:`Diverged`.
+    """
+    busy, last_finite = 0.0, None
+    while run.num_steps < run.total_steps:
+        began = perf_counter()
+        origin = began - run.seconds
+        run.step()
+        step, is_last = run.num_steps, run.num_steps == run.total_steps
+        readings: list[Scalar] = []
+        if step % plan.log_every == 0 or is_last:
+            sizes = run.meter.sizes
+            num_steps, num_images = len(sizes), sum(sizes)
+            losses, loss, accuracy = run.meter.read()
+            busy += perf_counter() - began
+            bad = first_non_finite(losses)
+            if bad is not None:
+                run.seconds = perf_counter() - origin
+                raise Diverged(step - num_steps + bad + 1, losses[bad - 1] if bad else last_finite)
+            last_finite = losses[-1]
+            readings += [
+                Scalar("loss/train", loss),
+                Scalar("accuracy/train", accuracy),
+                Scalar("time/step", busy / num_steps),
+                Scalar("throughput/images_per_s", num_images / busy),
+                Scalar("optimizer/lr", run.optimizer.param_groups[0]["lr"]),
+            ]
+            busy = 0.0
+        else:
+            busy += perf_counter() - began
+        if step % plan.eval_every == 0 or is_last:
+            readings += evaluate(run, plan.eval_train, test=is_last)
+        run.seconds = perf_counter() - origin
+        metrics = journal.write(run, readings) if readings else {}
+        if step % plan.checkpoint_every == 0 or is_last:
+            journal.save(run)
+        run.seconds = perf_counter() - origin
+        yield metrics
+
+
+def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:
+    """Loss and accuracy on the splits that are due and not empty."""
+    splits = {"valid": run.dataset.valid}
+    if eval_train:
+        splits["train_eval"] = run.dataset.train
+    if test:
+        splits["test"] = run.dataset.test
+    readings = []
+    for name, split in splits.items():
+        if len(split):
+            loss, accuracy = run.evaluate(split)
+            readings += [Scalar(f"loss/{name}", loss), Scalar(f"accuracy/{name}", accuracy)]
+    return readings
+
+
+def drive(run: Run, plan: Plan, journal: Journal, progress: NullProgress) -> str:
+    """Train to the end and return how it ended: ``finished`` or ``diverged``.
+
+    Ctrl-C and SIGTERM wait for the end of the step, then leave a checkpoint and raise KeyboardInterrupt.
+    """
+    ended = {"status": "finished"}
+    progress.start(run)
+    try:
+        with recorded(run, journal, ended), deferred_signals() as asked:
+            for metrics in advance(run, plan, journal):
+                progress.update(run, metrics)
+                if asked:
+                    raise Interrupted
+    finally:
+        progress.end(run, ended["status"])
+    return ended["status"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Asked to stop, and stopped between two steps, where a checkpoint can be taken."""
+
+
+@contextmanager
+def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None]:
+    """Whatever happens inside, the journal and ``ended["status"]`` say so; only divergence is not passed on."""
+    try:
+        yield
+        ended["status"] = "finished"
+        journal.end(run, "finished")
+    except Diverged as error:
+        ended["status"] = "diverged"
+        journal.end(run, "diverged", diverged_step=error.step, last_finite_loss=error.last_finite_loss)
+    except KeyboardInterrupt as error:
+        ended["status"] = "interrupted"
+        if isinstance(error, Interrupted):
+            journal.save(run)
+        journal.end(run, "interrupted")
+        raise
+    except Exception as error:
+        ended["status"] = "failed"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        try:
+            journal.end(run, "failed", error=reason, traceback=traceback.format_exc())
+        except OSError as second:
+            error.add_note(f"and the status could not be written: {second}")
+        if isinstance(error, OSError):
+            raise StorageError(
+                f"the run stopped at step {run.num_steps} because it could not be written down: {error}; what was "
+                f"written before stays readable in {journal.folder}; free some space and start again"
+            ) from error
+        raise
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of breaking off a step; a second Ctrl-C breaks off at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only a main thread may; elsewhere signals go where they went
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,118 @@
+"""The densely connected network: every layer normalizes all that came before it, most norms per parameter.
+
+    conv 7x7/2 -> norm, activation -> maxpool 3/2 -> dense blocks with transitions between them
+    -> norm, activation -> global average pool -> dense
+
+Huang et al. 2017, in the small form of the D2L tutorials (conv3x3 layers without bottlenecks).
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnexp.errors import UserError
+
+Norm = Callable[..., nn.Module]
+
+
+class DenseLayer(nn.Module):
+    """x and, behind its channels, conv3x3(activation(norm(x))) with ``growth`` more of them."""
+
+    def __init__(self, in_channels: int, growth: int, norm: Norm, activation: str, bias: bool) -> None:
+        super().__init__()
+        self.norm = norm(in_channels, activation=activation)
+        self.conv = nn.Conv2d(in_channels, growth, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(self.norm(x))], dim=1)
+
+
+class DenseBlock(nn.Sequential):
+    """``num_layers`` dense layers: (N, C, H, W) to (N, C + num_layers * growth, H, W)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_layers: int,
+        growth: int,
+        norm: Norm,
+        *,
+        activation: str = "relu",
+        bias: bool = False,
+    ) -> None:
+        layers = OrderedDict()
+        for i in range(num_layers):
+            layers[f"layer{i + 1}"] = DenseLayer(in_channels + i * growth, growth, norm, activation, bias)
+        super().__init__(layers)
+
+
+class Transition(nn.Sequential):
+    """norm, activation, conv1x1, average pool 2: (N, C, H, W) to (N, out_channels, H/2, W/2).
+
+    Odd sizes round up, the windows at the edge averaging what they hold. From 224 and 96, the paper's and the
+    tutorials' sizes, every size here is even; from 28, rounding down would leave nothing: 7, 3, 1, 0.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Norm, *, activation: str = "relu", bias: bool = False
+    ) -> None:
+        layers = OrderedDict(
+            norm=norm(in_channels, activation=activation),
+            conv=nn.Conv2d(in_channels, out_channels, 1, bias=bias),
+            pool=nn.AvgPool2d(2, ceil_mode=True),
+        )
+        super().__init__(layers)
+
+
+class DenseNet(nn.Sequential):
+    """Dense blocks of ``blocks[i]`` layers, channels and size halved between them.
+
+    (N, C, H, W) to (N, num_classes). Every halving rounds up, so images of any size work.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        num_classes: int,
+        norm: Norm,
+        *,
+        growth: int = 32,
+        blocks: Sequence[int] = (4, 4, 4, 4),
+        stem_width: int = 64,
+        activation: str = "relu",
+        bias: bool = False,
+    ) -> None:
+        check_options(growth, blocks, stem_width)
+        options = {"activation": activation, "bias": bias}
+        layers = OrderedDict(
+            conv1=nn.Conv2d(in_shape[0], stem_width, 7, stride=2, padding=3, bias=bias),
+            norm1=norm(stem_width, activation=activation),
+            pool1=nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        width = stem_width
+        for i, num_layers in enumerate(blocks, start=1):
+            if i > 1:
+                layers[f"transition{i - 1}"] = Transition(width, width // 2, norm, **options)
+                width //= 2
+            layers[f"block{i}"] = DenseBlock(width, num_layers, growth, norm, **options)
+            width += num_layers * growth
+        layers.update(
+            norm2=norm(width, activation=activation),
+            pool2=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(width, num_classes),
+        )
+        super().__init__(layers)
+
+
+def check_options(growth: int, blocks: Sequence[int], stem_width: int) -> None:
+    """Raise :class:`UserError` for widths and blocks that cannot be built."""
+    for name, value in (("growth", growth), ("stem_width", stem_width)):
+        if type(value) is not int or value < 1:
+            raise UserError(f"model.{name}={value}: a number of channels; give a positive whole number")
+    if not isinstance(blocks, Sequence) or not blocks or any(type(n) is not int or n < 1 for n in blocks):
+        raise UserError(
+            f"model.blocks={blocks}: every block needs a positive whole number of layers, as in [4,4,4,4]"
+        )

@@ -1,0 +1,54 @@
+"""The fully connected network: the smallest place to see what normalization does.
+
+    flatten -> (dense -> norm, activation) for each hidden width -> dense
+
+784-32-32-10 on MNIST is the lab that compares batch norm against none; with sigmoid, three layers of 100 and
+weights ~ N(0, 0.01) it is figure 1 of Ioffe & Szegedy 2015.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from bnexp.errors import UserError
+
+
+class MLP(nn.Sequential):
+    """Dense layers with a norm after each but the last; no hidden layers make it softmax regression.
+
+    ``weight_init_std`` asks :func:`bnexp.models.initialize.initialize` for Gaussian weights and zero biases.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        num_classes: int,
+        norm: Callable[..., nn.Module],
+        *,
+        hidden: Sequence[int] = (32, 32),
+        activation: str = "relu",
+        bias: bool = False,
+        weight_init_std: float | None = None,
+    ) -> None:
+        if not isinstance(hidden, Sequence) or any(type(width) is not int or width < 1 for width in hidden):
+            raise UserError(
+                f"model.hidden={hidden}: hidden layers have a positive whole number of units each; "
+                "give a list such as model.hidden=[32,32], or [] for none"
+            )
+        is_number = type(weight_init_std) in (int, float)
+        if weight_init_std is not None and not (is_number and 0 < weight_init_std < math.inf):
+            raise UserError(
+                f"model.weight_init_std={weight_init_std}: a standard deviation is a number above 0; "
+                "give one such as 0.01, or null for torch's default weights"
+            )
+        layers = OrderedDict(flatten=nn.Flatten())
+        width = math.prod(in_shape)
+        for i, hidden_width in enumerate(hidden, start=1):
+            layers[f"dense{i}"] = nn.Linear(width, hidden_width, bias=bias)
+            layers[f"norm{i}"] = norm(hidden_width, activation=activation)
+            width = hidden_width
+        layers["classifier"] = nn.Linear(width, num_classes)
+        super().__init__(layers)
+        self.weight_init_std = weight_init_std

@@ -1,0 +1,183 @@
+"""Reads run folders back: config, status and curves of every run that is over, and why the others do not count.
+
+A run that is not over, failed or is damaged is left out by name, never silently.
+"""
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bnexp import stats
+from bnexp.errors import UserError
+
+Pair = tuple["RunRecord", "RunRecord"]  # the variant's run and the baseline's, of one seed
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished or diverged run as its folder tells it; ``curves`` is {tag: (steps, values)}."""
+
+    path: Path
+    config: dict
+    status: dict
+    curves: dict[str, tuple[list[int], list[float]]] = field(repr=False)
+    started: float = 0.0
+
+    @property
+    def seed(self):
+        return self.config.get("seed")
+
+    @property
+    def diverged(self) -> bool:
+        return self.status["status"] == "diverged"
+
+    @property
+    def overrides(self) -> list[str]:
+        return self.status.get("overrides") or []
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A run that does not count: running, interrupted, failed, damaged or superseded, and why in one line."""
+
+    path: Path
+    status: str
+    reason: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a run, read from the curve ``tag``: its last value or its best."""
+
+    key: str
+    tag: str
+    title: str
+    best: bool = False
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.tag.startswith("accuracy")
+
+    def of(self, run: RunRecord) -> float | None:
+        """The run's value; None where it has none, NaN where it is not finite."""
+        values = run.curves.get(self.tag, ((), ()))[1]
+        if self.best:
+            values = [value for value in values if math.isfinite(value)] or values
+            return (max if self.is_accuracy else min)(values, default=None)
+        return values[-1] if values else None
+
+    def mean(self, runs: Sequence[RunRecord]) -> stats.Mean:
+        return stats.mean([value for value in map(self.of, runs) if value is not None])
+
+    def paired(self, pairs: Sequence[Pair]) -> stats.Paired:
+        both = [(self.of(run), self.of(base)) for run, base in pairs]
+        both = [values for values in both if None not in values]
+        return stats.paired([value for value, _ in both], [base for _, base in both])
+
+    def show(self, value: float, sign: str = "") -> str:
+        """``value`` for a table: an accuracy in percent, a loss in nats."""
+        if self.is_accuracy:
+            return f"{100 * value:{sign}.2f}"
+        return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.3g}"
+
+
+METRICS = (
+    Metric("accuracy/test", "accuracy/test", "test accuracy"),
+    Metric("loss/test", "loss/test", "test loss"),
+    Metric("accuracy/valid/best", "accuracy/valid", "best validation accuracy", best=True),
+    Metric("loss/valid/best", "loss/valid", "best validation loss", best=True),
+    Metric("accuracy/valid/final", "accuracy/valid", "final validation accuracy"),
+    Metric("loss/valid/final", "loss/valid", "final validation loss"),
+    Metric("loss/train/final", "loss/train", "final training loss"),
+)
+BY_KEY = {metric.key: metric for metric in METRICS}
+TARGETS = (BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"])
+
+
+def read_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[RunRecord], list[Problem]]:
+    """Read every run at or below ``paths`` once, in the order of the paths and below each of their starts.
+
+    Finished and diverged runs are records, all others problems. A path without a run is a `UserError`.
+    """
+    results: dict[str, RunRecord | Problem] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; give a run's folder or one with runs below it")
+        folders = _run_folders(path)
+        if not folders:
+            raise UserError(f"{path}: no run in it (a folder with config.yaml and status.json); give one")
+        read = [_read(folder) for folder in folders]
+        for each in sorted(read, key=lambda each: getattr(each, "started", 0.0)):
+            results.setdefault(os.path.realpath(each.path), each)
+    records = [each for each in results.values() if isinstance(each, RunRecord)]
+    return records, [each for each in results.values() if isinstance(each, Problem)]
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    entries = {entry.name: entry for entry in os.scandir(folder)}
+    if "status.json" in entries:
+        return [folder]
+    inner = [name for name, entry in entries.items() if entry.is_dir(follow_symlinks=False) and name[0] != "."]
+    below = [run for name in sorted(inner, key=_natural) for run in _run_folders(folder / name)]
+    return below or ([folder] if "config.yaml" in entries else [])
+
+
+def _natural(name: str) -> list[tuple]:
+    """Sorts none-s10 after none-s9."""
+    words = re.findall(r"[0-9]+|[^0-9]+", name)
+    return [(word.isdigit(), int(word) if word.isdigit() else word) for word in words]
+
+
+def _read(folder: Path) -> RunRecord | Problem:
+    overrides: tuple[str, ...] = ()
+    try:
+        status = json.loads((folder / "status.json").read_bytes())
+        kind, overrides = status["status"], tuple(status.get("overrides") or ())
+        if kind not in ("finished", "diverged"):
+            reason = status.get("error") or f"{kind} at step {status.get('step', 0)}"
+            return Problem(folder, kind, " ".join(str(reason).split()), overrides)
+        config = _load_yaml((folder / "config.yaml").read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("config.yaml holds no settings")
+        curves = _curves(folder / "metrics.jsonl", required=kind == "finished")
+        started = status.get("started") or (folder / "status.json").stat().st_mtime
+        return RunRecord(folder, config, status, curves, float(started))
+    except FileNotFoundError as error:
+        return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return Problem(folder, "damaged", f"unreadable: {' '.join(str(error).split())[:200]}", overrides)
+
+
+def _load_yaml(text: bytes):
+    import yaml
+
+    try:
+        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # C: ten times as fast
+    except yaml.YAMLError as error:
+        raise ValueError(f"config.yaml: {error}") from error
+
+
+def _curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float]]]:
+    """Every tag's steps and values, null as NaN; a last line cut short is dropped."""
+    if not required and not path.exists():
+        return {}
+    lines = path.read_bytes().splitlines()
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        rows = json.loads(b"[" + b",".join(lines[:-1]) + b"]")
+    if required and not rows:
+        raise ValueError("metrics.jsonl holds no reading")
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        step = row["step"]
+        for tag, value in row.items():
+            if "/" in tag:
+                points[tag][step] = math.nan if value is None else float(value)
+    return {tag: tuple(map(list, zip(*sorted(curve.items()), strict=True))) for tag, curve in points.items()}
