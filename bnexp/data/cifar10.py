@@ -77,7 +77,7 @@ class CIFAR10:
 def read_batch(path: Path, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one file; raises :class:`UserError` naming it.
 
-    The file holds a dict: ``data``, uint8 (N, 3072), red then green then blue, row by row; ``labels``, a list.
+    The file holds a dict: ``data`` uint8 (N, 3072), red then green then blue, row by row; a list ``labels``.
     """
     try:
         with open(path, "rb") as file:

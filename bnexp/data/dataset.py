@@ -66,7 +66,6 @@ class Dataset:
 
     def to(self, device) -> "Dataset":
         """The same dataset with every tensor on ``device``."""
-
         splits = {name: getattr(self, name).to(device) for name in ("train", "valid", "test")}
         return replace(self, **splits, mean=self.mean.to(device), std=self.std.to(device))
 
@@ -110,7 +109,7 @@ class Options:
                 "give a fraction below 1 (data.valid=0.1), a count (data.valid=5000) or 0 for none"
             )
         if self.limit is not None and not (type(self.limit) is int and self.limit > 0):
-            raise UserError(f"data.limit={self.limit}: not a number of images; give 1 or null for all")
+            raise UserError(f"data.limit={self.limit}: not a number of images; give 1 or more, null for all")
         if self.augment not in AUGMENTATIONS:
             choices = ", ".join(AUGMENTATIONS)
             raise UserError(f"data.augment={self.augment}: not known; choose one of {choices}")
