@@ -1,10 +1,13 @@
-"""From configuration to objects: the only file that turns a ``_target_`` into a thing, and the rules that no single key can state.
+"""From configuration to objects: the only file that turns a ``_target_`` into a thing.
+
+It also holds the rules that no single key can state.
 
 ``check`` looks at everything that can be wrong before anything is built, ``build`` makes the run.
 """
 
 import importlib
 import inspect
+import math
 import os
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,6 +24,7 @@ from torch.optim import Optimizer
 from bnexp import folder
 from bnexp.config import Train
 from bnexp.data.batches import Batches
+from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.loop import Plan
 from bnexp.models.initialize import initialize
@@ -29,6 +33,13 @@ from bnexp.run import AUTOCAST, Run
 
 GROUPS = ("model", "norm", "data", "optimizer", "schedule")
 OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
+# Where a group's own entries live, which classes of torch it takes, and what it is called with.
+HOMES = {"model": "bnexp.models", "norm": "bnexp.norms", "data": "bnexp.data", "schedule": "bnexp.optim"}
+KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
+CALLS = {
+    "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
+    "schedule": ((0, 0), {}),
+}  # fmt: skip
 
 
 def check(cfg: DictConfig, *, free: bool = True) -> None:
@@ -42,17 +53,34 @@ def check(cfg: DictConfig, *, free: bool = True) -> None:
     for key in ("steps", "eval_every", "checkpoint_every"):
         if cfg[key] is not None:
             _at_least_one(key, cfg[key])
-    if cfg.seed < 0:
-        raise UserError(f"seed={cfg.seed}: a seed is 0 or more")
+    if not 0 <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed}: a seed is 0 or more, and below 2**63")
     if cfg.precision not in AUTOCAST:
         raise UserError(f"precision={cfg.precision}: not known; choose one of {', '.join(AUTOCAST)}")
     if cfg.threads != "auto":
         _at_least_one("threads", int(cfg.threads) if cfg.threads.isdigit() else cfg.threads)
     find_device(cfg.device)
     for group in GROUPS:
+        if OmegaConf.is_missing(cfg, group):
+            raise UserError(f"{group}: has to be given, nothing runs without it")
         check_options(group, cfg[group], cfg.allow)
+    check_schedule(cfg)
+    if cfg.out == "":
+        raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     if free and cfg.out is not None:
         folder.check_free(Path(cfg.out))
+
+
+def check_schedule(cfg: DictConfig) -> None:
+    """A negative learning rate would climb where it should descend, and nobody would be told."""
+    schedule, total_steps = part(cfg, "schedule"), cfg.steps or 100
+    for step in (0, total_steps // 2, total_steps - 1):
+        if not 0 <= (factor := schedule(step, total_steps)) < math.inf:
+            options = {k: v for k, v in cfg.schedule.items() if not k.startswith("_")}
+            raise UserError(
+                f"schedule={options}: the learning rate would be multiplied by {factor:g} at step {step}; "
+                "give numbers that keep this factor at 0 or more"
+            )
 
 
 def _at_least_one(key: str, value: Any) -> None:
@@ -90,23 +118,29 @@ def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., 
     A run's folder can come from a stranger, so a config reaches bnexp's own parts, the modules and optimizers
     of torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
     """
+    path, home = str(path), HOMES.get(group, f"bnexp.{group}")
+    known = f"{home} or torch's {KINDS[group].__name__}s" if group in KINDS else home
+    refused = UserError(f"{group}._target_={path}: nothing that {group}= takes; name one of {known}")
     package = path.partition(".")[0]
     if package not in ("bnexp", "torch", "torchvision", *allow):
         raise UserError(
             f"{group}._target_={path}: configs may name classes of bnexp, torch and torchvision only; "
             f"if you trust {package}, add allow=[{package}]"
         )
+    if package == "bnexp" and not path.startswith(home):
+        raise refused  # before importing, which may do things
     module_name, _, name = path.rpartition(".")
     try:
         target = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{group}._target_={path}: cannot be found ({error})") from error
-    home = getattr(target, "__module__", None) or ""
-    is_ours = home.partition(".")[0] == package and package not in ("torch", "torchvision")
-    is_part = isinstance(target, type) and issubclass(target, nn.Module | Optimizer)
-    is_model = inspect.isfunction(target) and home.startswith("torchvision.models.")
-    if not (callable(target) and (is_ours or is_part or is_model)):
-        raise UserError(f"{group}._target_={path}: neither a module, an optimizer nor a part of bnexp; name one")
+    lives = getattr(target, "__module__", None) or ""
+    is_ours = (lives + ".").startswith(home + ".") and (group != "data" or isinstance(target, type))
+    is_trusted = package in allow and lives.partition(".")[0] == package
+    is_part = isinstance(target, type) and issubclass(target, KINDS.get(group, ()))
+    is_model = group == "model" and inspect.isfunction(target) and lives.startswith("torchvision.models.")
+    if not (callable(target) and (is_ours or is_trusted or is_part or is_model)):
+        raise refused
     return target
 
 
@@ -130,8 +164,15 @@ def check_options(group: str, node: DictConfig, allow: Collection[str]) -> None:
             known = ", ".join(k for k in accepted if k in options) or "none"
             raise UserError(f"{group}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
         if not fits(value, hints.get(key, Any)):
-            expected = _type_name(hints[key])
-            raise UserError(f"{group}.{key}={value}: {type(value).__name__} given, {expected} expected")
+            given = f", not {type(value).__name__}" if not isinstance(value, list) else ""
+            raise UserError(f"{group}.{key}={value}: {_type_name(hints[key])} expected{given}")
+    positional, named = CALLS[group]
+    named = named | {key: value for key, value in options.items() if key in accepted}
+    try:
+        inspect.signature(target).bind(*positional, **named)
+    except TypeError as error:
+        path = options["_target_"]
+        raise UserError(f"{group}._target_={path}: cannot be called as a {group} is ({error})") from error
 
 
 def _mentions_target(value: Any) -> bool:
@@ -155,6 +196,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         items = get_args(hint)
+        if origin is tuple and ... not in items:
+            return isinstance(value, list) and len(value) == len(items) and all(map(fits, value, items))
         return isinstance(value, list) and (not items or all(fits(item, items[0]) for item in value))
     return hint is not torch.Tensor
 
@@ -162,6 +205,8 @@ def fits(value: Any, hint: Any) -> bool:
 def _type_name(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_type_name(option) for option in get_args(hint) if option is not torch.Tensor)
+    if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
+        return "list of " + ", ".join(_type_name(item) for item in get_args(hint) if item is not ...)
     return getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
 
 
@@ -199,15 +244,22 @@ def check_statistics(cfg: DictConfig, source: Any, num_images: int) -> None:
             ) from error
 
 
-def build(cfg: DictConfig) -> Run:
-    """The run that a checked config describes, on its device, at step 0."""
+def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
+    """The run that a checked config describes, on its device, at step 0.
+
+    Runs that are given the same ``datasets`` share the data that their configs have in common.
+    """
     set_threads(cfg.threads)
     device = find_device(cfg.device)
     source = part(cfg, "data")()
     model = make_model(cfg, source)
-    dataset = source.load()
+    datasets = {} if datasets is None else datasets
+    key = f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
+    if key not in datasets:
+        datasets[key] = source.load().to(device)
+    dataset = datasets[key]
     check_statistics(cfg, source, len(dataset.train))
-    batches = Batches(dataset.to(device), cfg.batch_size, cfg.seed, drop_last=cfg.drop_last)
+    batches = Batches(dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last)
     model = model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
     decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
     return Run(

@@ -16,7 +16,10 @@ def save(state: dict, folder: Path) -> Path:
     scratch = folder / f".{NAME}.{os.getpid()}"
     try:
         with open(scratch, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # while it tidies up after the one that matters
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)

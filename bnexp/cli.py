@@ -10,7 +10,10 @@ from bnexp.errors import UserError
 
 COMMANDS = {
     "train": "train one model and log it to TensorBoard; -m trains every combination of several values",
+    "resume": "go on with an interrupted run from its last checkpoint",
     "rerun": "run a run folder's config again, with other values if you give any",
+    "compare": "train variants in lockstep, with the same seeds, and say which is better and how sure that is",
+    "report": "the same verdict, tables and figure from run folders that are finished",
     "summary": "a table of the model: layers, shapes, parameters and where norms sit",
     "completion": "print the bash script that completes commands, groups and values",
 }

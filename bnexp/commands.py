@@ -1,15 +1,19 @@
 """The commands that train or look at a model: Hydra composes, ``build`` builds, ``loop`` drives."""
 
+import argparse
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -19,9 +23,18 @@ from bnexp.cli import GROUPS, conf_dir
 from bnexp.errors import UserError
 from bnexp.explain import explained
 
+if TYPE_CHECKING:
+    from bnexp.loop import Journal
+    from bnexp.run import Run
+
 
 def train(arguments: list[str]) -> int:
     """``bnexp train``: one run, from the command line to its folder, whose path is the last line printed."""
+    flags = {word for word in arguments if word.startswith("-")}
+    if flags and flags <= {"-m", "--multirun"} and not any(word.startswith("hydra/sweeper=") for word in arguments):
+        from bnexp import multirun
+
+        return multirun.train([word for word in arguments if word not in flags])
     caught: list[BaseException] = []
 
     def task(cfg: DictConfig) -> None:
@@ -36,44 +49,88 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-def train_one(cfg: DictConfig, overrides: Sequence[str]) -> Path:
+def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Check, build, claim a folder, train; prints the folder's path last, even when interrupted."""
-    from bnexp import build, loop, progress
-    from bnexp.folder import Status, claim, claim_new
-    from bnexp.writer import Writer
+    from bnexp import build
+    from bnexp.folder import claim, claim_new, taken
 
     build.check(cfg)
     run = build.build(cfg)
     text = OmegaConf.to_yaml(cfg, resolve=True)
-    name = run_name(cfg)
     day = Path("outputs") / time.strftime("%Y-%m-%d")
-    folder = claim_new(day, name, text) if cfg.out is None else claim(Path(cfg.out), text)
-    writer = Writer(folder)
-    writer.describe(text, settings(cfg), group_name(cfg))
-    journal = loop.Journal(writer, Status(folder, build.device_name(run.device), list(overrides)), folder)
-    shown = progress.make_progress(name, quiet=cfg.quiet)
+    folder = claim_new(day, run_name(cfg), text) if cfg.out is None else claim(Path(cfg.out), text)
+    with taken(folder):
+        finish(cfg, run, open_journal(cfg, run, overrides, folder))
+
+
+def finish(cfg: DictConfig, run: "Run", journal: "Journal") -> None:
+    """Drive the run to its end; the last line on stdout is its folder."""
+    from bnexp import build, loop, progress
+
+    shown = progress.make_progress(run_name(cfg), quiet=cfg.quiet)
     try:
         loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
     finally:
-        print(folder, flush=True)
-    return folder
+        print(journal.folder, flush=True)
+
+
+def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Journal":
+    """Where the run is recorded; if ``folder`` holds a checkpoint, ``run`` goes on from there."""
+    from bnexp import build, checkpoint
+    from bnexp.folder import Status
+    from bnexp.loop import Journal
+    from bnexp.writer import Writer
+
+    state = checkpoint.load(folder, run.device)
+    if state is not None:
+        run.load_state_dict(state)
+    writer = Writer(folder, step=run.num_steps)
+    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
+    status = Status(folder, build.device_name(run.device), list(overrides), goes_on=state is not None)
+    return Journal(writer, status, folder)
+
+
+def resume(arguments: list[str]) -> int:
+    """``bnexp resume RUN``: go on with an interrupted run, in its folder, from its last checkpoint."""
+    from bnexp import build
+    from bnexp.folder import DONE, read_status, taken
+
+    if len(arguments) != 1:
+        raise UserError("resume: give the folder of one interrupted run: bnexp resume outputs/DATE/RUN")
+    folder = Path(arguments[0])
+    cfg, status = stored_config(folder), read_status(folder)
+    if status.get("status") in DONE:
+        raise UserError(f"{folder}: this run is {status['status']}, nothing is left to do; bnexp rerun repeats it")
+    with taken(folder) as mine:
+        if not mine:
+            raise UserError(f"{folder}: another process is at work on this run; wait for it")
+        build.check(cfg, free=False)
+        run = build.build(cfg)
+        finish(cfg, run, open_journal(cfg, run, status.get("overrides", []), folder))
+    return 0
+
+
+def stored_config(folder: Path) -> DictConfig:
+    """The config of a run folder, as typed and as strict as one from the command line."""
+    from bnexp.folder import CONFIG
+
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of one")
+    with explained():
+        stored = OmegaConf.load(folder / CONFIG)
+        # Where the run wrote and whom its author trusted are no business of whoever takes it up.
+        kept = OmegaConf.masked_copy(stored, [key for key in stored if key not in ("out", "quiet", "allow")])
+        cfg = OmegaConf.merge(OmegaConf.structured(config.Train), kept)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
 
 
 def rerun(arguments: list[str]) -> int:
     """``bnexp rerun RUN [overrides]``: the config of a run folder again, in a folder of its own."""
-    from bnexp.folder import CONFIG
-
     if not arguments or "=" in arguments[0]:
         raise UserError("rerun: which run? Give its folder first: bnexp rerun outputs/DATE/RUN seed=1")
-    path, overrides = Path(arguments[0]), arguments[1:]
-    if not (path / CONFIG).is_file():
-        raise UserError(f"{path}: holds no run, there is no {CONFIG} in it; give the folder of one")
+    cfg, overrides = stored_config(Path(arguments[0])), arguments[1:]
     with explained(overrides):
-        stored = OmegaConf.load(path / CONFIG)
-        # Where the old run wrote, and whom its author trusted, are no business of this one.
-        stored = OmegaConf.masked_copy(stored, [key for key in stored if key not in ("out", "quiet", "allow")])
-        cfg = OmegaConf.merge(OmegaConf.structured(config.Train), stored)
-        OmegaConf.set_struct(cfg, True)
         for override in OverridesParser.create().parse_overrides(overrides):
             key, value = override.key_or_group, override.value()
             if override.is_sweep_override():
@@ -86,17 +143,42 @@ def rerun(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """``bnexp compare``, see :func:`bnexp.multirun.compare`."""
+    from bnexp import multirun
+
+    return multirun.compare(arguments)
+
+
+def report(arguments: list[str]) -> int:
+    """``bnexp report RUN_OR_SWEEP...``: compare finished runs, grouped by everything but the seed."""
+    from bnexp.report import FORMATS
+    from bnexp.report import report as make_report
+
+    parser = argparse.ArgumentParser("bnexp report", description="Compare finished runs.")
+    parser.add_argument("paths", nargs="+", metavar="RUN_OR_SWEEP", help="run folders, or folders of run folders")
+    parser.add_argument("--baseline", metavar="NAME", help="the variant to compare with: none, or norm=none")
+    parser.add_argument("--best-over", metavar="KEY", help="first pick each variant's best value of this setting")
+    parser.add_argument("--out", metavar="DIR", help="write comparison.png, .svg, .json and .md there")
+    shape = parser.add_mutually_exclusive_group()
+    for name in FORMATS:
+        shape.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=f"print {name} only")
+    given = parser.parse_args(arguments)
+    make_report(
+        given.paths, best_over=given.best_over, baseline=given.baseline, out=given.out, format=given.format
+    )  # fmt: skip
+    return 0
+
+
 def summary(arguments: list[str]) -> int:
     """``bnexp summary [overrides]``: the layers of the model that these overrides make; reads no data."""
-    from rich.console import Console
-
     from bnexp import build
-    from bnexp.summary import summary_table
+    from bnexp.summary import show_summary
 
     cfg = composed(arguments)
     build.check(cfg)
     source = build.part(cfg, "data")()
-    Console().print(summary_table(build.make_model(cfg, source), source.in_shape, cfg.batch_size))
+    show_summary(build.make_model(cfg, source), source.in_shape)
     return 0
 
 
@@ -114,9 +196,19 @@ def run_hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
         decorate(task)()
 
 
+@contextmanager
+def session() -> Iterator[None]:
+    """Hydra, ready to compose from ``conf/``; the innermost of nested sessions does nothing."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="bnexp"):
+            yield
+
+
 def composed(overrides: Sequence[str]) -> DictConfig:
     """The config that these overrides make."""
-    with explained(overrides), initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="bnexp"):
+    with explained(overrides), session():
         return compose("train", list(overrides))
 
 

@@ -37,6 +37,7 @@ class Train:
     eval_train: bool = False  # evaluate the training set too, in evaluation mode
     checkpoint_every: int | None = None  # steps between checkpoints; every epoch by default
 
+    sweep_order: str = "product"  # of the lists that -m and compare are given: product or zip
     out: str | None = None  # the run's folder; a new one under outputs/ by default
     quiet: bool = False  # print nothing but the run's folder
     allow: list[str] = field(default_factory=list)  # further packages whose classes a config may name

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from bnexp.cli import GROUPS, nearest
 from bnexp.errors import UserError
@@ -18,7 +19,9 @@ def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
     """Turn the config libraries' exceptions into :class:`UserError` with a cause and a remedy."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra's parser raises plain ones too
         raise UserError(explain(error, " ".join(arguments) or "the overrides")) from error
 
 
@@ -38,7 +41,7 @@ def explain(error: Exception, given: str) -> str:
             "or write one value (a list is written key=[a,b])"
         )
     if found := re.search(r"Could not override '([^']+)'|^Key '([^']+)' (?:is )?not in", text):
-        key = found[1] or found[2]
+        key = found[1] or getattr(error, "full_key", None) or found[2]
         return f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all"
     if found := re.search(r"Error merging override ([^=]+)=(.*)\nValue .* could not be converted to (\w+)", text):
         kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[3], found[3])

@@ -3,12 +3,15 @@
     config.yaml  status.json  metrics.jsonl  events.out.tfevents...  checkpoint.pt
 """
 
+import fcntl
 import json
 import math
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +19,8 @@ from typing import Any
 
 from bnexp.errors import UserError
 
-CONFIG, STATUS, METRICS = "config.yaml", "status.json", "metrics.jsonl"
+CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
+DONE = ("finished", "diverged")  # results; every other status leaves something to do
 
 
 def check_free(path: Path) -> None:
@@ -35,13 +39,31 @@ def claim(path: Path, config: str) -> Path:
     check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with open(path / CONFIG, "x") as file:
-            file.write(config)
-    except FileExistsError:
-        raise UserError(f"out={path}: another run has just taken this folder; choose another") from None
+        is_first = write_new(path / CONFIG, config)
     except OSError as error:
         raise UserError(f"out={path}: cannot be written to ({error.strerror}); choose another folder") from error
+    if not is_first:
+        raise UserError(f"out={path}: another run has just taken this folder; choose another")
     return path
+
+
+def write_new(path: Path, text: str) -> bool:
+    """Make a file with its whole content in one move, unless it exists; returns whether it was made."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text)
+        try:
+            os.link(scratch, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with open(path, "x") as file:
+                file.write(text)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def claim_new(parent: Path, name: str, config: str) -> Path:
@@ -57,6 +79,30 @@ def claim_new(parent: Path, name: str, config: str) -> Path:
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
         return claim(path, config)
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[bool]:
+    """Hold a run's lock, if no living process does; yields whether it is ours.
+
+    The operating system lets go of it when the process ends, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a living process is at work on the run."""
+    if not (folder / LOCK).exists():
+        return False
+    with taken(folder) as mine:
+        return not mine
 
 
 def finite(value: Any) -> Any:
@@ -87,9 +133,9 @@ def read_status(folder: Path) -> dict:
 class Status:
     """``status.json``: what became of a run. Metrics hold the last value of every tag."""
 
-    def __init__(self, folder: Path, device: str, overrides: list[str]) -> None:
+    def __init__(self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False) -> None:
         self.path = folder / STATUS
-        earlier = read_status(folder)
+        earlier = read_status(folder) if goes_on else {}
         self.content = {
             "status": "running",
             "step": 0,

@@ -2,7 +2,7 @@
 
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +55,10 @@ class Journal:
 
     def end(self, run: Run, status: str, **fields: object) -> None:
         """Write how the run ended. Should even that fail, what was written before stays as it is."""
-        self._update(run, status=status, **fields)
-        self.writer.close(success=status != "failed")
+        try:
+            self._update(run, status=status, **fields)
+        finally:
+            self.writer.close(success=status != "failed")
 
     def _update(self, run: Run, **fields: object) -> None:
         if self.status is not None:
@@ -126,17 +128,30 @@ def drive(run: Run, plan: Plan, journal: Journal, progress: NullProgress) -> str
 
     Ctrl-C and SIGTERM wait for the end of the step, then leave a checkpoint and raise KeyboardInterrupt.
     """
-    ended = {"status": "finished"}
+    ended: dict[str, str] = {}
+    steps = follow(run, plan, journal, ended)
     progress.start(run)
     try:
-        with recorded(run, journal, ended), deferred_signals() as asked:
-            for metrics in advance(run, plan, journal):
+        with deferred_signals() as asked:
+            for metrics in steps:
                 progress.update(run, metrics)
                 if asked:
-                    raise Interrupted
+                    steps.throw(Interrupted())
     finally:
+        steps.close()
         progress.end(run, ended["status"])
     return ended["status"]
+
+
+def follow(
+    run: Run, plan: Plan, journal: Journal, ended: dict[str, str]
+) -> Generator[dict[str, float], None, None]:
+    """:func:`advance`, recorded: however it ends, the journal and ``ended["status"]`` say so.
+
+    Divergence ends it quietly. To interrupt it between two steps, throw :class:`Interrupted` into it.
+    """
+    with recorded(run, journal, ended):
+        yield from advance(run, plan, journal)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -145,7 +160,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None]:
-    """Whatever happens inside, the journal and ``ended["status"]`` say so; only divergence is not passed on."""
+    """Write down how what happens inside ends; only divergence is not passed on."""
     try:
         yield
         ended["status"] = "finished"
@@ -153,7 +168,7 @@ def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None
     except Diverged as error:
         ended["status"] = "diverged"
         journal.end(run, "diverged", diverged_step=error.step, last_finite_loss=error.last_finite_loss)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, GeneratorExit) as error:
         ended["status"] = "interrupted"
         if isinstance(error, Interrupted):
             journal.save(run)

@@ -40,7 +40,7 @@ def make_optimizer(
             raise UserError(f"optimizer.{name}={decay}: a decay cannot be negative")
     try:
         built = optimizer(parameter_groups(model, weight_decay, norm_weight_decay))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"the optimizer refuses its options: {error}") from error
     for group in built.param_groups:
         group["base_lr"] = group["lr"]

@@ -9,3 +9,13 @@ class Scalar:
 
     tag: str
     value: float
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mean over seeds and the interval around it; ``lower`` and ``upper`` are the mean where there is none."""
+
+    tag: str
+    mean: float
+    lower: float
+    upper: float

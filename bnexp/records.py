@@ -1,4 +1,4 @@
-"""Reads run folders back: config, status and curves of every run that is over, and why the others do not count.
+"""Reads run folders back: config, status and curves of every run that is over, the numbers in them.
 
 A run that is not over, failed or is damaged is left out by name, never silently.
 """
@@ -6,7 +6,6 @@ A run that is not over, failed or is damaged is left out by name, never silently
 import json
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -90,10 +89,10 @@ class Metric:
 METRICS = (
     Metric("accuracy/test", "accuracy/test", "test accuracy"),
     Metric("loss/test", "loss/test", "test loss"),
-    Metric("accuracy/valid/best", "accuracy/valid", "best validation accuracy", best=True),
-    Metric("loss/valid/best", "loss/valid", "best validation loss", best=True),
-    Metric("accuracy/valid/final", "accuracy/valid", "final validation accuracy"),
-    Metric("loss/valid/final", "loss/valid", "final validation loss"),
+    Metric("accuracy/valid/best", "accuracy/valid", "best valid accuracy", best=True),
+    Metric("loss/valid/best", "loss/valid", "best valid loss", best=True),
+    Metric("accuracy/valid/final", "accuracy/valid", "final valid accuracy"),
+    Metric("loss/valid/final", "loss/valid", "final valid loss"),
     Metric("loss/train/final", "loss/train", "final training loss"),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
@@ -123,15 +122,10 @@ def _run_folders(folder: Path) -> list[Path]:
     entries = {entry.name: entry for entry in os.scandir(folder)}
     if "status.json" in entries:
         return [folder]
-    inner = [name for name, entry in entries.items() if entry.is_dir(follow_symlinks=False) and name[0] != "."]
-    below = [run for name in sorted(inner, key=_natural) for run in _run_folders(folder / name)]
+    inner = [each.name for each in entries.values() if each.is_dir(follow_symlinks=False)]
+    inner = [name for name in inner if not name.startswith(".")]  # .hydra holds another config.yaml
+    below = [run for name in sorted(inner) for run in _run_folders(folder / name)]
     return below or ([folder] if "config.yaml" in entries else [])
-
-
-def _natural(name: str) -> list[tuple]:
-    """Sorts none-s10 after none-s9."""
-    words = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(word.isdigit(), int(word) if word.isdigit() else word) for word in words]
 
 
 def _read(folder: Path) -> RunRecord | Problem:
@@ -146,7 +140,7 @@ def _read(folder: Path) -> RunRecord | Problem:
         if not isinstance(config, dict):
             raise ValueError("config.yaml holds no settings")
         curves = _curves(folder / "metrics.jsonl", required=kind == "finished")
-        started = status.get("started") or (folder / "status.json").stat().st_mtime
+        started = status.get("started", (folder / "status.json").stat().st_mtime)
         return RunRecord(folder, config, status, curves, float(started))
     except FileNotFoundError as error:
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -92,3 +93,8 @@ def summary_table(model: nn.Module, in_shape: Sequence[int], batch_size: int = 3
     for name, total in totals.items():
         table.add_row(name, "", f"{total:,}", "")
     return table
+
+
+def show_summary(model: nn.Module, in_shape: Sequence[int]) -> None:
+    """Print the table."""
+    Console().print(summary_table(model, in_shape))

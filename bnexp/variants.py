@@ -159,10 +159,8 @@ def find_key(records: Sequence[RunRecord], wanted: str) -> str:
     return fits[0]
 
 
-def pick_best(
-    records: Sequence[RunRecord], key: str
-) -> tuple[list[RunRecord], list[Problem], list[str]]:
-    """Keep of each variant-but-for-``key`` the runs at the best value of ``key``; also superseded runs and notes.
+def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], list[Problem], list[str]]:
+    """Keep of each variant-but-for-``key`` the runs at its best value; also superseded runs and notes.
 
     Best is the highest mean over seeds of the best validation accuracy (the lowest loss where no accuracy was
     read). A value at which a smaller share of the seeds diverged comes first whatever its mean.
@@ -190,7 +188,8 @@ def pick_best(
         among = ", ".join(plain(each) for each in _ordered(values))
         note = f"{label} stands at its best {key}={plain(value)} of {among}, by mean {metric.title}"
         if len(values) > 1 and _numeric(values) and value in (min(values), max(values)):
-            note += f"; the {'smallest' if value == min(values) else 'largest'} tried, so one beyond may be better"
+            end = "smallest" if value == min(values) else "largest"
+            note += f"; the {end} tried, so one beyond may be better"
         if len({len(each.runs + each.diverged) for each in bucket}) > 1:
             note += "; the values were not tried with equally many seeds"
         notes.append(note + ".")

@@ -1,4 +1,4 @@
-"""Compares variants with a baseline, paired by seed: differences, steps to the baseline's best, plain words.
+"""Compares variants with a baseline, paired by seed: differences, steps to its best, and a verdict in words.
 
 A diverged run has no final values: means and pairs leave it out and say so, and it never reaches anything.
 Steps to the baseline's best: for every seed, the step at which the baseline was at its own best validation
@@ -7,7 +7,7 @@ value, over the first step at which the variant is as good; Ioffe & Szegedy (201
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bnexp import stats
 from bnexp.errors import UserError
@@ -70,8 +70,10 @@ def compare(
     baseline: str | None = None,
     best_over: str | None = None,
 ) -> Comparison:
-    """Compare the variants among ``records`` with the baseline: ``baseline`` ("norm=none" or a label), else
-    the first whose norm is none, else the first. ``best_over`` keeps each variant at its best value of that key.
+    """Compare the variants among ``records`` with one of them.
+
+    That is the one named ("norm=none", or a label), else the first whose norm is none, else the first.
+    ``best_over`` is a key: each variant is first put at its best value of it, by `pick_best`.
     """
     if not records:
         left = "; ".join(f"{each.path} {each.status}: {each.reason}" for each in problems)
@@ -84,11 +86,17 @@ def compare(
     variants, superseded = into_variants(records, ignore=best_over)
     base = _find_baseline(variants, baseline, notes)
     variants = [base, *(each for each in variants if each is not base)]
+    chosen: dict[str, object] = {}
+    if best_over is not None:
+        values = [flatten(each.first.config).get(best_over) for each in variants]
+        names = [f"{short(best_over)}={plain(value)}" for value in values]
+        variants = [replace(each, label=f"{each.label} {n}") for each, n in zip(variants, names, strict=True)]
+        chosen = {each.label: value for each, value in zip(variants, values, strict=True)}
+        base = variants[0]
     against = {each.label: _against(each, base) for each in variants[1:]}
-    chosen = {each.label: flatten(each.first.config).get(best_over) for each in variants} if best_over else {}
     notes += [note for each in variants for note in _notes(each, base, against.get(each.label))]
     if len(variants) > 2:
-        notes.append(f"p-values are not corrected for comparing {len(variants) - 1} variants with {base.label}.")
+        notes.append(f"The p-values are not corrected for comparing {len(variants) - 1} variants at once.")
     sentences = [_sentence(each, base, against[each.label]) for each in variants[1:]]
     means = {each.label: {metric.key: metric.mean(each.runs) for metric in METRICS} for each in variants}
     left_out = [*problems, *repeated, *superseded]
@@ -112,7 +120,9 @@ def _find_baseline(variants: list[Variant], wanted: str | None, notes: list[str]
 
 
 def _fits(run: RunRecord, override: str) -> bool:
-    key, _, value = override.lstrip("+").partition("=")
+    key, equals, value = override.lstrip("+").partition("=")
+    if not equals:
+        return key in group_names(run).values()
     flat = flatten(run.config)
     settings = [group_names(run).get(key), *(flat[each] for each in flat if key in (each, short(each)))]
     return override in run.overrides or any(_equal(each, value) for each in settings if each is not None)
@@ -168,21 +178,21 @@ def _notes(variant: Variant, base: Variant, against: Against | None) -> list[str
     notes, label = [], variant.label
     total = len(variant.runs) + len(variant.diverged)
     if variant.diverged:
-        notes.append(
-            f"{label}: {len(variant.diverged)} of {total} runs diverged; means and differences are over the"
-            " others, and a diverged run counts as never reaching the baseline's best."
-        )
+        role = "sets no best to reach" if against is None else "counts as never reaching the baseline's best"
+        others = f"means and differences are over the others, and a diverged run {role}"
+        notes.append(f"{label}: {len(variant.diverged)} of {total} runs diverged; {others}.")
     if total == 1:
         notes.append(f"{label}: one seed, so no interval and no p.")
     if against is None:
         return notes
     if len(against.differs) > 1:
-        settings = ", ".join(f"{key} ({_said(a)} -> {_said(b)})" for key, (a, b) in against.differs.items())
-        notes.append(f"{label} differs from {base.label} in more than one setting: {settings}.")
+        settings = [f"{key} ({_said(old)}, {_said(new)})" for key, (old, new) in against.differs.items()]
+        notes.append(f"{label} differs from {base.label} in more than one setting: {', '.join(settings)}.")
     partners = {repr(run.seed) for run in base.runs + base.diverged}
     alone = [str(run.seed) for run in variant.runs + variant.diverged if repr(run.seed) not in partners]
     if alone:
-        notes.append(f"{label}: {base.label} has no seed {', '.join(alone)}; it counts in means, not in differences.")
+        seeds = f"seed {', '.join(alone)}"
+        notes.append(f"{label}: {seeds} without partner in {base.label}; in means, not in differences.")
     return notes
 
 
@@ -195,18 +205,17 @@ def _sentence(variant: Variant, base: Variant, against: Against) -> str:
     metrics = [BY_KEY[key] for key in ("accuracy/test", "loss/test") if against.paired[key].n]
     metrics = metrics or [metric for metric in reversed(TARGETS) if against.paired[metric.key].n]
     if not metrics:
-        words = f"{variant.label} and {base.label} share no seed in which both finished, so nothing can be paired"
+        words = f"{variant.label} and {base.label} share no finished seed, so nothing can be paired"
     else:
         n = max(against.paired[metric.key].n for metric in metrics)
         over = f"over {n} paired seeds" if n > 1 else "in one seed, which is not enough evidence"
         words = f"{variant.label} against {base.label}, {over}: "
         words += "; ".join(_difference(metric, against) for metric in metrics)
-    loss, accuracy = (against.speedups[metric.tag] for metric in TARGETS)
-    shown = loss if loss.n else accuracy
-    if shown.n:
-        words += f". {_speed(shown, base.label, 'loss' if loss.n else 'accuracy')}"
+    speeds = [(metric, against.speedups[metric.tag]) for metric in TARGETS]
+    reached = "; it ".join(_speed(metric, speed, base.label) for metric, speed in speeds if speed.n)
+    words += f". It {reached}" if reached else ""
     if variant.diverged:
-        words += f". {len(variant.diverged)} of {len(variant.runs) + len(variant.diverged)} of its runs diverged"
+        words += f". {len(variant.diverged)} of its {len(variant.runs + variant.diverged)} runs diverged"
     return words + "."
 
 
@@ -227,20 +236,24 @@ def _difference(metric: Metric, against: Against) -> str:
     return f"{words} ({interval}, p {show_p(paired.p, '= ')})"
 
 
-def _speed(speed: SpeedUp, base: str, what: str) -> str:
-    target = f"{base}'s best validation {what}"
+def _speed(metric: Metric, speed: SpeedUp, base: str) -> str:
+    target = f"{base}'s best validation {'accuracy' if metric.is_accuracy else 'loss'}"
     if not speed.reached:
-        return f"It never reaches {target}" + (f" in {speed.n} seeds" if speed.n > 1 else "")
-    seeds = f"in {speed.reached} of {speed.n} seeds"
+        return f"never reaches {target}" + (f" in {speed.n} seeds" if speed.n > 1 else "")
+    words = f"reaches {target} in {speed.reached} of {speed.n} seeds"
     if speed.ratio is None:
-        return f"It reaches {target} {seeds}"
-    times = speed.ratio if speed.ratio >= 1 else 1 / speed.ratio
-    words = f"It reaches {target} {seeds}"
-    words += f", there in {times:.2g} times {'fewer' if speed.ratio >= 1 else 'more'} steps"
-    if speed.low is None:
         return words
-    words += f" (speed-up {speed.ratio:.2f}, 95% interval {speed.low:.2f} to {speed.high:.2f}"
-    return words + (", not enough evidence)" if speed.low <= 1 <= speed.high else ")")
+    times = f", there {_fold(speed.ratio):.2g} times {'sooner' if speed.ratio > 1 else 'later'}"
+    if speed.low is None:
+        return words + (times if speed.ratio != 1 else "") + (" in each" if speed.reached > 1 else "")
+    if speed.low <= 1 <= speed.high:
+        return f"{words}, but not evidently sooner or later (speed-up {speed.ratio:.2f}, not enough evidence)"
+    low, high = sorted(map(_fold, (speed.low, speed.high)))
+    return f"{words}{times} (95% interval {low:.2g} to {high:.2g})"
+
+
+def _fold(ratio: float) -> float:
+    return max(ratio, 1 / ratio)
 
 
 def show_p(p: float, equals: str = "") -> str:

@@ -3,19 +3,22 @@
 ``metrics.jsonl`` is the truth that reports read; the events are the same numbers for TensorBoard.
 """
 
+import io
 import json
 import os
+import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter, summary
 
 from bnexp.folder import METRICS, finite
-from bnexp.readings import Scalar
+from bnexp.readings import Band, Scalar
 
 # What HParams shows beside the settings of a run.
 HPARAMS_METRICS = ("accuracy/valid", "loss/valid", "accuracy/test", "loss/test", "loss/train")
@@ -28,7 +31,9 @@ class Writer:
         self.path = folder / METRICS
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._drop_after(step)
-        self.events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.events = EventFile(folder)
+        if step:  # what an earlier file holds beyond it did not happen
+            self.events.add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _drop_after(self, step: int) -> None:
         """Forget what was written after ``step``, by a process that died before its next checkpoint."""
@@ -43,45 +48,57 @@ class Writer:
         os.truncate(self.path, keep)
 
     def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Scalar]) -> dict[str, float]:
-        """Keep the readings of one step; returns them by tag.
-
-        A line that does not fit on the disk any more is taken back, so that the file stays readable.
-        """
+        """Keep the readings of one step; returns them by tag."""
         metrics = {reading.tag: reading.value for reading in readings}
         line = {"step": step, "epoch": round(epoch, 6), "seconds": round(seconds, 6), **metrics}
-        data = json.dumps(finite(line), allow_nan=False).encode() + b"\n"
-        before = os.path.getsize(self.path)
-        try:
-            written = self.file.write(data)
-            if written != len(data):
-                self.file.write(data[written:])
-        except OSError:
-            os.truncate(self.path, before)
-            raise
-        for tag, value in metrics.items():
-            self.events.add_scalar(tag, value, step)
+        append(self.file, json.dumps(finite(line), allow_nan=False).encode() + b"\n")
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        self.events.add(step=step, summary=Summary(value=values))
         return metrics
 
     def describe(self, config: str, hparams: Mapping[str, bool | int | float | str], group: str) -> None:
         """The resolved config as text, and HParams in this very run, its seeds averaged under ``group``."""
-        self.events.add_text("config", f"```yaml\n{config}\n```")
+        self.events.add(summary=summary.text("config", f"```yaml\n{config}\n```"))
         shown = [summary_v2.Metric(tag) for tag in HPARAMS_METRICS]
         names = [summary_v2.HParam(name) for name in hparams]
-        self._add(summary_v2.hparams_config_pb(names, shown))
-        self._add(summary_v2.hparams_pb(dict(hparams), trial_id=group))
+        self.events.add(summary=summary_v2.hparams_config_pb(names, shown))
+        self.events.add(summary=summary_v2.hparams_pb(dict(hparams), trial_id=group))
 
     def close(self, success: bool) -> None:
-        """Say how the run ended, and let go of the files."""
+        """Say how the run ended, and let go of the files; once is enough."""
+        if self.file.closed:
+            return
         status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
         end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
         content = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
         value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=content, tensor=metadata.NULL_TENSOR)
-        self._add(Summary(value=[value]))
-        self.events.close()
-        self.file.close()
+        with self.file, self.events.file:
+            self.events.add(summary=Summary(value=[value]))
 
-    def _add(self, content: Summary) -> None:
-        self.events.file_writer.add_event(Event(summary=content))
+
+class EventFile:
+    """TensorBoard's file of a run. Written at once and in this thread, so that a full disk is heard of here."""
+
+    def __init__(self, folder: Path) -> None:
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.add(file_version="brain.Event:2")
+
+    def add(self, **fields: object) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        append(self.file, record.getvalue())
+
+
+def append(file: io.FileIO, data: bytes) -> None:
+    """All of ``data`` or nothing: what does not fit on the disk any more is taken back, and the file stays whole."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
 
 
 class NullWriter:
@@ -92,3 +109,21 @@ class NullWriter:
 
     def close(self, success: bool) -> None:
         pass
+
+
+def write_bands(folder: Path, label: str, bands: Iterable[tuple[int, Band]]) -> None:
+    """One TensorBoard run for a variant: ``TAG/mean``, ``TAG/lower`` and ``TAG/upper`` over (step, band)s."""
+    with SummaryWriter(str(folder / label)) as events:
+        for step, band in bands:
+            for name in ("mean", "lower", "upper"):
+                events.add_scalar(f"{band.tag}/{name}", getattr(band, name), step)
+
+
+def write_layout(folder: Path, tags: Sequence[str]) -> None:
+    """Ask TensorBoard's custom-scalars page to draw the bands of ``tags`` as margin charts."""
+    charts: dict[str, dict] = {}
+    for tag in tags:
+        band = [f"{tag}/{name}" for name in ("mean", "lower", "upper")]
+        charts.setdefault(tag.partition("/")[0], {})[tag] = ["Margin", band]
+    with SummaryWriter(str(folder)) as events:
+        events.add_custom_scalars(charts)

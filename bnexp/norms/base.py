@@ -58,11 +58,13 @@ class BatchNormBase(_NormBase):
         return self.training or (self.running_mean is None and self.running_var is None)
 
     def check(self, x: Tensor, residual: Tensor | None) -> None:
-        """Refuse what ``torch.nn`` refuses: wrong rank or width, or one value per channel to average over."""
+        """Refuse what ``torch.nn`` refuses: wrong rank, width or kind, or one value per channel to average over."""
         if not 2 <= x.dim() <= 5:
             raise ValueError(f"expected a 2-D to 5-D input with channels at dimension 1, got {tuple(x.shape)}")
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels at dimension 1, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating-point numbers, got {x.dtype}")
         if self.uses_batch_statistics() and x.numel() == x.shape[1]:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
@@ -73,8 +75,11 @@ class BatchNormBase(_NormBase):
     def count_batch(self) -> float:
         """Count this training batch and return the weight it gets in the running statistics.
 
-        The weight is ``momentum``, or 1 / (number of batches so far) when ``momentum`` is None.
+        The weight is ``momentum``, or 1 / (number of batches so far) when ``momentum`` is None. Buffers that
+        somebody has set to None, to turn tracking off in a finished network, are left alone, as in torch.
         """
+        if self.num_batches_tracked is None:
+            return 0.0
         self.num_batches_tracked.add_(1)
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 

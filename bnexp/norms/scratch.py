@@ -87,14 +87,17 @@ class BatchNorm(BatchNormBase):
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Move the running averages towards this batch: running = (1 - momentum) * running + momentum * batch."""
+        """Move the running averages towards this batch: running = (1 - momentum) * running + momentum * batch.
+
+        Computed in the precision of the batch's statistics and rounded once, to that of the buffers.
+        """
         momentum = self.count_batch()
-        if count == 0:  # an empty batch is counted but says nothing, as in torch
+        if count == 0 or self.running_mean is None:  # an empty batch is counted but says nothing, as in torch
             return
         if self.running_var_kind == "unbiased":
             var = var * (count / (count - 1))
-        self.running_mean.mul_(1 - momentum).add_(momentum * mean)
-        self.running_var.mul_(1 - momentum).add_(momentum * var)
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, running_var={self.running_var_kind}"

@@ -1,0 +1,169 @@
+"""Many runs from one command line: which jobs there are, who does which, and what is left to do.
+
+A sweep is a folder with one run folder per job and ``sweep.json``, which says what the jobs are. Whoever is
+started on it, first or again or beside another, finds out from the folder alone what remains: a job is done
+when its ``status.json`` says so, and taken while a living process holds its lock.
+"""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from bnexp.cli import GROUPS
+from bnexp.errors import UserError
+from bnexp.folder import check_free, finite, write_new
+
+NAME = "sweep.json"
+FREE_TO_CHANGE = ("out", "quiet", "threads")  # between two starts of one sweep; none of them changes a job
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: its name, its variant (the name without the seed), its overrides, its folder."""
+
+    name: str
+    variant: str
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides and the folder, as Hydra's grammar wants them."""
+        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
+        return [*self.overrides, f"out='{quoted}'"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a command line with several values asks for: ``swept`` keys in order, and each job's overrides."""
+
+    swept: tuple[str, ...]
+    points: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
+    variants: tuple[str, ...]
+    out: str | None
+    hydra: tuple[str, ...]
+
+    def jobs(self, folder: Path) -> list[Job]:
+        rows = zip(self.names, self.variants, self.points, strict=True)
+        return [Job(name, variant, point, folder / name) for name, variant, point in rows]
+
+
+def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
+    """Read overrides in Hydra's grammar (``a,b``, ``range(5)``, ``choice(...)``, ``glob(*)``) into jobs.
+
+    ``sweep_order=product`` crosses all lists, ``sweep_order=zip`` pairs them by position; seeds are crossed with
+    everything either way.
+    """
+    fixed: list[str] = []
+    lists: dict[str, list[str]] = {}
+    out, order, ours = None, "product", []
+    for override in OverridesParser.create(config_loader).parse_overrides(list(arguments)):
+        key = override.get_key_element()
+        if key.startswith("hydra"):
+            ours.append(override.input_line)
+        elif override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                raise UserError(f"{override.input_line}: not a list of values; write {key}=a,b or {key}=range(0,5)")
+            lists[key] = list(override.sweep_string_iterator())
+        elif key == "out":
+            out = str(override.value())
+        elif key == "sweep_order":
+            order = str(override.value())
+        else:
+            fixed.append(override.input_line)
+    combinations = _combine(lists, order)
+    points = tuple((*fixed, *(f"{key}={value}" for key, value in each.items())) for each in combinations)
+    names: list[str] = []
+    for values in combinations:
+        name = _name(values)
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    variants = tuple(_name({k: v for k, v in values.items() if k != "seed"}) for values in combinations)
+    return Grid(tuple(lists), points, tuple(names), variants, out, tuple(ours))
+
+
+def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
+    if order == "product":
+        return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    if order != "zip":
+        raise UserError(f"sweep_order={order}: not known; choose product or zip")
+    paired = {key: values for key, values in lists.items() if key != "seed"}
+    lengths = {key: len(values) for key, values in paired.items()}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise UserError(f"sweep_order=zip: lists of the same length are paired, but {found}; give as many of each")
+    rows = [dict(zip(paired, values, strict=True)) for values in zip(*paired.values(), strict=True)] or [{}]
+    return [row | {"seed": seed} for row in rows for seed in lists["seed"]] if "seed" in lists else rows
+
+
+def _name(values: dict[str, str]) -> str:
+    """``none-s0``: the values that vary, with the last part of their key unless the value says enough."""
+    parts = []
+    for key, value in values.items():
+        prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
+        parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
+    return "-".join(parts) or "run"
+
+
+def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
+    """The sweep's folder, new or found again; refuses one that holds another sweep, saying what differs.
+
+    ``configs`` holds the composed config of every job by name.
+    """
+    content = {"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}
+    text = json.dumps(finite(content), indent=1)
+    if grid.out is None:
+        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+            folder = default.with_name(default.name + suffix)
+            check_free(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            write_new(folder / NAME, text)
+            return folder
+    folder = Path(grid.out)
+    check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not write_new(folder / NAME, text):
+        _compare(folder, json.loads((folder / NAME).read_text())["jobs"], json.loads(text)["jobs"])
+    return folder
+
+
+def _comparable(cfg: DictConfig) -> dict:
+    config = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
+
+
+def _compare(folder: Path, there: dict, here: dict) -> None:
+    """Raise if the sweep in the folder is not this one."""
+    differences = [f"{name} only there" for name in there if name not in here]
+    differences += [f"{name} only here" for name in here if name not in there]
+    for name in here:
+        for key, value in _flat(here[name]).items():
+            before = _flat(there.get(name, here[name])).get(key)
+            if before != value:
+                differences.append(f"{key} is {before} there and {value} here")
+    if differences:
+        unique = list(dict.fromkeys(differences))
+        shown = "; ".join(unique[:6]) + (f"; and {len(unique) - 6} more" if len(unique) > 6 else "")
+        raise UserError(f"out={folder}: holds another sweep ({shown}); repeat its command or choose another folder")
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def default_folder(kind: str) -> Path:
+    return Path("outputs") / time.strftime("%Y-%m-%d") / f"{kind}-{time.strftime('%H%M%S')}"
