@@ -9,6 +9,7 @@ import importlib
 import inspect
 import math
 import os
+import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
@@ -42,8 +43,11 @@ CALLS = {
 }  # fmt: skip
 
 
-def check(cfg: DictConfig, *, free: bool = True) -> None:
-    """Raise :class:`UserError` for what cannot work, before any work; ``free=False`` lets ``out`` hold this run."""
+def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
+    """Raise :class:`UserError` for what cannot work, before any work.
+
+    ``free=False`` lets ``out`` hold this run already; ``runs=False`` asks only that the model can be built.
+    """
     if unknown := set(cfg) - {field.name for field in fields(Train)}:
         raise UserError(f"{sorted(unknown)[0]}: there is no such setting; bnexp train --help lists them all")
     for key in ("batch_size", "log_every"):
@@ -59,12 +63,17 @@ def check(cfg: DictConfig, *, free: bool = True) -> None:
         raise UserError(f"precision={cfg.precision}: not known; choose one of {', '.join(AUTOCAST)}")
     if cfg.threads != "auto":
         _at_least_one("threads", int(cfg.threads) if cfg.threads.isdigit() else cfg.threads)
-    find_device(cfg.device)
+    device = find_device(cfg.device)
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
             raise UserError(f"{group}: has to be given, nothing runs without it")
         check_options(group, cfg[group], cfg.allow)
     check_schedule(cfg)
+    if runs:
+        norm = part(cfg, "norm").func
+        require_device = getattr(sys.modules[norm.__module__], "require_device", None)
+        if require_device is not None:  # a norm that does not run everywhere says so before any work
+            require_device(device)
     if cfg.out == "":
         raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     if free and cfg.out is not None:

@@ -176,7 +176,7 @@ def summary(arguments: list[str]) -> int:
     from bnexp.summary import show_summary
 
     cfg = composed(arguments)
-    build.check(cfg)
+    build.check(cfg, runs=False)
     source = build.part(cfg, "data")()
     show_summary(build.make_model(cfg, source), source.in_shape)
     return 0

@@ -21,7 +21,7 @@ def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra's parser raises plain ones too
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra raises plain ones too
         raise UserError(explain(error, " ".join(arguments) or "the overrides")) from error
 
 
@@ -50,7 +50,8 @@ def explain(error: Exception, given: str) -> str:
         return f"{found[1]}: not a setting; write it as name=value"
     if found := re.search(r"(?:no viable alternative|mismatched|extraneous|token recognition).*", text):
         return f"cannot read {given}: {found[0]}; quote values that hold spaces, commas or brackets"
-    return " ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+    text = " ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+    return text if any(word in text for word in given.split()) else f"cannot use {given}: {text}"
 
 
 def nearest_setting(key: str) -> str:
@@ -59,6 +60,8 @@ def nearest_setting(key: str) -> str:
 
     cfg = OmegaConf.to_container(composed([]))
     known = [*cfg, *(f"{group}.{name}" for group in GROUPS for name in cfg[group] if not name.startswith("_"))]
+    if key in known:
+        return " with these groups"
     if found := nearest(key, known):
         return found
     ends = {name.rpartition(".")[2]: name for name in known}

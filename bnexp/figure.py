@@ -30,6 +30,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (6, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))  # 5 x 6: 30 looks
 WIDTH, HEIGHT, DPI = 10.0, 7.4, 160  # inches: 1600 pixels wide
 TOP, BOTTOM, LEFT, GAP, PAD = 0.42, 0.92, 0.78, 0.72, 0.14  # inches: margins, between rows, beside a label
+MOST_POINTS = 100  # of a line; more readings than that are averaged in windows, or only their noise is seen
 EXPLODED = 30.0  # a loss this many times above the calmest variant's peak leaves the picture
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold",
@@ -87,7 +88,7 @@ def _panel(axes: "Axes", tag: str, variants: Sequence[Variant]) -> dict[int, tup
     """Draw one tag of every variant; returns where each line ends, by the variant's index."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-    curves = [curve(variant, tag) for variant in variants]
+    curves = [curve(variant, tag, MOST_POINTS) for variant in variants]
     lost = [[_finite(run.curves.get(tag, ((), ()))) for run in variant.diverged] for variant in variants]
     lost = [[stray for stray in strays if stray[0]] for strays in lost]
     alpha = 0.17 if len(variants) <= 4 else 0.08
@@ -138,11 +139,17 @@ def _look(i: int) -> tuple[str, object]:
     return BASELINE if i == 0 else (COLORS[(i - 1) % len(COLORS)], DASHES[(i - 1) % len(DASHES)])
 
 
-def curve(variant: Variant, tag: str) -> Curve:
-    """Mean and interval over the finished runs at the steps that all have; no spread, no width."""
+def curve(variant: Variant, tag: str, most: int | None = None) -> Curve:
+    """Mean and interval over the finished runs at the steps that all have; no spread, no width.
+
+    Of more than ``most`` readings, as many neighbours as it takes are first averaged within each run.
+    """
     curves = [dict(zip(*run.curves[tag], strict=True)) for run in variant.runs if tag in run.curves]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    results = [stats.mean([curve[step] for curve in curves]) for step in steps]
+    width = -(-len(steps) // most) if most else 1
+    windows = [steps[i : i + width] for i in range(0, len(steps), max(1, width))]
+    results = [stats.mean([sum(map(curve.get, window)) / len(window) for curve in curves]) for window in windows]
+    steps = [window[-1] for window in windows]
     bounds = [(each.low, each.high) if each.low is not None else (each.mean, each.mean) for each in results]
     columns = ([each.mean, *bound] for each, bound in zip(results, bounds, strict=True))
     numbers = [[math.nan if value is None else _clip(value) for value in column] for column in columns]

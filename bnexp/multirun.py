@@ -1,6 +1,8 @@
 """Many runs by one command: ``bnexp train -m`` job by job through Hydra's launcher, ``bnexp compare`` in lockstep."""
 
+import re
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -11,7 +13,9 @@ import torch
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,15 +23,16 @@ from bnexp import build, loop, progress
 from bnexp.commands import composed, open_journal, session
 from bnexp.compare import COLUMNS, Contestant, lockstep, standings
 from bnexp.data.dataset import Dataset
-from bnexp.errors import UserError
+from bnexp.errors import StorageError, UserError
 from bnexp.explain import explained
 from bnexp.figure import PANELS, curve
-from bnexp.folder import CONFIG, DONE, Status, is_taken, read_status, taken, write_new
+from bnexp.folder import CONFIG, DONE, STATUS, Status, is_taken, read_status, taken, write_new
 from bnexp.readings import Band
+from bnexp.records import read_runs
 from bnexp.report import report, show_sweep
 from bnexp.run import Run
 from bnexp.sweep import Grid, Job, default_folder, expand, open_folder
-from bnexp.variants import Variant
+from bnexp.variants import HOUSEKEEPING, Variant, into_variants
 from bnexp.writer import write_bands, write_layout
 
 
@@ -53,12 +58,13 @@ def read_grid(arguments: Sequence[str]) -> Grid:
 
 def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfig]]:
     """Compose and check every job, then open the folder: bad input ends here, before any work."""
-    configs = {name: composed(point) for name, point in zip(grid.names, grid.points, strict=True)}
-    for name, cfg in configs.items():
+    configs = {}
+    for name, point in zip(grid.names, grid.points, strict=True):
         try:
-            build.check(cfg)
+            configs[name] = composed(point)
+            build.check(configs[name])
         except UserError as error:
-            raise UserError(f"{name}: {error}" if len(configs) > 1 else str(error)) from error
+            raise UserError(f"{name}: {error}" if len(grid.names) > 1 else str(error)) from error
     folder = open_folder(grid, default_folder(kind), configs)
     return folder, grid.jobs(folder), configs
 
@@ -73,21 +79,35 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
             task_function=run_job,
             config=cfg,
         )
-    began = time.time()
+    before = {job: written_at(job.folder) for job in jobs}
+    failed: set[Job] = set()  # since we began, here or elsewhere; what failed earlier is tried again
     while True:
-        statuses = {job: read_status(job.folder) for job in jobs}
-        failed = [
-            job.name for job, status in statuses.items()
-            if status.get("status") == "failed" and status["started"] >= began
-        ]  # fmt: skip
-        left = [job for job in jobs if statuses[job].get("status") not in DONE and job.name not in failed]
+        statuses = {job: read_status(job.folder).get("status") for job in jobs}
+        failed |= {job for job in jobs if statuses[job] == "failed" and written_at(job.folder) != before[job]}
+        left = [job for job in jobs if statuses[job] not in DONE and job not in failed]
         if not left:
-            return failed
+            return [job.name for job in failed if statuses[job] not in DONE]
         free = [job for job in left if not is_taken(job.folder)]
         if free:
-            launcher.launch([job.arguments for job in free], initial_job_idx=0)
+            results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
+            failed |= {job for job, result in zip(free, results, strict=True) if outcome(result) == "failed"}
         else:
             time.sleep(0.5)  # another process is at work on them; should it die, they are ours
+
+
+def outcome(result: JobReturn) -> str:
+    """What :func:`run_job` returned; it raises only what it could not write down, because the disk is full, say."""
+    try:
+        return result.return_value
+    except OSError as error:
+        print(f"bnexp: error: {error}", file=sys.stderr)
+        return "failed"
+
+
+def written_at(folder: Path) -> int:
+    """When the status of the run was last written, 0 if never: tells a new failure from an old one."""
+    path = folder / STATUS
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def compare(arguments: Sequence[str]) -> int:
@@ -103,31 +123,53 @@ def compare(arguments: Sequence[str]) -> int:
         quiet = next(iter(configs.values())).quiet
         try:
             failed = race(jobs, configs, baseline, quiet)
-            comparison = report([folder], baseline=baseline, out=folder, quiet=quiet)
-            write_band_runs(folder, comparison.variants)
+            label = find_label([job.folder for job in jobs if job.variant == baseline])
+            if label is not None:
+                comparison = report([folder], baseline=label, out=folder, quiet=quiet)
+                write_band_runs(folder, comparison.variants)
+            else:
+                if not quiet:
+                    show_sweep(folder)
+                print(f"no comparison: no run of the baseline, {baseline}, came to its end", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(f"to go on, repeat the command with out={folder}", file=sys.stderr)
+            raise
         finally:
             print(folder, flush=True)
     return 1 if failed else 0
 
 
 def find_baseline(grid: Grid, wanted: str | None) -> str:
-    """The overrides of the variant that all others are compared with: the first, unless ``wanted`` names one."""
-    varied = [key for key in grid.swept if key != "seed"]
+    """The variant that all others are compared with: the first, unless ``wanted`` names one, or its overrides."""
+    varied = [key for key in grid.swept if key not in HOUSEKEEPING]
     if not varied:
         raise UserError("compare: nothing varies but the seed; give a setting several values, norm=none,library say")
+    words = [] if wanted is None else re.split(r",(?=[^,=]+=)", wanted)
+    with explained(words):
+        parsed = OverridesParser.create().parse_overrides([word for word in words if "=" in word])
+    asked = {f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed}  # 1e-2 is 0.01
     for variant, point in zip(grid.variants, grid.points, strict=True):
-        words = [word for word in point if word.partition("=")[0] in varied]
-        if wanted is None or wanted == variant or set(wanted.split(",")) <= set(words):
-            return ",".join(words)
+        own = {word for word in point if word.partition("=")[0] in varied}
+        if wanted in (None, variant) or (asked and asked <= own):
+            return variant
     known = ", ".join(dict.fromkeys(grid.variants))
     raise UserError(f"baseline={wanted}: not among the variants, which are {known}; write baseline=norm=none, say")
+
+
+def find_label(folders: Sequence[Path]) -> str | None:
+    """How the report calls the variant whose runs lie in ``folders``; None if none of them came to its end."""
+    records, _ = read_runs([folders[0].parent])
+    for variant in into_variants(records)[0]:
+        if any(run.path in folders for run in variant.runs + variant.diverged):
+            return variant.label
+    return None
 
 
 def race(jobs: Sequence[Job], configs: dict[str, DictConfig], baseline: str, quiet: bool) -> bool:
     """Take up every job that is not done and drive them in lockstep; returns whether any failed."""
     datasets: dict[str, Dataset] = {}
     contestants, failed = [], False
-    for job in sorted(jobs, key=lambda job: not set(baseline.split(",")) <= set(job.overrides)):
+    for job in sorted(jobs, key=lambda job: job.variant != baseline):
         if read_status(job.folder).get("status") in DONE:
             continue
         cfg = configs[job.name]
@@ -158,7 +200,7 @@ def open_job(
 
 
 def run_job(cfg: DictConfig) -> str:
-    """One job, in whichever process the launcher runs it; returns its status and never raises but on Ctrl-C."""
+    """One job, in whichever process the launcher runs it; returns its status, ``taken`` if another process has it."""
     hydra_cfg = HydraConfig.get()
     overrides = [word for word in hydra_cfg.overrides.task if not word.startswith("out=")]
     is_alone = hydra_cfg.launcher._target_.endswith("BasicLauncher")
@@ -178,6 +220,9 @@ def run_job(cfg: DictConfig) -> str:
         shown = progress.make_progress(folder.name, quiet=cfg.quiet, in_sweep=True)
         try:
             return loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+        except StorageError as error:
+            print(f"bnexp: error: {error}", file=sys.stderr)
+            return "failed"
         except Exception:
             return "failed"  # and the journal says why
 

@@ -70,9 +70,13 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
         if key.startswith("hydra"):
             ours.append(override.input_line)
         elif override.is_sweep_override():
+            if key in ("out", "sweep_order"):
+                raise UserError(f"{override.input_line}: belongs to the sweep as a whole; give one value")
             if not override.is_discrete_sweep():
                 raise UserError(f"{override.input_line}: not a list of values; write {key}=a,b or {key}=range(0,5)")
             lists[key] = list(override.sweep_string_iterator())
+            if not lists[key]:
+                raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
             out = str(override.value())
         elif key == "sweep_order":
@@ -84,7 +88,8 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
     names: list[str] = []
     for values in combinations:
         name = _name(values)
-        names.append(name if name not in names else f"{name}-{len(names)}")
+        others = (f"{name}-{n}" for n in itertools.count(1))
+        names.append(next(each for each in itertools.chain([name], others) if each not in names))
     variants = tuple(_name({k: v for k, v in values.items() if k != "seed"}) for values in combinations)
     return Grid(tuple(lists), points, tuple(names), variants, out, tuple(ours))
 
@@ -147,11 +152,11 @@ def _compare(folder: Path, there: dict, here: dict) -> None:
     """Raise if the sweep in the folder is not this one."""
     differences = [f"{name} only there" for name in there if name not in here]
     differences += [f"{name} only here" for name in here if name not in there]
-    for name in here:
-        for key, value in _flat(here[name]).items():
-            before = _flat(there.get(name, here[name])).get(key)
-            if before != value:
-                differences.append(f"{key} is {before} there and {value} here")
+    for name in here.keys() & there.keys():
+        old, new = _flat(there[name]), _flat(here[name])
+        for key in dict.fromkeys([*new, *old]):
+            if old.get(key, "-") != new.get(key, "-"):
+                differences.append(f"{key} is {old.get(key, '-')} there and {new.get(key, '-')} here")
     if differences:
         unique = list(dict.fromkeys(differences))
         shown = "; ".join(unique[:6]) + (f"; and {len(unique) - 6} more" if len(unique) > 6 else "")

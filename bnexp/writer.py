@@ -20,9 +20,6 @@ from torch.utils.tensorboard import SummaryWriter, summary
 from bnexp.folder import METRICS, finite
 from bnexp.readings import Band, Scalar
 
-# What HParams shows beside the settings of a run.
-HPARAMS_METRICS = ("accuracy/valid", "loss/valid", "accuracy/test", "loss/test", "loss/train")
-
 
 class Writer:
     """Writes the readings of one run. ``step`` 0 starts anew, a later one goes on after that step."""
@@ -59,9 +56,8 @@ class Writer:
     def describe(self, config: str, hparams: Mapping[str, bool | int | float | str], group: str) -> None:
         """The resolved config as text, and HParams in this very run, its seeds averaged under ``group``."""
         self.events.add(summary=summary.text("config", f"```yaml\n{config}\n```"))
-        shown = [summary_v2.Metric(tag) for tag in HPARAMS_METRICS]
-        names = [summary_v2.HParam(name) for name in hparams]
-        self.events.add(summary=summary_v2.hparams_config_pb(names, shown))
+        # No list of what to show: of several TensorBoard takes the first run's, and would miss norm.eps if that is
+        # of norm=none. Left alone it gathers the settings of all runs and puts first what differs.
         self.events.add(summary=summary_v2.hparams_pb(dict(hparams), trial_id=group))
 
     def close(self, success: bool) -> None:

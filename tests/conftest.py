@@ -59,6 +59,8 @@ def bnexp(tmp_path, monkeypatch):
         GlobalHydra.instance().clear()
         try:
             return main(list(arguments))
+        except SystemExit as end:  # Hydra's --help and argparse's errors
+            return int(end.code or 0)
         finally:
             GlobalHydra.instance().clear()
 

@@ -10,7 +10,7 @@ from bnexp.folder import read_status
 # Interpreted Triton kernels are a thousand times slower than compiled ones; their own tests train with them.
 NORMS = [norm for norm in choices("norm") if norm in ("none", "scratch", "library")]
 SMALL = {
-    "resnet": ["model.stem=cifar", "model.widths=[8,16]", "model.blocks=[1,1]", "data.size=16"],
+    "resnet": ["model.stem=cifar", "model.widths=[16,32]", "model.blocks=[1,1]", "data.size=8"],
     "densenet": ["model.growth=8", "model.blocks=[2,2]", "model.stem_width=16", "data.size=16"],
 }
 
@@ -23,10 +23,11 @@ def losses_of(folder):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", choices("model"))
 def test_every_model_learns_digits_with_every_norm(model, norm, train):
-    folder = train(f"model={model}", f"norm={norm}", "steps=30", "log_every=5", *SMALL.get(model, ()))
+    overrides = ("steps=40", "log_every=5", "optimizer.lr=0.01", *SMALL.get(model, ()))
+    folder = train(f"model={model}", f"norm={norm}", *overrides)
     losses, metrics = losses_of(folder), read_status(folder)["metrics"]
-    assert losses[-1] < 0.9 * losses[0]
-    assert metrics["accuracy/test"] > 0.25  # chance is 0.1
+    assert losses[-1] < 0.8 * losses[0]
+    assert metrics["accuracy/test"] > 0.3  # chance is 0.1, the slowest of them reaches 0.47
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -42,9 +43,8 @@ def test_small_models_learn_mnist_with_every_norm(model, norm, train, mnist_root
 
 @pytest.mark.parametrize("model", ["resnet", "densenet"])
 def test_large_models_train_on_mnist_as_they_are(model, train, mnist_root):
-    folder = train("data=mnist", f"data.root={mnist_root}", f"model={model}", "data.limit=64", "batch_size=32", "steps=6",
-                   "log_every=2", "optimizer.lr=1e-4")  # fmt: skip
-    losses = losses_of(folder)
+    few = ("data.limit=64", "batch_size=32", "steps=6", "log_every=2", "optimizer.lr=1e-4")
+    losses = losses_of(train("data=mnist", f"data.root={mnist_root}", f"model={model}", *few))
     assert losses[-1] < losses[0]
 
 

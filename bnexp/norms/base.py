@@ -79,7 +79,7 @@ class BatchNormBase(_NormBase):
         somebody has set to None, to turn tracking off in a finished network, are left alone, as in torch.
         """
         if self.num_batches_tracked is None:
-            return 0.0
+            return self.momentum or 0.0
         self.num_batches_tracked.add_(1)
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 

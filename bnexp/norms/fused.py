@@ -1,0 +1,50 @@
+"""Batch normalization, residual addition and activation in one kernel (Triton)."""
+
+import torch
+from torch import Tensor
+
+from bnexp.kernels.batch_norm import batch_norm, require_device
+from bnexp.kernels.layout import dense, plan_for
+from bnexp.norms.base import BatchNormBase
+
+__all__ = ["BatchNorm", "require_device"]
+
+
+class BatchNorm(BatchNormBase):
+    """What scratch and library compute, without the passes over memory that adding and activating after take.
+
+    Statistics are float32 for every input type. It can be built anywhere; running it needs a CUDA device or
+    ``TRITON_INTERPRET=1``, else :class:`~bnexp.errors.UserError` (:func:`require_device` asks beforehand).
+    It can be differentiated once. Its printed form names the tier that the last input's shape ran on and why.
+    """
+
+    _seen: tuple | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self.check(x, residual)
+        track = self.training and self.track_running_stats
+        keep = not self.training or self.track_running_stats
+        if not torch.compiler.is_compiling():  # a changing attribute would be one more thing to guard on
+            self._seen = (x.shape, x.stride(), x.dtype, x.device)
+        return batch_norm(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            self.running_mean if keep else None,
+            self.running_var if keep else None,
+            self.num_batches_tracked if track else None,
+            training=self.uses_batch_statistics(),
+            momentum=self.momentum,
+            eps=self.eps,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self._seen is None:
+            return text
+        shape, stride, dtype, device = self._seen
+        x, _ = dense(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
+        p = plan_for(x, device)
+        return f"{text}, tier={p.tier} ({p.reason})"

@@ -1,0 +1,335 @@
+"""``bnexp train -m``: which jobs a command line makes, that all of them get done, once, and how it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bnexp import multirun
+from bnexp.commands import session
+from bnexp.errors import UserError
+from bnexp.folder import read_status
+from bnexp.run import Run
+
+SMALL = ("model=mlp", "model.hidden=[8]", "data.size=8", "data.limit=100", "batch_size=20", "threads=1",
+         "steps=30", "log_every=5", "checkpoint_every=3")  # fmt: skip
+SWEEP = (*SMALL, "norm=none,scratch", "seed=0,1")
+NAMES = ["none-s0", "none-s1", "scratch-s0", "scratch-s1"]
+
+
+def grid(*arguments):
+    with session():
+        return multirun.read_grid(arguments)
+
+
+def numbers(folder: Path) -> dict[str, list[dict]]:
+    """Every run's metrics.jsonl without what the clock decides; JSON keeps every bit of a float."""
+    rows = {path.parent.name: map(json.loads, path.read_text().splitlines()) for path in folder.glob("*/metrics.jsonl")}
+    clocks = ("seconds", "time/step", "throughput/images_per_s")
+    return {name: [{k: v for k, v in row.items() if k not in clocks} for row in each] for name, each in rows.items()}
+
+
+def snapshot(folder: Path) -> dict[str, tuple]:
+    """Content and time of every file; an empty lock file is opened anew by whoever looks whether it is held."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {path.parent.name: json.loads(path.read_text())["status"] for path in folder.glob("*/status.json")}
+
+
+def writers(run: Path) -> list[str]:
+    """The process of every start of a run: TensorBoard's files are one per start, with the process in the name."""
+    return [path.name.split(".")[-1 if path.name.count(".") < 7 else -2] for path in run.glob("events*")]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "bnexp", *arguments]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The numbers of SWEEP, run by one process from start to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start("train", "-m", *SWEEP, "quiet=true", "out=sweep", cwd=folder)
+    assert process.wait() == 0, process.communicate()
+    return numbers(folder / "sweep")
+
+
+def table(text: str) -> str:
+    """The end table without its last column, the seconds."""
+    return re.sub(r" +[\d.]+ *$", "", text[text.index("Sweep") : text.index("mean and 95%")], flags=re.MULTILINE)
+
+
+# ---------------------------------------------------------------- what the jobs are
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["norm=none,scratch", "seed=0,1"], "none-s0 none-s1 scratch-s0 scratch-s1"),
+        (["seed=range(3)"], "s0 s1 s2"),
+        (["norm=choice(none,library)", "model=mlp"], "none library"),
+        (["norm=glob(*a*)"], "library scratch"),
+        (["optimizer.lr=1e-2,0.5", "model=mlp,lenet"], "lr0.01-mlp lr0.01-lenet lr0.5-mlp lr0.5-lenet"),
+        (["norm=none,scratch", "optimizer.lr=1,2", "sweep_order=zip"], "none-lr1 scratch-lr2"),
+        (["norm=none,scratch", "data.size=8,9", "seed=0,1", "sweep_order=zip"],
+         "none-size8-s0 none-size8-s1 scratch-size9-s0 scratch-size9-s1"),
+        (["seed=0,1", "sweep_order=zip"], "s0 s1"),
+        (["model.hidden=[8],[8,4]"], "hidden8 hidden8_4"),
+        (["optimizer.lr=0.1,0.10,0.100"], "lr0.1 lr0.1-1 lr0.1-2"),
+        (["+model.x=a_2,'a 2',a_2-1,'a,2'"], "xa_2 xa_2-1 xa_2-1-1 xa_2-2"),
+        (["norm=none"], "run"),
+    ],
+)  # fmt: skip
+def test_lists_of_values_become_jobs_with_short_names_of_their_own(arguments, names):
+    assert " ".join(grid(*arguments).names) == names
+
+
+def test_every_job_gets_the_fixed_overrides_and_its_own_values():
+    made = grid("batch_size=4", "seed=0,1", "out=x", "hydra/launcher=basic", "+optimizer.a=1,2")
+    assert made.swept == ("seed", "+optimizer.a") and made.out == "x" and made.hydra == ("hydra/launcher=basic",)
+    assert made.points[1] == ("batch_size=4", "seed=0", "+optimizer.a=2")
+    assert made.variants == ("a1", "a2", "a1", "a2")
+    (job, *_) = made.jobs(Path("it's"))
+    assert job.arguments[-1] == r"out='it\'s/s0-a1'"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["seed=range(0)"], "seed=range(0): an empty list"),
+        (["norm=glob(zz*)"], "norm=glob(zz*): an empty list"),
+        (["optimizer.lr=interval(0,1)"], "not a list of values; write optimizer.lr=a,b"),
+        (["norm=none,library,scratch", "data.size=8,9", "sweep_order=zip"], "norm has 3, data.size has 2"),
+        (["seed=0,1", "sweep_order=random"], "choose product or zip"),
+        (["out=a,b"], "out=a,b: belongs to the sweep as a whole"),
+        (["batch_size=20,0"], "batch_size0: batch_size=0: has to be a whole number"),
+        (["norm=none,nonsense"], "norm=nonsense: there is no such norm"),
+        (["norm=scratch,none", "norm.eps=1"], "none: norm.eps: there is no such setting with these groups"),
+    ],
+)
+def test_one_bad_job_is_refused_before_any_work(bnexp, capsys, arguments, message):
+    assert bnexp("train", "-m", *SMALL, "out=sweep", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(Path().iterdir())
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+def test_a_failing_job_stops_no_other_and_is_listed_with_its_reason_and_its_traceback(bnexp, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # so that no line is broken
+    arguments = (*SMALL, "model=lenet", "~model.hidden", "data.size=8,16", "seed=0,1", "out=sweep")
+    assert bnexp("train", "-m", *(each for each in arguments if "hidden" not in each)) == 1
+    assert statuses(Path("sweep")) == {"size8-s0": "failed", "size8-s1": "failed"} | dict.fromkeys(
+        ["size16-s0", "size16-s1"], "finished"
+    )
+    out = capsys.readouterr().out
+    for seed in (0, 1):
+        (line,) = [line for line in out.splitlines() if line.startswith("failed:") and f"data.size=8 seed={seed}" in line]
+        assert "model=lenet: 8x8 images are too small" in line and f"(sweep/size8-s{seed}/status.json)" in line
+        assert "Traceback" in read_status(Path(f"sweep/size8-s{seed}"))["traceback"]
+    assert out.count("Sweep") == 1 and out.endswith("\nsweep\n")
+
+
+def test_the_end_table_holds_a_row_per_variant_with_mean_and_interval_over_seeds(bnexp, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert bnexp("train", "-m", *SWEEP, "out=sweep") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, table(out).splitlines())) <= 80
+    values = [numbers(Path("sweep"))[f"none-s{seed}"][-1]["accuracy/test"] for seed in (0, 1)]
+    mean = 100 * sum(values) / 2
+    half = 12.7062 * 100 * abs(values[0] - values[1]) / 2  # t(0.975; 1) times the standard error of two values
+    row, interval = (lines := table(out).splitlines())[(i := next(i for i, x in enumerate(lines) if " none" in x))], lines[i + 1]
+    assert row.split()[:3] == ["none", "2", f"{mean:.2f}"]
+    assert float(interval.split()[0].removeprefix("±")) == pytest.approx(half, abs=0.006)  # two digits are shown
+    assert bnexp("train", "-m", *SWEEP, "out=sweep", "quiet=true") == 0
+    assert capsys.readouterr().out == "sweep\n"
+
+
+def test_divergence_is_a_result_and_not_a_failure(bnexp, capsys):
+    assert bnexp("train", "-m", *SMALL, "norm=none", "optimizer.lr=0.01,1e30", "optimizer=sgd", "out=sweep") == 0
+    assert statuses(Path("sweep")) == {"lr0.01": "finished", "lr1e+30": "diverged"}
+    out = capsys.readouterr().out
+    assert "div." in out and re.search(r"lr=1e\+30 +0 +1/1 ", out) and "failed" not in out
+    before = snapshot(Path("sweep"))
+    assert bnexp("train", "-m", *SMALL, "norm=none", "optimizer.lr=0.01,1e30", "optimizer=sgd", "out=sweep") == 0
+    assert snapshot(Path("sweep")) == before, "a diverged run was run again"
+
+
+# ---------------------------------------------------------------- the same command again
+
+
+def test_what_is_finished_is_left_alone_and_shown_again(bnexp, capsys, undisturbed):
+    assert bnexp("train", "-m", *SWEEP, "out=sweep") == 0
+    first, before = capsys.readouterr().out, snapshot(Path("sweep"))
+    assert numbers(Path("sweep")) == undisturbed
+    assert bnexp("train", "-m", *SWEEP, "out=sweep", "threads=2", "quiet=false") == 0
+    assert snapshot(Path("sweep")) == before
+    assert table(capsys.readouterr().out) == table(first)
+
+
+def step_that(act, monkeypatch, at: int, seed: int):
+    """Make the runs of one seed do ``act()`` instead of the step after step ``at``."""
+    original = Run.step
+
+    def step(run):
+        if run.num_steps == at and run.batches.seed == seed:
+            act()
+        original(run)
+
+    monkeypatch.setattr(Run, "step", step)
+
+
+def test_what_failed_is_tried_once_per_start_and_goes_on_from_its_checkpoint(bnexp, undisturbed):
+    tries = []
+
+    def fail():
+        tries.append(1)
+        if len(tries) > 9:
+            raise KeyboardInterrupt  # an endless loop, broken off
+        raise RuntimeError("out of luck")
+
+    with pytest.MonkeyPatch.context() as patch:
+        step_that(fail, patch, at=13, seed=1)
+        for start_number in (1, 2):
+            assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=sweep") == 1
+            assert len(tries) == 2 * start_number, "both runs of seed 1, once each"
+    failed = read_status(Path("sweep/none-s1"))
+    assert failed["error"] == "RuntimeError: out of luck" and "in fail" in failed["traceback"]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        step_that(lambda: seen.append("before the checkpoint"), patch, at=11, seed=1)
+        step_that(lambda: seen.append("after"), patch, at=12, seed=1)
+        assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=sweep") == 0
+    assert seen == ["after", "after"]
+    assert numbers(Path("sweep")) == undisturbed
+
+
+def test_a_disk_that_takes_nothing_more_fails_the_job_and_ends_the_sweep(bnexp, capsys, monkeypatch):
+    from bnexp import folder
+
+    original = folder.write_json
+
+    def write_json(path, content):
+        if path.parent.name == "none-s1":
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr("bnexp.folder.write_json", write_json)
+    assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=sweep") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert statuses(Path("sweep")) == {name: "finished" for name in NAMES if name != "none-s1"}
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_from_it(bnexp, tmp_path, capsys, undisturbed):
+    slow = [*SWEEP, "quiet=true", "out=sweep"]
+    slow[slow.index("steps=30")] = "steps=3000"  # as long as it takes until the signal arrives
+    process = start("train", "-m", *slow, cwd=tmp_path)
+    while not (tmp_path / "sweep/none-s0/checkpoint.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate()
+    assert process.returncode == 130 and out == "sweep\n" and "Traceback" not in error
+    assert statuses(tmp_path / "sweep") == {"none-s0": "interrupted"}
+    with pytest.MonkeyPatch.context() as patch:  # the same in process, where the step of the signal is known
+        step_that(lambda: os.kill(os.getpid(), signal.SIGINT), patch, at=16, seed=1)
+        assert bnexp("train", "-m", *SWEEP, "out=short") == 130
+    assert statuses(Path("short")) == {"none-s0": "finished", "none-s1": "interrupted"}
+    assert "to go on, repeat the command with out=short" in capsys.readouterr().err
+    assert read_status(Path("short/none-s1"))["step"] == 17
+    finished = snapshot(Path("short/none-s0"))
+    assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=short") == 0
+    assert snapshot(Path("short/none-s0")) == finished
+    assert numbers(Path("short")) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "first, second, message",
+    [
+        (["seed=0,1"], ["seed=0,1", "batch_size=10"], "batch_size is 20 there and 10 here"),
+        (["seed=0,1"], ["seed=0,1,2"], "s2 only here"),
+        (["seed=0,1"], ["seed=0"], "s0 only there"),
+        (["+optimizer.momentum=0.9"], [], "optimizer.momentum is 0.9 there and - here"),
+    ],
+)
+def test_another_sweep_in_the_same_folder_is_refused_saying_what_differs(bnexp, capsys, first, second, message):
+    fixed = (*SMALL, "steps=1", "optimizer=other", "optimizer._target_=torch.optim.RMSprop", "out=sweep")
+    assert bnexp("train", "-m", *fixed, *first) == 0
+    before = snapshot(Path("sweep"))
+    assert bnexp("train", "-m", *fixed, *second) == 2
+    assert message in capsys.readouterr().err
+    assert snapshot(Path("sweep")) == before
+
+
+def test_a_single_run_or_a_file_is_no_place_for_a_sweep(train, bnexp, capsys):
+    run = train(*SMALL, "steps=1")
+    Path("file").touch()
+    before = snapshot(Path())
+    assert bnexp("train", "-m", *SMALL, "seed=0,1", f"out={run.name}") == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert bnexp("train", "-m", *SMALL, "seed=0,1", "out=file") == 2
+    assert "is a file" in capsys.readouterr().err
+    assert snapshot(Path()) == before
+
+
+# ---------------------------------------------------------------- several at once
+
+
+def test_two_processes_on_one_folder_share_the_work_and_end_in_the_same_table(tmp_path, undisturbed):
+    wait = "import sys, time, pathlib, bnexp.multirun, bnexp.cli\npathlib.Path(sys.argv.pop(1)).touch()\n"
+    wait += "while not pathlib.Path('go').exists(): time.sleep(0.001)\nsys.exit(bnexp.cli.main(sys.argv[1:]))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    command = ["train", "-m", *SWEEP, "out=sweep"]
+    both = [
+        subprocess.Popen([sys.executable, "-c", wait, name, *command], cwd=tmp_path, env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for name in "ab"
+    ]  # fmt: skip
+    while not all((tmp_path / name).exists() for name in "ab"):
+        assert all(each.poll() is None for each in both), [each.communicate() for each in both]
+        time.sleep(0.001)
+    (tmp_path / "go").touch()
+    outputs = [each.communicate() for each in both]
+    assert [each.returncode for each in both] == [0, 0], outputs
+    starts = {name: writers(tmp_path / "sweep" / name) for name in NAMES}
+    assert all(len(each) == 1 for each in starts.values()), f"a job was started twice: {starts}"
+    assert {each for (each,) in starts.values()} == {str(each.pid) for each in both}, "one of them did all the work"
+    assert table(outputs[0][0]) == table(outputs[1][0])
+    assert numbers(tmp_path / "sweep") == undisturbed
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_launcher_runs_jobs_side_by_side_and_takes_up_what_was_interrupted(bnexp, tmp_path, undisturbed, launcher):
+    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    pytest.importorskip(package, reason=f"the {launcher} launcher of Hydra is not installed")
+    sweep = [each for each in SWEEP if not each.startswith("threads=")]  # which is for the launcher to decide
+    sweep += ["norm=none", "out=sweep", "quiet=true"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multirun.build, "set_threads", lambda threads: None)
+        step_that(lambda: os.kill(os.getpid(), signal.SIGINT), patch, at=16, seed=0)
+        assert bnexp("train", "-m", *sweep) == 130
+    options = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    process = start("train", "-m", *sweep, f"hydra/launcher={launcher}", *options, cwd=tmp_path)
+    assert process.wait() == 0, process.communicate()
+    assert numbers(Path("sweep")) == {name: undisturbed[name] for name in ("none-s0", "none-s1")}
+    (_, here), (there,) = sorted(writers(Path("sweep/none-s0")), key=str(os.getpid()).__eq__), writers(Path("sweep/none-s1"))
+    assert here == str(os.getpid())
+    assert "threads: '1'" in Path("sweep/none-s1/config.yaml").read_text()
+    before = snapshot(Path("sweep"))
+    assert bnexp("train", "-m", *sweep, f"hydra/launcher={launcher}", *options) == 0
+    assert snapshot(Path("sweep")) == before
