@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "train variants in lockstep, with the same seeds, and say which is better and how sure that is",
     "report": "the same verdict, tables and figure from run folders that are finished",
     "summary": "a table of the model: layers, shapes, parameters and where norms sit",
+    "bench": "check every batch norm against float64, then time those that passed",
     "completion": "print the bash script that completes commands, groups and values",
 }
 GROUPS = ("model", "norm", "data", "optimizer", "schedule")

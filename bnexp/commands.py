@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp import config
-from bnexp.cli import GROUPS, conf_dir
+from bnexp.cli import GROUPS, choices, conf_dir
 from bnexp.errors import UserError
 from bnexp.explain import explained
 
@@ -84,9 +84,9 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
     state = checkpoint.load(folder, run.device)
     if state is not None:
         run.load_state_dict(state)
+    status = Status(folder, build.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
-    status = Status(folder, build.device_name(run.device), list(overrides), goes_on=state is not None)
     return Journal(writer, status, folder)
 
 
@@ -179,6 +179,23 @@ def summary(arguments: list[str]) -> int:
     build.check(cfg, runs=False)
     source = build.part(cfg, "data")()
     show_summary(build.make_model(cfg, source), source.in_shape)
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """``bnexp bench norms``: every implementation of batch norm in ``conf/norm``, parity first, then speed."""
+    from bnexp import bench as benchmark
+
+    settings = benchmark.parse(arguments)
+    from bnexp import build
+    from bnexp.norms.base import BatchNormBase
+
+    norms = {name: build.part(composed([f"norm={name}"]), "norm") for name in choices("norm")}
+    ours = {
+        name: norm for name, norm in norms.items()
+        if isinstance(norm.func, type) and issubclass(norm.func, BatchNormBase)
+    }  # fmt: skip
+    benchmark.run(ours, settings, build.find_device(settings.device))
     return 0
 
 

@@ -83,6 +83,7 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
             order = str(override.value())
         else:
             fixed.append(override.input_line)
+            lists.pop(key, None)  # as everywhere in Hydra, what is said last counts
     combinations = _combine(lists, order)
     points = tuple((*fixed, *(f"{key}={value}" for key, value in each.items())) for each in combinations)
     names: list[str] = []

@@ -369,12 +369,12 @@ def package(tmp_path, monkeypatch):
     """A package of the user's, with a norm that says when it is imported and one taken from elsewhere."""
     marker = tmp_path / "imported"
     (tmp_path / "strangers_norms.py").write_text(
-        "import pathlib\nfrom os import system\nfrom torch import nn\n"
+        "import pathlib\nimport torch\nfrom os import system\nfrom torch import nn\n"
         f"pathlib.Path({str(marker)!r}).touch()\n\n"
         "class Twice(nn.Module):\n"
         "    def __init__(self, num_features, factor=2.0, activation='identity'):\n"
         "        super().__init__()\n"
-        "        self.factor = factor\n\n"
+        "        self.factor, self.noise = factor, torch.randn(9)\n\n"
         "    def forward(self, x, residual=None):\n"
         "        return x * self.factor\n"
     )
@@ -396,7 +396,14 @@ def test_a_package_is_neither_used_nor_imported_before_the_user_trusts_it(packag
 
 def test_trust_in_a_package_does_not_reach_what_it_imports(package):
     message = refusal("norm=none", "norm._target_=strangers_norms.system", "allow=[strangers_norms]")
-    assert "strangers_norms.system" in message
+    assert "strangers_norms.system: nothing that norm= takes" in message
+
+
+def test_a_norm_that_draws_random_numbers_does_not_move_the_weights(package):
+    named = ("norm=none", "norm._target_=strangers_norms.Twice", "allow=[strangers_norms]")
+    one, two = (build.build(checked(*each)).model for each in (named, ("norm=none",)))
+    assert one.norm1.noise.std() > 0
+    assert all(torch.equal(getattr(one, name).weight, getattr(two, name).weight) for name in ("conv1", "conv2"))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ FLOORS = (
     "norms kernels models data optim",
     "run engine checkpoint folder",
     "writer progress probes",
-    "loop compare report records bench summary variants verdict figure",
-    "cli config build commands explain sweep __main__",
+    "loop compare report records bench parity shapes timing summary variants verdict figure",
+    "cli config build commands explain sweep multirun __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PARTS = FLOORS[1].split()
@@ -29,7 +29,7 @@ DOORS = {
     "omegaconf": FLOORS[5].split(),
     "tensorboard": ["writer"],
     "torch.utils.tensorboard": ["writer"],
-    "rich": ["progress", "report", "summary", "commands"],
+    "rich": ["progress", "report", "bench", "summary", "commands", "multirun"],
     "triton": ["kernels"],
     "matplotlib": ["figure", "report"],
 }

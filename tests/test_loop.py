@@ -90,7 +90,7 @@ def different(one, two, ignore=()):
 def state_of(run):
     """All that a run has become; the meter holds what has not been read, which is the observer's business."""
     state = run.state_dict()
-    return {key: state[key] for key in ("num_steps", "model", "optimizer", "batches")}
+    return {key: state[key] for key in ("num_steps", "model", "optimizer", "batches", "scaler")}
 
 
 # ---------------------------------------------------------------- reproducible, and untouched by observation

@@ -16,7 +16,8 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups, metadata
 
 from bnexp.commands import composed
-from bnexp.folder import claim_new, read_status
+from bnexp.errors import UserError
+from bnexp.folder import claim, claim_new, read_status
 from bnexp.readings import Scalar
 from bnexp.writer import Writer
 
@@ -338,6 +339,14 @@ def test_of_eight_who_want_the_same_folder_exactly_one_gets_it(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
 
 
+def test_of_two_who_both_found_a_folder_free_the_second_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("bnexp.folder.check_free", lambda path: None)  # both looked before either wrote
+    claim(tmp_path / "out", "first")
+    with pytest.raises(UserError, match="choose another"):
+        claim(tmp_path / "out", "second")
+    assert (tmp_path / "out/config.yaml").read_text() == "first"
+
+
 def test_eight_who_leave_it_to_us_get_eight_folders(tmp_path):
     results = at_once("new", tmp_path)
     folders = [out.strip() for (out, _), _ in results]
@@ -361,8 +370,6 @@ def days():
 
 
 def test_a_run_that_cannot_make_a_folder_says_so(tmp_path, monkeypatch):
-    from bnexp.errors import UserError
-
     (tmp_path / "outputs").write_text("a file")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="outputs/day/run: cannot be made .* out=DIR"):
