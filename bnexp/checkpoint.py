@@ -13,7 +13,7 @@ NAME = "checkpoint.pt"
 def save(state: dict, folder: Path) -> Path:
     """Write ``state`` to ``folder/checkpoint.pt``; whoever dies halfway leaves the previous one untouched."""
     path = folder / NAME
-    scratch = folder / f".{NAME}.{os.getpid()}"
+    scratch = folder / f".{NAME}.new"  # one name, so that those who are killed here leave one file and not many
     try:
         with open(scratch, "wb") as file:
             try:

@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "completion":
             return completion(rest)
         if command not in COMMANDS:
-            raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {', '.join(COMMANDS)}")
+            known = ", ".join(COMMANDS)
+            raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
         # Two OpenMP threads that spin while they wait slow each other down as soon as anything else runs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from bnexp import commands
@@ -80,6 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"bnexp: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has gone; so do we, as programs do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("bnexp: interrupted", file=sys.stderr)
         return 130

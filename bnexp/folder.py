@@ -114,7 +114,7 @@ def finite(value: Any) -> Any:
 
 def write_json(path: Path, content: dict) -> None:
     """Replace ``path`` in one move, so that a reader sees the old or the new and never half of one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.new")  # whoever writes holds the run's lock
     try:
         scratch.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
         os.replace(scratch, path)

@@ -184,7 +184,8 @@ def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None
         if isinstance(error, OSError):
             raise StorageError(
                 f"the run stopped at step {run.num_steps} because it could not be written down: {error}; what was "
-                f"written before stays readable in {journal.folder}; free some space and start again"
+                f"written before stays readable in {journal.folder}; free some space, then go on with "
+                f"bnexp resume {journal.folder}"
             ) from error
         raise
 

@@ -146,10 +146,8 @@ class _BatchNorm(torch.autograd.Function):
         dx, dweight, dbias, dresidual = torch.ops.bnexp.batch_norm_backward(
             dy, x, weight, bias, mean, rstd, saved, ctx.training, ctx.activation
         )
-        if ctx.residual_dtype is None:
-            dresidual = None
-        else:  # of an identity, the residual's gradient is dy itself
-            dresidual = (dy if saved is None else dresidual).to(ctx.residual_dtype)
+        dresidual = dy if saved is None else dresidual  # of an identity, the residual's gradient is dy itself
+        dresidual = None if ctx.residual_dtype is None else dresidual.to(ctx.residual_dtype)
         dweight, dbias = (None if t is None else d for t, d in ((weight, dweight), (bias, dbias)))
         return dx, dresidual, dweight, dbias, *[None] * 7
 
