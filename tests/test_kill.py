@@ -44,6 +44,9 @@ def die_within(what, name, count):
     else:
         bnexp.writer.append = lambda file, data: half(data, file) if name in str(file.name) else file.write(data)
 
+sys.stdout, out = open(os.devnull, "w"), sys.stdout
+assert main([*json.loads(sys.stdin.readline()), "steps=1", "out=warm"]) == 0  # imports what is imported late
+sys.stdout = out
 for line in sys.stdin:
     arguments, seconds, where = json.loads(line)
     child = os.fork()
@@ -82,10 +85,10 @@ def warm(tmp_path):
     """``warm(arguments, seconds, where) -> exit code`` of one forked child, -9 if it was killed."""
     program = [sys.executable, "-c", WARM]
     with subprocess.Popen(program, cwd=tmp_path, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        print(json.dumps(["train", "-m", *SWEEP]), file=process.stdin, flush=True)
 
         def call(arguments, seconds=None, where=None) -> int:
-            process.stdin.write(json.dumps([arguments, seconds, where]) + "\n")
-            process.stdin.flush()
+            print(json.dumps([arguments, seconds, where]), file=process.stdin, flush=True)
             return int(process.stdout.readline())
 
         yield call
@@ -93,6 +96,9 @@ def warm(tmp_path):
 
 
 def test_a_sweep_killed_anywhere_ends_as_if_undisturbed_and_does_no_job_twice(warm, tmp_path, undisturbed):
+    began = time.perf_counter()
+    assert warm(["train", "-m", *SWEEP, f"out={tmp_path / 'whole'}"]) == 0
+    duration = time.perf_counter() - began
     random.seed(0)
     places, kills, by_clock = list(PLACES), 0, 0
     for round_number in range(20):
@@ -101,7 +107,8 @@ def test_a_sweep_killed_anywhere_ends_as_if_undisturbed_and_does_no_job_twice(wa
         finished, code = {}, -signal.SIGKILL
         while code == -signal.SIGKILL:
             where = places.pop(0) if places else None
-            code = warm(["train", "-m", *SWEEP, f"out={folder}"], None if where else random.uniform(0, 0.8), where)
+            seconds = None if where else random.uniform(0, duration)
+            code = warm(["train", "-m", *SWEEP, f"out={folder}"], seconds, where)
             assert code == -signal.SIGKILL or not where, f"nobody came by at {where}"
             kills += code == -signal.SIGKILL
             by_clock += code == -signal.SIGKILL and not where
@@ -113,8 +120,7 @@ def test_a_sweep_killed_anywhere_ends_as_if_undisturbed_and_does_no_job_twice(wa
         if by_clock >= 20:
             break
     assert kills >= 20 + len(PLACES)
-    litter = [path.name for path in folder.rglob(".*.new")]
-    assert not litter, "what a killed process left half-written is overwritten by the next"
+    assert not list(tmp_path.rglob("*.new")), "what a killed process left half-written is taken over by the next"
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_from_it(bnexp, tmp_path, capsys, undisturbed):

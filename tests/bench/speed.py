@@ -104,14 +104,15 @@ def bench_loop(batch_size: int, num_rounds: int, threads: str, num_images: int) 
         "folder": {"writes": True, "shows": False},
         "folder and bar": {"writes": True, "shows": True},
     }
-    loops = {"bare": bare_loop(batch_size, num_steps, threads)}
+    # The second is the first once more: how far it is from 1 is what this machine cannot tell apart today.
+    loops = {name: bare_loop(batch_size, num_steps, threads) for name in ("bare", "bare again")}
     loops |= {name: our_loop(batch_size, num_steps, threads, **each) for name, each in options.items()}
     seconds = time_in_turns(loops, num_rounds)
     print(f"\nLeNet, {num_steps} steps of {batch_size} MNIST images, threads={threads}: seconds, and ratio to bare")
     for kind, what in enumerate(("clock", "processor")):
         for name, each in seconds.items():
             ratios = [ours[kind] / bare[kind] for ours, bare in zip(each, seconds["bare"], strict=True)]
-            verdict = "" if name == "bare" else f"   ratio {spread(ratios)}  goal {GOAL_LOOP}"
+            verdict = "" if name == "bare" else f"   ratio {spread(ratios)}" + f"  goal {GOAL_LOOP}" * ("again" not in name)
             print(f"  {what:<10}{name:<16}{spread([pair[kind] for pair in each], ' s')}{verdict}")
 
 
