@@ -31,9 +31,11 @@ from bnexp.loop import Plan
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer
 from bnexp.run import AUTOCAST, Run
+from bnexp.summary import list_layers
 
 GROUPS = ("model", "norm", "data", "optimizer", "schedule")
 OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
+WORK_PER_THREAD = 50_000_000  # multiply-adds in a step's forward pass that are worth a thread, by measurement
 # Where a group's own entries live, which classes of torch it takes, and what it is called with.
 HOMES = {"model": "bnexp.models", "norm": "bnexp.norms", "data": "bnexp.data", "schedule": "bnexp.optim"}
 KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
@@ -116,9 +118,19 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def set_threads(threads: str) -> None:
-    """Use the cores that this process may use, or as many threads as asked for."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if threads == "auto" else int(threads))
+def count_threads(cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], device: torch.device) -> int:
+    """As many CPU threads as asked for; ``auto``: as many as a step's work keeps busy, at most the usable cores.
+
+    Small layers are done before a second thread has woken up. The rule counts multiply-adds and never the clock,
+    because the number of threads decides how sums are rounded: the same config gives the same bits.
+    """
+    if cfg.threads != "auto":
+        return int(cfg.threads)
+    if device.type != "cpu":
+        return 1
+    layers = list_layers(model, in_shape, batch_size=1, device="cpu")
+    work = cfg.batch_size * sum(layer.multiply_adds for layer in layers)
+    return max(1, min(len(os.sched_getaffinity(0)), work // WORK_PER_THREAD))
 
 
 def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
@@ -258,10 +270,11 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
 
     Runs that are given the same ``datasets`` share the data that their configs have in common.
     """
-    set_threads(cfg.threads)
     device = find_device(cfg.device)
     source = part(cfg, "data")()
     model = make_model(cfg, source)
+    threads = count_threads(cfg, model, source.in_shape, device)
+    torch.set_num_threads(threads)
     datasets = {} if datasets is None else datasets
     key = f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
     if key not in datasets:
@@ -279,6 +292,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         schedule=part(cfg, "schedule"),
         precision=cfg.precision,
         channels_last=cfg.channels_last,
+        threads=threads,
     )
 
 

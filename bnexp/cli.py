@@ -1,5 +1,6 @@
 """The front door: a table of commands, answered without importing torch or Hydra until one of them runs."""
 
+import errno
 import os
 import sys
 import textwrap
@@ -81,9 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"bnexp: error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read our output has gone; so do we, as programs do
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # Whoever read our output has gone, or its disk is full. What lies in run folders is not touched by that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        print(f"bnexp: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("bnexp: interrupted", file=sys.stderr)
         return 130

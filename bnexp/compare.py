@@ -48,7 +48,8 @@ def lockstep(contestants: Sequence[Contestant]) -> Iterator[int]:
                     each.step()
             if asked:
                 interrupt(contestants)
-            yield step + 1
+            if any(each.run.num_steps > step for each in running):  # after its last step a run only comes to its end
+                yield step + 1
 
 
 def interrupt(contestants: Sequence[Contestant]) -> None:

@@ -30,7 +30,7 @@ class Train:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; norm statistics stay in float32)
     channels_last: bool = False  # memory format of images and convolutions
-    threads: str = "auto"  # CPU threads: auto (the usable cores) or a number
+    threads: str = "auto"  # CPU threads: auto (as many as the model keeps busy) or a number
 
     log_every: int = 20  # steps between readings of the training loss
     eval_every: int | None = None  # steps between evaluations; every epoch by default

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+import torch
+
 from bnexp import checkpoint
 from bnexp.errors import StorageError
 from bnexp.folder import Status
@@ -75,6 +77,8 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
     while run.num_steps < run.total_steps:
         began = perf_counter()
         origin = began - run.seconds
+        if torch.get_num_threads() != run.threads:  # somebody else's turn was before ours
+            torch.set_num_threads(run.threads)
         run.step()
         step, is_last = run.num_steps, run.num_steps == run.total_steps
         readings: list[Scalar] = []

@@ -69,6 +69,7 @@ class Run:
         schedule: Callable[[int, int], float],
         precision: str = "fp32",
         channels_last: bool = False,
+        threads: int = 1,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -76,6 +77,7 @@ class Run:
         self.total_steps = total_steps
         self.schedule = schedule
         self.channels_last = channels_last
+        self.threads = threads
         self.autocast_dtype = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter()

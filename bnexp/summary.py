@@ -37,7 +37,9 @@ def describe_norm(module: nn.Module, num_dims: int) -> str:
     return f"{name} over {over}" if over else name
 
 
-def list_layers(model: nn.Module, in_shape: Sequence[int], batch_size: int = 32) -> list[Layer]:
+def list_layers(
+    model: nn.Module, in_shape: Sequence[int], batch_size: int = 32, device: str = "meta"
+) -> list[Layer]:
     """The layers of ``model`` in the order an input (batch_size, *in_shape) passes them, in evaluation mode.
 
     A layer is a norm or a module without children. Multiply-adds are those of one image in convolutions and
@@ -55,7 +57,7 @@ def list_layers(model: nn.Module, in_shape: Sequence[int], batch_size: int = 32)
 
         module.register_forward_hook(hook)
 
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to(device).eval()
     inside_norm = ()
     for name, module in shadow.named_modules():
         if inside_norm and name.startswith(inside_norm):
@@ -66,7 +68,7 @@ def list_layers(model: nn.Module, in_shape: Sequence[int], batch_size: int = 32)
         elif not any(module.children()):
             watch(name, module)
     with torch.no_grad():
-        shadow(torch.empty(batch_size, *in_shape, device="meta"))
+        shadow(torch.empty(batch_size, *in_shape, device=device))
     return list(layers.values())
 
 

@@ -29,8 +29,9 @@ class Writer:
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._drop_after(step)
         self.events = EventFile(folder)
-        if step:  # what an earlier file holds beyond it did not happen
-            self.events.add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        # What an earlier file holds beyond this step did not happen. TensorBoard takes a run's first START for its
+        # beginning and drops nothing, so the beginning has one too.
+        self.events.add(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
 
     def _drop_after(self, step: int) -> None:
         """Forget what was written after ``step``, by a process that died before its next checkpoint."""

@@ -414,3 +414,21 @@ def test_a_norm_that_draws_random_numbers_does_not_move_the_weights(package):
 def test_what_cannot_be_called_as_the_group_is_called_is_an_error_and_no_traceback(overrides):
     extra = ["~model.bias", "~model.activation"] if "model" in overrides[0] else []
     assert "cannot be called as a" in refusal(*overrides, *extra)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "threads"),
+    [
+        (["model=mlp"], 1),
+        (["model=lenet", "batch_size=256"], 1),
+        (["model=lenet", "batch_size=1024"], 5),  # 1024 * 281,640 multiply-adds, 50 million a thread
+        (["model=resnet"], 8),
+        (["model=resnet", "threads=3"], 3),
+    ],
+)
+def test_a_run_gets_as_many_threads_as_its_work_keeps_busy(monkeypatch, overrides, threads):
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda process: range(8))
+    cfg = composed(overrides)
+    source = build.part(cfg, "data")()
+    model = build.make_model(cfg, source)
+    assert build.count_threads(cfg, model, source.in_shape, torch.device("cpu")) == threads

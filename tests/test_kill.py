@@ -16,12 +16,14 @@ from bnexp.cli import main
 from bnexp.folder import DONE, read_status
 
 # A process that has imported everything and forks a child for every command that it is given, to be killed after some
-# seconds, or before it does something for the n-th time to a file of a certain name, or halfway through a write.
+# seconds, or before it does something (or anything) for the n-th time to a file of a certain name, or within a write.
 WARM = """
 import json, os, signal, sys, time, torch
 torch.set_num_threads(1)
 import bnexp.multirun, bnexp.writer
 from bnexp.cli import main
+
+FILES = "open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.truncate"
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -29,7 +31,7 @@ def die():
 def die_before(event, name, count):
     seen = []
     def hook(now, arguments):
-        if now == event and name in os.path.basename(str(arguments[0])):
+        if now in FILES and event in (now, "any") and name in str(arguments[0]):
             seen.append(now)
             if len(seen) == count:
                 die()
@@ -62,13 +64,12 @@ for line in sys.stdin:
 """
 # In the order in which a sweep comes by, so that all of them can be had on the way through one.
 PLACES = [
-    ("os.mkdir", "sweep", 1), ("open", ".sweep.json", 1), ("os.link", ".sweep.json", 1),
-    ("os.remove", ".sweep.json", 1), ("os.mkdir", "none-s0", 1), ("open", ".lock", 1),
-    ("os.link", ".config.yaml", 1), ("os.remove", ".config.yaml", 1),
-    ("open", ".status.json", 1), ("os.rename", ".status.json", 1), ("open", "metrics.jsonl", 1),
-    ("os.truncate", "", 1), ("open", "events", 1), ("half an event", "events", 1), ("half a line", "metrics", 1),
-    ("open", ".checkpoint.pt", 1), ("half a checkpoint", "", 1), ("os.rename", ".checkpoint.pt", 3),
-    ("os.remove", ".checkpoint.pt", 3), ("os.rename", ".status.json", 8), ("open", ".checkpoint.pt", 12),
+    ("os.mkdir", "/sweep", 1), ("os.link", ".sweep.json", 1), ("os.remove", ".sweep.json", 1),
+    ("os.mkdir", "none-s0", 1), ("os.link", ".config.yaml", 1), ("os.remove", ".config.yaml", 1),
+    ("os.rename", ".status.json", 1), ("open", "metrics.jsonl", 1), ("os.truncate", "metrics.jsonl", 1),
+    ("half an event", "events", 1), ("half a line", "metrics.jsonl", 1), ("half a checkpoint", "", 1),
+    ("os.rename", ".checkpoint.pt", 3), ("os.remove", ".checkpoint.pt", 3), ("os.rename", ".status.json", 8),
+    ("open", ".checkpoint.pt", 12),
 ]  # fmt: skip
 
 
@@ -100,26 +101,30 @@ def test_a_sweep_killed_anywhere_ends_as_if_undisturbed_and_does_no_job_twice(wa
     assert warm(["train", "-m", *SWEEP, f"out={tmp_path / 'whole'}"]) == 0
     duration = time.perf_counter() - began
     random.seed(0)
-    places, kills, by_clock = list(PLACES), 0, 0
-    for round_number in range(20):
-        folder = tmp_path / f"{round_number}" / "sweep"
+    places, num_random = list(PLACES), 0
+    for number in range(100):
+        folder = tmp_path / str(number) / "sweep"
         folder.parent.mkdir()
         finished, code = {}, -signal.SIGKILL
         while code == -signal.SIGKILL:
-            where = places.pop(0) if places else None
-            seconds = None if where else random.uniform(0, duration)
+            where, seconds = None, None
+            if places:
+                where = places.pop(0)
+            elif random.random() < 0.6:
+                where = ("any", "/sweep/", random.randint(1, 200))  # of about 450 from start to end
+            else:
+                seconds = random.uniform(0, duration / 2)
             code = warm(["train", "-m", *SWEEP, f"out={folder}"], seconds, where)
-            assert code == -signal.SIGKILL or not where, f"nobody came by at {where}"
-            kills += code == -signal.SIGKILL
-            by_clock += code == -signal.SIGKILL and not where
+            num_random += code == -signal.SIGKILL and where not in PLACES
+            assert code == -signal.SIGKILL or where not in PLACES, f"nobody came by at {where}"
             for name, files in finished.items():
                 assert snapshot(folder / name) == files, f"{name} was finished and yet touched again"
             finished = {name: snapshot(folder / name) for name, status in statuses(folder).items() if status in DONE}
         assert code == 0 and sorted(finished) == NAMES
         assert numbers(folder) == undisturbed
-        if by_clock >= 20:
+        if num_random >= 20:
             break
-    assert kills >= 20 + len(PLACES)
+    assert num_random >= 20
     assert not list(tmp_path.rglob("*.new")), "what a killed process left half-written is taken over by the next"
 
 

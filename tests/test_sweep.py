@@ -221,11 +221,12 @@ def test_what_failed_is_tried_once_per_start_and_goes_on_from_its_checkpoint(bne
 def test_a_disk_that_takes_nothing_more_fails_the_job_and_ends_the_sweep(bnexp, capsys, monkeypatch):
     from bnexp import folder
 
-    original = folder.write_json
+    original, tries = folder.write_json, []
 
     def write_json(path, content):
         if path.parent.name == "none-s1":
-            raise OSError(28, "No space left on device")
+            tries.append(path)
+            raise OSError(28, "No space left on device") if len(tries) < 9 else KeyboardInterrupt  # an endless loop
         original(path, content)
 
     monkeypatch.setattr("bnexp.folder.write_json", write_json)
@@ -273,7 +274,6 @@ def test_a_launcher_runs_jobs_side_by_side_and_takes_up_what_was_interrupted(bne
     sweep = [each for each in SWEEP if not each.startswith("threads=")]  # which is for the launcher to decide
     sweep += ["norm=none", "out=sweep", "quiet=true"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(multirun.build, "set_threads", lambda threads: None)
         step_that(lambda: os.kill(os.getpid(), signal.SIGINT), patch, at=16, seed=0)
         assert bnexp("train", "-m", *sweep) == 130
     options = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []

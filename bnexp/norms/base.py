@@ -50,6 +50,8 @@ class BatchNormBase(_NormBase):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not eps >= 0:
+            raise UserError(f"norm.eps={eps}: is added to a variance under a root; give 0 or more, 1e-5 as a rule")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation = check_activation(activation)
 

@@ -112,7 +112,8 @@ def bench_loop(batch_size: int, num_rounds: int, threads: str, num_images: int) 
     for kind, what in enumerate(("clock", "processor")):
         for name, each in seconds.items():
             ratios = [ours[kind] / bare[kind] for ours, bare in zip(each, seconds["bare"], strict=True)]
-            verdict = "" if name == "bare" else f"   ratio {spread(ratios)}" + f"  goal {GOAL_LOOP}" * ("again" not in name)
+            verdict = "" if name == "bare" else f"   ratio {spread(ratios)}"
+            verdict += "" if "bare" in name else f"  goal {GOAL_LOOP}"
             print(f"  {what:<10}{name:<16}{spread([pair[kind] for pair in each], ' s')}{verdict}")
 
 
