@@ -272,9 +272,10 @@ def test_without_a_terminal_each_evaluation_is_a_line(bnexp, capsys):
     assert f" {base:.2%};" in lines[-1] and lines[-1].endswith(f" {other:.2%} {100 * (other - base):+.2f} points")
 
 
-def test_no_line_of_progress_lies_beyond_the_end(bnexp, capsys):
-    assert bnexp("compare", *SWEEP, "steps=5", "eval_every=3", "out=compare") == 0
-    assert re.findall(r"^step \S+?(?=[,:])", capsys.readouterr().out, re.MULTILINE) == ["step 3/5", "step 5/5"]
+def test_a_line_of_progress_begins_with_the_baseline_and_none_lies_beyond_the_end(bnexp, capsys):
+    assert bnexp("compare", *SWEEP, "baseline=scratch", "steps=5", "eval_every=3", "out=compare") == 0
+    shown = re.findall(r"^step (\d+/\d+)(?:, .*)?:  (\w+) 2 ", capsys.readouterr().out, re.MULTILINE)
+    assert shown == [("3/5", "scratch"), ("5/5", "scratch")]
 
 
 def test_quiet_prints_the_folder_alone(bnexp, capfd):
