@@ -31,7 +31,7 @@ from bnexp.readings import Band
 from bnexp.records import read_runs
 from bnexp.report import report, show_sweep
 from bnexp.run import Run
-from bnexp.sweep import Grid, Job, default_folder, expand, open_folder
+from bnexp.sweep import Grid, Job, default_folder, expand, open_folder, quoted
 from bnexp.variants import HOUSEKEEPING, Variant, into_variants
 from bnexp.writer import write_bands, write_layout
 
@@ -40,12 +40,13 @@ def train(arguments: Sequence[str]) -> int:
     """``bnexp train -m``: every job of the sweep that is not done yet; 1 if any failed."""
     with session():
         grid = read_grid(arguments)
+        hydra_config(grid, Path())  # a launcher that does not exist is heard of before any work
         folder, jobs, configs = prepare(grid, "sweep")
         quiet = next(iter(configs.values())).quiet
         try:
             failed = launch(grid, folder, jobs)
         finally:
-            if not quiet:
+            if not quiet and any(written_at(job.folder) for job in jobs):
                 show_sweep(folder)
             print(folder, flush=True)
     return 1 if failed else 0
@@ -71,9 +72,8 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfi
 
 def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
     """Hand jobs to the launcher until none is left to do or in anybody's hands; returns the names that failed."""
-    fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
+    cfg = hydra_config(grid, folder)
     with explained(grid.hydra):
-        cfg = GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=HydraContext(GlobalHydra.instance().config_loader(), Callbacks(cfg)),
             task_function=run_job,
@@ -93,6 +93,13 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
             failed |= {job for job, result in zip(free, results, strict=True) if outcome(result) == "failed"}
         else:
             time.sleep(0.5)  # another process is at work on them; should it die, they are ours
+
+
+def hydra_config(grid: Grid, folder: Path) -> DictConfig:
+    """What Hydra's launcher is made of."""
+    fixed = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweep.subdir=.", *grid.hydra]
+    with explained(grid.hydra):
+        return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
 
 
 def outcome(result: JobReturn) -> str:

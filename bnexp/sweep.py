@@ -36,8 +36,13 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """The overrides and the folder, as Hydra's grammar wants them."""
-        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
-        return [*self.overrides, f"out='{quoted}'"]
+        return [*self.overrides, f"out={quoted(self.folder)}"]
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra's grammar takes it, whatever signs it holds."""
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
             out = str(override.value())
+            if "${" in out:
+                raise UserError(f"{override.input_line}: the folder of all runs cannot depend on one; name it plainly")
         elif key == "sweep_order":
             order = str(override.value())
         else:

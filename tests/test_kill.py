@@ -53,6 +53,7 @@ for line in sys.stdin:
     arguments, seconds, where = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # ends whoever goes round and round
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if where:
             (die_within if where[0].startswith("half") else die_before)(*where)

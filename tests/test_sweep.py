@@ -113,6 +113,8 @@ def test_every_job_gets_the_fixed_overrides_and_its_own_values():
         (["norm=none,library,scratch", "data.size=8,9", "sweep_order=zip"], "norm has 3, data.size has 2"),
         (["seed=0,1", "sweep_order=random"], "choose product or zip"),
         (["out=a,b"], "out=a,b: belongs to the sweep as a whole"),
+        (["out='${seed}'", "seed=0,1"], "cannot depend on one"),
+        (["seed=0,1", "hydra/launcher=nonsense"], "hydra/launcher=nonsense: there is no such hydra/launcher"),
         (["batch_size=20,0"], "batch_size0: batch_size=0: has to be a whole number"),
         (["norm=none,nonsense"], "norm=nonsense: there is no such norm"),
         (["norm=scratch,none", "norm.eps=1"], "none: norm.eps: there is no such setting with these groups"),
@@ -157,6 +159,12 @@ def test_the_end_table_holds_a_row_per_variant_with_mean_and_interval_over_seeds
     assert float(interval) == pytest.approx(half, abs=0.006)  # two digits are shown
     assert bnexp("train", "-m", *SWEEP, "out=sweep", "quiet=true") == 0
     assert capsys.readouterr().out == "sweep\n"
+
+
+def test_a_folder_may_be_called_anything(bnexp):
+    assert bnexp("train", "-m", *SMALL, "steps=1", "seed=0,1", "quiet=true", r"""out='it\'s, \"x\" = y'""") == 0
+    (folder,) = Path().iterdir()
+    assert statuses(folder) == {"s0": "finished", "s1": "finished"}
 
 
 def test_divergence_is_a_result_and_not_a_failure(bnexp, capsys):
