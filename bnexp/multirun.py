@@ -31,7 +31,7 @@ from bnexp.readings import Band
 from bnexp.records import read_runs
 from bnexp.report import report, show_sweep
 from bnexp.run import Run
-from bnexp.sweep import Grid, Job, default_folder, expand, open_folder, quoted
+from bnexp.sweep import Grid, Job, default_folder, expand, open_folder
 from bnexp.variants import HOUSEKEEPING, Variant, into_variants
 from bnexp.writer import write_bands, write_layout
 
@@ -90,14 +90,18 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
         free = [job for job in left if not is_taken(job.folder)]
         if free:
             results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
-            failed |= {job for job, result in zip(free, results, strict=True) if outcome(result) == "failed"}
+            for job, result in zip(free, results, strict=True):
+                if (ended := outcome(result)) == "failed":
+                    failed.add(job)
+                elif ended in DONE and read_status(job.folder).get("status") not in DONE:
+                    raise RuntimeError(f"{job.folder}: its job is {ended}, but not there")  # or we would go on for ever
         else:
             time.sleep(0.5)  # another process is at work on them; should it die, they are ours
 
 
 def hydra_config(grid: Grid, folder: Path) -> DictConfig:
     """What Hydra's launcher is made of."""
-    fixed = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweep.subdir=.", *grid.hydra]
+    fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
     with explained(grid.hydra):
         return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
 

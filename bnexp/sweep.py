@@ -36,13 +36,7 @@ class Job:
     @property
     def arguments(self) -> list[str]:
         """The overrides and the folder, as Hydra's grammar wants them."""
-        return [*self.overrides, f"out={quoted(self.folder)}"]
-
-
-def quoted(path: Path) -> str:
-    """A path as Hydra's grammar takes it, whatever signs it holds."""
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+        return [*self.overrides, f"out='{self.folder}'"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +78,8 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
             out = str(override.value())
-            if "${" in out:
-                raise UserError(f"{override.input_line}: the folder of all runs cannot depend on one; name it plainly")
+            if re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
+                raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name; leave them out")
         elif key == "sweep_order":
             order = str(override.value())
         else:

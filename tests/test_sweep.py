@@ -100,8 +100,8 @@ def test_every_job_gets_the_fixed_overrides_and_its_own_values():
     assert made.swept == ("seed", "+optimizer.a") and made.out == "x" and made.hydra == ("hydra/launcher=basic",)
     assert made.points[1] == ("batch_size=4", "seed=0", "+optimizer.a=2")
     assert made.variants == ("a1", "a2", "a1", "a2")
-    (job, *_) = made.jobs(Path("it's"))
-    assert job.arguments[-1] == r"out='it\'s/s0-a1'"
+    (job, *_) = made.jobs(Path("it is"))
+    assert job.arguments[-1] == "out='it is/s0-a1'"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,8 @@ def test_every_job_gets_the_fixed_overrides_and_its_own_values():
         (["norm=none,library,scratch", "data.size=8,9", "sweep_order=zip"], "norm has 3, data.size has 2"),
         (["seed=0,1", "sweep_order=random"], "choose product or zip"),
         (["out=a,b"], "out=a,b: belongs to the sweep as a whole"),
-        (["out='${seed}'", "seed=0,1"], "cannot depend on one"),
+        (["out='${seed}'", "seed=0,1"], "cannot be in a sweep's folder name"),
+        (["out=\"it's\"", "seed=0,1"], "cannot be in a sweep's folder name"),
         (["seed=0,1", "hydra/launcher=nonsense"], "hydra/launcher=nonsense: there is no such hydra/launcher"),
         (["batch_size=20,0"], "batch_size0: batch_size=0: has to be a whole number"),
         (["norm=none,nonsense"], "norm=nonsense: there is no such norm"),
@@ -161,9 +162,10 @@ def test_the_end_table_holds_a_row_per_variant_with_mean_and_interval_over_seeds
     assert capsys.readouterr().out == "sweep\n"
 
 
-def test_a_folder_may_be_called_anything(bnexp):
-    assert bnexp("train", "-m", *SMALL, "steps=1", "seed=0,1", "quiet=true", r"""out='it\'s, \"x\" = y'""") == 0
+def test_a_folder_may_be_called_almost_anything(bnexp):
+    assert bnexp("train", "-m", *SMALL, "steps=1", "seed=0,1", "quiet=true", "out='a, b = [c] (d)'") == 0
     (folder,) = Path().iterdir()
+    assert folder.name == "a, b = [c] (d)"
     assert statuses(folder) == {"s0": "finished", "s1": "finished"}
 
 
