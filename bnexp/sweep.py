@@ -79,7 +79,7 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
         elif key == "out":
             out = str(override.value())
             if re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
-                raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name; leave them out")
+                raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
         elif key == "sweep_order":
             order = str(override.value())
         else:
