@@ -261,7 +261,7 @@ def check_statistics(cfg: DictConfig, source: Any, num_images: int) -> None:
         except ValueError as error:
             raise UserError(
                 f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
-                f"there is no variance; use another batch_size or drop_last=true ({error})"
+                f"there is no variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
             ) from error
 
 

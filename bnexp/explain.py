@@ -29,7 +29,7 @@ def explain(error: Exception, given: str) -> str:
     """One sentence or two for one exception; ``given`` is what stood on the command line."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     text = f"{error}\n{cause or ''}"
-    if found := re.search(r"Could not find '([\w@/]+)/([^'/]+)'\s+Available options in '[^']+':\s+([\w\s]+)", text):
+    if found := re.search(r"Could not find '([\w@/]+)/([^'/]*)'\s+Available options in '[^']+':\s+([\w\s]+)", text):
         group, wrong, options = found[1], found[2], found[3].partition("Config")[0].split()
         return (
             f"{group}={wrong}: there is no such {group}{nearest(wrong, options)}; "

@@ -178,9 +178,10 @@ def show_sweep(folder: Path) -> None:
 
 def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Group:
     """What became of a sweep: a row per variant, then every run that does not count and where it lies."""
-    table = _table("Sweep", "mean and 95% interval over seeds; div.: runs that diverged, not in the means")
     variants, superseded = into_variants(records)
     any_lost = any(each.diverged for each in variants)
+    caption = "mean and 95% interval over seeds" + "; div.: runs that diverged, not in the means" * any_lost
+    table = _table("Sweep", caption)
     shown = [metric for metric in METRICS[:6] if any(metric.mean(each.runs).n for each in variants)]
     table.add_column("variant", no_wrap=True)
     for name in ["n", *["div."] * any_lost, *map(_head, shown), "s"]:

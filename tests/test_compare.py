@@ -288,3 +288,10 @@ def test_a_run_that_another_process_holds_is_not_touched(bnexp, capsys):
         assert bnexp("compare", *SWEEP, "out=compare") == 2
     assert "another process is at work on this run" in capsys.readouterr().err
     assert not statuses(Path("compare"))
+
+
+def test_compare_explains_itself_and_takes_no_flags(bnexp, capsys):
+    assert bnexp("compare", "--help") == 0
+    assert "usage: bnexp compare" in capsys.readouterr().out
+    assert bnexp("compare", "-m", "norm=none,library") == 2
+    assert "-m: compare takes settings only" in capsys.readouterr().err
