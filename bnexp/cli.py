@@ -25,7 +25,7 @@ bnexp train                                          LeNet with batch norm on em
 bnexp train model=resnet norm=scratch                the textbook batch norm in a ResNet
 bnexp train data=mnist optimizer=sgd optimizer.lr=0.1 schedule=cosine epochs=10
 bnexp summary model=densenet data.size=224           layers, shapes, parameters
-bnexp rerun outputs/DATE/RUN seed=1                  the same run with another seed"""
+bnexp compare norm=none,library 'seed=range(5)'      does batch norm help, and how sure is that"""
 BASH = """\
 # bash completion for bnexp; load it with: eval "$(bnexp completion)"
 _bnexp() {
