@@ -349,6 +349,14 @@ def test_the_quick_set_runs_end_to_end_and_is_written_down(monkeypatch, tmp_path
     assert float(lines[0]["forward_us"]) == content["rows"][0]["forward_us"]
 
 
+def test_only_implementations_of_batch_norm_compete(bnexp, monkeypatch):
+    """The other norms of conf/ compute something else, whatever they inherit, so parity could only fail them."""
+    entered = {}
+    monkeypatch.setattr(bench, "run", lambda norms, settings, device: entered.update(norms))
+    assert bnexp("bench", "norms", "device=cpu") == 0
+    assert set(entered) == {"scratch", "library", "fused"}
+
+
 def test_an_interruption_keeps_what_was_measured(small, tmp_path, capsys):
     class Interrupted(scratch.BatchNorm):
         def forward(self, x, residual=None):

@@ -30,8 +30,13 @@ def load_entry(group, name):
     return getattr(importlib.import_module(module), target), options
 
 
+# The batches here are smaller than a default block, but even.
+SMALL_BATCHES = {"ghost": {"virtual_batch": 2}}
+
+
 def make_norm(name):
     target, options = load_entry("norm", name)
+    options |= SMALL_BATCHES.get(name, {})
     return lambda num_features, activation="identity": target(num_features, **options, activation=activation)
 
 

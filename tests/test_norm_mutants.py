@@ -220,17 +220,17 @@ def test_the_real_classes_pass(norm, check):
     check(norm)
 
 
-def mutate(module, old, new):
-    """The class of ``module``, a copy of its text in which ``old`` reads ``new``."""
+def mutate(module, old, new, name="BatchNorm"):
+    """The class ``name`` of ``module``, a copy of its text in which ``old`` reads ``new``."""
     text = inspect.getsource(module)
     assert text.count(old) == 1, f"{old!r} is not in {module.__name__} once: mend this mutant"
     mutant = types.ModuleType("mutant")
     exec(text.replace(old, new), mutant.__dict__)
-    return mutant.BatchNorm
+    return getattr(mutant, name)
 
 
 TRACKING = "(1 - momentum) * running.to(batch.dtype) + momentum * batch"
-VARIANCE = "(z - mean.view(per_channel)).square().mean(dims)"
+VARIANCE = "average((z - mean.view(per_channel)).square(), weights)"
 ROOT = "torch.sqrt(var.view(per_channel) + self.eps)"
 COUNT = "momentum = self.count_batch()"
 PRECISION = "z = x if x.dtype == torch.float64 else x.float()"
@@ -239,7 +239,7 @@ FINISH = "finish(y.to(x.dtype), residual, self.activation)"
 # The mistake, the check that has to notice it, where it is, what is written there and what instead.
 MUTANTS = [
     ("biased running variance", check_training, scratch, 'kind == "unbiased"', 'kind == "never"'),
-    ("unbiased variance for the batch itself", check_training, scratch, VARIANCE, "z.var(dims)"),
+    ("unbiased variance for the batch itself", check_training, scratch, VARIANCE, "z.var([0, *range(2, z.dim())])"),
     ("eps outside the root", check_training, scratch, ROOT, "(var.sqrt() + self.eps).view(per_channel)"),
     ("eps outside the root, seen in losses", check_lenet_trains_like_library, scratch, ROOT,
      "(var.sqrt() + self.eps).view(per_channel)"),
@@ -248,18 +248,20 @@ MUTANTS = [
     ("swapped momentum", check_training, library, COUNT, "momentum = 1 - self.count_batch()"),
     ("no cumulative average", check_settings, library, COUNT, "self.count_batch()"),
     ("counter forgotten", check_training, scratch, COUNT, "momentum = self.momentum"),
-    ("variance as E[x^2] - E[x]^2", check_large_mean, scratch, VARIANCE, "z.square().mean(dims) - mean.square()"),
+    ("variance as E[x^2] - E[x]^2", check_large_mean, scratch, VARIANCE,
+     "average(z.square(), weights) - mean.square()"),
     ("float32 for float64 input", check_large_mean, scratch, PRECISION, "z = x.float()"),
     ("statistics in half precision", check_half_precision_statistics, scratch, PRECISION, "z = x"),
     ("graph on the running mean", check_no_graph_on_buffers, scratch, "self.track(mean.detach(), var.detach(),",
      "self.running_mean = 0.9 * self.running_mean + 0.1 * mean; (0,"),
-    ("gradient stops at the mean", check_training, scratch, "mean = z.mean(dims)", "mean = z.detach().mean(dims)"),
+    ("gradient stops at the mean", check_training, scratch, "mean = average(z, weights)",
+     "mean = average(z.detach(), weights)"),
     ("gradient stops at the variance", check_training, scratch, VARIANCE, f"{VARIANCE}.detach()"),
     # The first derivative of the variance does not feel the mean move, the second does.
     ("gradient right, its gradient wrong", check_second_order, scratch, VARIANCE,
      VARIANCE.replace("mean.view", "mean.detach().view", 1)),
     ("the batch's statistics in evaluation", check_evaluation, scratch, "if self.uses_batch_statistics():", "if True:"),
-    ("shift forgotten", check_training, scratch, " + self.bias.view(per_channel)", ""),
+    ("shift forgotten", check_training, scratch, "y = y + self.bias.view(per_channel)", "pass"),
     ("residual forgotten", check_training, scratch, FINISH, "finish(y.to(x.dtype), None, self.activation)"),
     ("activation before the residual", check_training, scratch, FINISH,
      "finish(y.to(x.dtype), None, self.activation) + (0 if residual is None else residual)"),

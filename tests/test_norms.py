@@ -1,6 +1,7 @@
 """Norms do what torch.nn.BatchNorm1d/2d/3d do, to the letter, and what the paper's formulas say in float64.
 
-test_norm_mutants.py states the arithmetic as checks and shows that they tell right from wrong.
+test_norm_mutants.py states the arithmetic as checks and shows that they tell right from wrong;
+test_norm_every.py asks of every norm in conf/ what all have in common.
 """
 
 import copy
@@ -30,7 +31,6 @@ LAYOUTS = {
 }
 ALL = [scratch.BatchNorm, library.BatchNorm]
 both = pytest.mark.parametrize("norm", ALL, ids=["scratch", "library"])
-all_three = pytest.mark.parametrize("norm", [*ALL, Shift], ids=["scratch", "library", "none"])
 # Roundings to double of up to some hundred terms around 1.
 DOUBLE = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -163,19 +163,6 @@ def test_residual_and_activation_come_after_normalization(norm, activation):
     assert torch.equal(module(x, residual), finish(plain(x), residual, activation))
     with pytest.raises(ValueError, match="residual"):
         module(x, residual[:, :1])
-
-
-@all_three
-def test_an_unknown_activation_is_an_error_that_lists_the_known(norm):
-    with pytest.raises(UserError, match="activation=gelu.*identity, relu, sigmoid, tanh"):
-        norm(3, activation="gelu")
-
-
-@all_three
-def test_building_a_norm_draws_no_random_numbers(norm):
-    before = torch.get_rng_state()
-    norm(8, activation="relu")
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("target", [*ALL, nn.BatchNorm2d], ids=["scratch", "library", "torch"])

@@ -1,4 +1,4 @@
-"""What every implementation of batch normalization shares: its settings, its buffers, its last step.
+"""What norms share: the settings and buffers of batch normalization, the checks of an input, the last step.
 
 The contract of a norm is one call per site, ``norm(x, residual) = activation(normalize(x) + residual)``,
 because normalization, addition and activation together are what one kernel can do in one pass.
@@ -28,6 +28,45 @@ def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     return y if function is None else function(y)
 
 
+def scale_and_shift(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``weight * xhat + bias`` with one weight and one bias per channel, dimension 1; None leaves its part out."""
+    per_channel = [-1 if d == 1 else 1 for d in range(xhat.dim())]
+    if weight is not None:
+        xhat = weight.view(per_channel) * xhat
+    return xhat if bias is None else xhat + bias.view(per_channel)
+
+
+def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place.
+
+    Computed in the precision of ``batch`` and rounded once, to that of the buffer.
+    """
+    running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+
+
+def check_input(x: Tensor, residual: Tensor | None, num_features: int) -> None:
+    """Raise ValueError, as ``torch.nn`` does, for input of the wrong rank, width or kind; for any other residual."""
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"expected a 2-D to 5-D input with channels at dimension 1, got {tuple(x.shape)}")
+    if x.shape[1] != num_features:
+        raise ValueError(f"expected {num_features} channels at dimension 1, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating-point numbers, got {x.dtype}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"the residual's shape {tuple(residual.shape)} is not the input's {tuple(x.shape)}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise :class:`UserError` for what cannot be added to a variance."""
+    if not eps >= 0:
+        raise UserError(f"norm.eps={eps}: is added to a variance under a root; give 0 or more, 1e-5 as a rule")
+
+
+def divisors(number: int) -> list[int]:
+    """The whole numbers that divide ``number``, in order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 class BatchNormBase(_NormBase):
     """The settings and buffers of ``torch.nn.BatchNorm1d/2d/3d`` plus an activation; no arithmetic.
 
@@ -37,6 +76,10 @@ class BatchNormBase(_NormBase):
     ``momentum`` is the weight of the *new* batch in the running statistics; ``None`` asks for the
     cumulative average over all batches seen.
     """
+
+    # Implementations of batch normalization give the same numbers: parity holds them together and bench compares
+    # their speed. A class that only shares its settings and buffers, but computes something else, says False.
+    implements_batch_norm = True
 
     def __init__(
         self,
@@ -50,8 +93,7 @@ class BatchNormBase(_NormBase):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not eps >= 0:
-            raise UserError(f"norm.eps={eps}: is added to a variance under a root; give 0 or more, 1e-5 as a rule")
+        check_eps(eps)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation = check_activation(activation)
 
@@ -61,18 +103,9 @@ class BatchNormBase(_NormBase):
 
     def check(self, x: Tensor, residual: Tensor | None) -> None:
         """Refuse what ``torch.nn`` refuses: wrong rank, width or kind, or one value per channel to average over."""
-        if not 2 <= x.dim() <= 5:
-            raise ValueError(f"expected a 2-D to 5-D input with channels at dimension 1, got {tuple(x.shape)}")
-        if x.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels at dimension 1, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating-point numbers, got {x.dtype}")
+        check_input(x, residual, self.num_features)
         if self.uses_batch_statistics() and x.numel() == x.shape[1]:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
-            )
-        if residual is not None and residual.shape != x.shape:
-            raise ValueError(f"the residual's shape {tuple(residual.shape)} is not the input's {tuple(x.shape)}")
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
 
     def count_batch(self) -> float:
         """Count this training batch and return the weight it gets in the running statistics.
@@ -84,6 +117,18 @@ class BatchNormBase(_NormBase):
             return self.momentum or 0.0
         self.num_batches_tracked.add_(1)
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+
+    def share_left(self, num_batches: int) -> float:
+        """How much of the running statistics' initial values is left after ``num_batches`` training batches.
+
+        1 is all of it: every batch multiplies the share by 1 - momentum, so it is (1 - momentum)^num_batches.
+        A cumulative average forgets it with the first batch, and where nothing is tracked nothing is ever used.
+        """
+        if not self.track_running_stats:
+            return 0.0
+        if self.momentum is None:
+            return 0.0 if num_batches else 1.0
+        return float((1 - self.momentum) ** num_batches)
 
     @staticmethod
     def reduces_over(num_dims: int) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bnexp.norms.base import check_activation, finish
+from bnexp.norms.base import check_activation, check_input, finish
 
 
 class Shift(nn.Module):
@@ -20,6 +20,7 @@ class Shift(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_input(x, residual, len(self.bias))
         bias = self.bias.to(x.dtype).view([-1 if d == 1 else 1 for d in range(x.dim())])
         return finish(x + bias, residual, self.activation)
 

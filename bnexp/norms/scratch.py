@@ -1,7 +1,9 @@
 """Batch normalization as the paper writes it, in plain tensor operations: the version to read."""
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.norms.base import BatchNormBase, finish
@@ -26,6 +28,16 @@ class BatchNorm(BatchNormBase):
     * ``running_var_init`` is where the running variance starts: 1 (torch, TensorFlow) or 0 (D2L).
     * ``decay`` is the weight of the *old* average (TensorFlow), so ``decay=0.9`` is ``momentum=0.1``.
       Set one of the two: ``decay`` beside a ``momentum`` other than its default is an error.
+    * ``center=False`` drops bias, ``scale=False`` drops weight (TF-slim), of which ``affine=False`` drops both.
+      A relu and a dense layer behind the norm make up for the scale.
+    * ``zero_debias=True`` (TF-slim; section 3 of Kingma & Ba 2015, arXiv:1412.6980) takes out of a running average
+      the zero it starts from: with decay = 1 - momentum the t-th batch, counted from 1, has the weight
+      (1 - decay) / (1 - decay^t), so the first counts for all and the weights of t batches add up to 1. The running
+      mean starts at zero; the running variance only with ``running_var_init=0``, else it moves as without.
+    * ``decay_warmup=True`` (TensorFlow's moving averages) lets young averages move faster: after t batches the next
+      one meets decay_t = min(decay, (1 + t) / (10 + t)).
+
+    A statistic with ``zero_debias`` forgets its initial value by itself, so ``decay_warmup`` beside it is an error.
     """
 
     def __init__(
@@ -40,6 +52,10 @@ class BatchNorm(BatchNormBase):
         running_var: str = "unbiased",
         running_var_init: float = 1.0,
         decay: float | None = None,
+        center: bool = True,
+        scale: bool = True,
+        zero_debias: bool = False,
+        decay_warmup: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,39 +70,65 @@ class BatchNorm(BatchNormBase):
             if not 0 <= decay <= 1:
                 raise UserError(f"norm.decay={decay}: the weight of the old average lies between 0 and 1")
             momentum = 1.0 - decay
+        check_decay(momentum, zero_debias, decay_warmup)
         self.running_var_kind = running_var
         self.running_var_init = float(running_var_init)
+        self.zero_debias, self.decay_warmup = zero_debias, decay_warmup
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats,
+            num_features, eps, momentum, affine and (center or scale), track_running_stats,
             activation=activation, device=device, dtype=dtype,
         )  # fmt: skip
+        if not scale:
+            self.weight = None
+        if not center:
+            self.bias = None
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         if self.track_running_stats:
             self.running_var.fill_(self.running_var_init)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """activation(y + residual); ``weights`` (N,) says how often each example counts in the batch's statistics.
+
+        They are frequencies: whole numbers give the statistics of a batch that repeats every example so often, none
+        of it for 0, and any factor 0 or more is taken alike. With m the sum of the weights of a channel's values::
+
+            mean = sum(weights x) / m      var = sum(weights (x - mean)^2) / m      unbiased: var * m / (m - 1)
+
+        All examples are normalized, those of weight 0 too. Evaluation by running statistics takes no notice.
+        ValueError for another shape, for weights below 0 or not finite, and for m of 1 or less, which leaves no
+        variance; to know m, the host waits for the device.
+        """
         self.check(x, residual)
-        dims = [d for d in range(x.dim()) if d != 1]
         per_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
         z = x if x.dtype == torch.float64 else x.float()
 
         if self.uses_batch_statistics():
-            mean = z.mean(dims)
-            var = (z - mean.view(per_channel)).square().mean(dims)
+            count = count_values(x, weights)
+            mean = average(z, weights)
+            var = average((z - mean.view(per_channel)).square(), weights)
             if self.training and self.track_running_stats:
-                self.track(mean.detach(), var.detach(), x.numel() // max(self.num_features, 1))
+                self.track(mean.detach(), var.detach(), count)
         else:
             mean, var = self.running_mean.to(z.dtype), self.running_var.to(z.dtype)
 
         y = (z - mean.view(per_channel)) / torch.sqrt(var.view(per_channel) + self.eps)
-        if self.affine:
-            y = self.weight.view(per_channel) * y + self.bias.view(per_channel)
+        if self.weight is not None:
+            y = self.weight.view(per_channel) * y
+        if self.bias is not None:
+            y = y + self.bias.view(per_channel)
         return finish(y.to(x.dtype), residual, self.activation)
 
     @torch.no_grad()
-    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def track(self, mean: Tensor, var: Tensor, count: float) -> None:
         """Move the running averages towards this batch: running = (1 - momentum) * running + momentum * batch.
 
         Computed in the precision of the batch's statistics and rounded once, to that of the buffers.
@@ -96,8 +138,83 @@ class BatchNorm(BatchNormBase):
             return
         if self.running_var_kind == "unbiased":
             var = var * (count / (count - 1))
-        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+        plain, debiased = momentum, self.debias(momentum)
+        for running, batch, start in (
+            (self.running_mean, mean, 0.0),
+            (self.running_var, var, self.running_var_init),
+        ):
+            momentum = debiased if start == 0 else plain
             running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
 
+    def count_batch(self) -> float | Tensor:
+        """As everywhere; the weight is 1 - decay_t with ``decay_warmup``."""
+        momentum = super().count_batch()
+        if not self.decay_warmup or self.num_batches_tracked is None:
+            return momentum
+        t = self.num_batches_tracked.double() - 1  # batches before this one
+        return 1 - ((1 + t) / (10 + t)).clamp(max=1 - momentum)
+
+    def debias(self, momentum: float | Tensor) -> float | Tensor:
+        """The weight of this batch in an average that started at zero: momentum / (1 - (1 - momentum)^t)."""
+        if not self.zero_debias or self.num_batches_tracked is None:
+            return momentum
+        return momentum / (1 - (1 - momentum) ** self.num_batches_tracked.double())
+
+    def share_left(self, num_batches: int) -> float:
+        """How much of an initial value is left, of the mean's or of the variance's, whichever keeps more.
+
+        decay^num_batches, with ``decay_warmup`` the product of all decay_t; 0 after one batch where ``zero_debias``
+        corrects both, that is with ``running_var_init=0``.
+        """
+        share = super().share_left(num_batches)
+        if self.zero_debias and self.running_var_init == 0:
+            return share if num_batches == 0 else 0.0
+        if self.decay_warmup and self.track_running_stats:
+            return math.prod(min(1 - self.momentum, (1 + t) / (10 + t)) for t in range(num_batches))
+        return share
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, running_var={self.running_var_kind}"
+        left_out = [f"{name}=False" for name, t in (("scale", self.weight), ("center", self.bias)) if t is None]
+        words = left_out if self.affine else []
+        words += [f"{name}=True" for name in ("zero_debias", "decay_warmup") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), f"running_var={self.running_var_kind}", *words])
+
+
+def check_decay(momentum: float | None, zero_debias: bool, decay_warmup: bool) -> None:
+    """Raise :class:`UserError` for ways of averaging that exclude each other."""
+    if zero_debias and decay_warmup:
+        raise UserError(
+            "norm.zero_debias=True and norm.decay_warmup=True: each changes the weights of the first batches in its "
+            "own way; give one of them"
+        )
+    for name, asked in (("zero_debias", zero_debias), ("decay_warmup", decay_warmup)):
+        if asked and (momentum is None or not 0 < momentum <= 1):
+            raise UserError(
+                f"norm.{name}=True: needs a weight of the new batch above 0, not norm.momentum={momentum}; "
+                f"give one such as 0.1 (decay=0.9), or leave out {name}"
+            )
+
+
+def count_values(x: Tensor, weights: Tensor | None) -> float:
+    """How many values per channel the statistics of ``x`` are over; with ``weights``, what they add up to."""
+    if x.numel() == 0:
+        return 0
+    if weights is None:
+        return x.numel() // x.shape[1]
+    if weights.shape != x.shape[:1]:
+        raise ValueError(f"expected one weight per example, {tuple(x.shape[:1])}, got {tuple(weights.shape)}")
+    if not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError("expected finite weights of 0 or more, which say how often an example counts")
+    count = float(weights.double().sum()) * x[0, 0].numel()
+    if not count > 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got weights that add up to {count:g}")
+    return count
+
+
+def average(z: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean over everything but channels, (C,), in which example n counts ``weights[n]`` times."""
+    dims = [d for d in range(z.dim()) if d != 1]
+    if weights is None:
+        return z.mean(dims)
+    weights = weights.to(z.dtype).view([-1] + [1] * (z.dim() - 1))
+    return (weights * z).sum(dims) / (weights.sum() * z[:1, :1].numel())

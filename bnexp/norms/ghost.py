@@ -1,0 +1,108 @@
+"""Ghost batch normalization: blocks of a batch normalized apart, as if the batch were smaller than it is."""
+
+import torch
+from torch import Tensor
+
+from bnexp.errors import UserError
+from bnexp.norms.base import BatchNormBase, divisors, finish, move, scale_and_shift
+
+
+class GhostBatchNorm(BatchNormBase):
+    """Hoffer, Hubara & Soudry, "Train longer, generalize better", 2017 (arXiv:1705.08741), algorithm 1; as a
+    regularizer in Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", 2020
+    (arXiv:1906.03548).
+
+    In training the N examples of ``x`` (N, C) or (N, C, ...) form N / virtual_batch blocks of consecutive examples.
+    For every block b and channel c, over the m values of the channel in the block::
+
+        mean = sum(x) / m
+        var  = sum((x - mean)^2) / m
+        y    = weight * (x - mean) / sqrt(var + eps) + bias
+
+    One block of all examples is batch normalization. In evaluation the running statistics stand in, without blocks.
+
+    The running statistics move once per batch, by ``momentum``, towards the mean over the blocks of ``mean`` and of
+    ``var * m / (m - 1)``. If the m values of a block are independent draws, as the examples of a shuffled batch are
+    for (N, C), these are without bias for the population's mean and variance: every block's are, so their mean is,
+    and it is less noisy than one block's. The pixels of one image are not independent, so m - 1 corrects too little:
+    the variance comes out short by up to a share of 1 / virtual_batch, as it does in a batch of that size in
+    ``torch.nn``. Hoffer et al. move them once per block instead, as if the blocks came one after another: the last
+    block of a batch weighs most, and more blocks forget faster.
+
+    :class:`UserError` for a batch that virtual_batch does not divide, smaller ones among them, and for blocks with
+    one value per channel.
+    """
+
+    implements_batch_norm = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        *,
+        activation: str = "identity",
+        virtual_batch: int = 32,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if type(virtual_batch) is not int or virtual_batch < 1:
+            raise UserError(f"norm.virtual_batch={virtual_batch}: a number of examples; give a positive whole number")
+        self.virtual_batch = virtual_batch
+        super().__init__(num_features, eps, momentum, affine, activation=activation, device=device, dtype=dtype)
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise :class:`UserError` unless a batch of so many examples can be split into blocks."""
+        if batch_size % self.virtual_batch:
+            able = ", ".join(map(str, divisors(batch_size)[1:])) or "1"
+            raise UserError(
+                f"norm=ghost: a batch of {batch_size} cannot be split into blocks of {self.virtual_batch}; set "
+                f"norm.virtual_batch to a divisor of {batch_size} ({able}) or batch_size to a multiple of "
+                f"{self.virtual_batch}"
+            )
+
+    def check(self, x: Tensor, residual: Tensor | None) -> None:
+        super().check(x, residual)
+        if not self.uses_batch_statistics():
+            return
+        self.check_batch_size(len(x))
+        if x.numel() and self.virtual_batch * x[0, 0].numel() == 1:
+            raise UserError(
+                "norm=ghost: expected more than 1 value per channel in every block when training, got an input of size "
+                f"{tuple(x.shape)} with norm.virtual_batch=1; set it to 2 or more"
+            )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self.check(x, residual)
+        z = x if x.dtype == torch.float64 else x.float()
+        if self.uses_batch_statistics():
+            z = z.unflatten(0, (len(x) // self.virtual_batch, self.virtual_batch))  # (blocks, virtual_batch, C, ...)
+            dims = [d for d in range(z.dim()) if d not in (0, 2)]
+            mean = z.mean(dims, keepdim=True)
+            var = (z - mean).square().mean(dims, keepdim=True)
+            if self.training:
+                self.track(mean.detach().flatten(1), var.detach().flatten(1), z[:1, :, :1].numel())
+            xhat = ((z - mean) / torch.sqrt(var + self.eps)).flatten(0, 1)
+        else:
+            per_channel = [-1 if d == 1 else 1 for d in range(z.dim())]
+            mean, var = (t.to(z.dtype).view(per_channel) for t in (self.running_mean, self.running_var))
+            xhat = (z - mean) / torch.sqrt(var + self.eps)
+        y = scale_and_shift(xhat, self.weight, self.bias)
+        return finish(y.to(x.dtype), residual, self.activation)
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Count the batch and move the running statistics towards its blocks', (blocks, C) of ``count`` values each."""
+        momentum = self.count_batch()
+        if count == 0 or self.running_mean is None:  # an empty batch is counted but says nothing, as in torch
+            return
+        move(self.running_mean, mean.mean(0), momentum)
+        move(self.running_var, (var * (count / (count - 1))).mean(0), momentum)
+
+    def reduces_over(self, num_dims: int) -> str:
+        """``32 of N, H, W``: the dimensions that mean and variance are taken over in training."""
+        return f"{self.virtual_batch} of {BatchNormBase.reduces_over(num_dims)}"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, virtual_batch={self.virtual_batch}"

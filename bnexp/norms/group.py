@@ -1,0 +1,100 @@
+"""Group normalization: statistics of one example over groups of its channels, whatever else is in the batch."""
+
+import torch
+from torch import Tensor, nn
+
+from bnexp.errors import UserError
+from bnexp.norms.base import check_activation, check_eps, check_input, divisors, finish, scale_and_shift
+
+WORDS = ("layer", "instance")
+
+
+class GroupNorm(nn.Module):
+    """Wu & He, "Group Normalization", 2018 (arXiv:1803.08494), equations 1 to 3, 6 and 7.
+
+    The channels of ``x`` (N, C) or (N, C, ...) form ``groups`` groups of C / groups neighbours. For every example
+    n and group g, over the m values of the example in the group::
+
+        mean = sum(x) / m
+        var  = sum((x - mean)^2) / m
+        xhat = (x - mean) / sqrt(var + eps)
+        y    = weight * xhat + bias          weight, bias: one per channel
+
+    ``groups`` is a number that divides C, or a word that fits every width: ``layer`` is one group, which is
+    layer norm over channels and pixels; ``instance`` is as many groups as channels, which is instance norm.
+
+    Examples do not see each other, so there are no running statistics and evaluation does what training does.
+    Half-precision inputs are normalized in float32 and the result is rounded once, to the input's dtype. The state
+    dict is that of ``torch.nn.GroupNorm``.
+
+    :class:`UserError` for groups that do not divide C and, at the first input that has them, for groups of one
+    value: its variance is 0 and the output would not depend on the input. A (N, C) input with ``instance`` is that.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        groups: int | str = 2,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        activation: str = "identity",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_eps(eps)
+        self.num_features, self.groups, self.eps, self.affine = num_features, groups, eps, affine
+        self.num_groups = count_groups(groups, num_features)
+        self.activation = check_activation(activation)
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        check_input(x, residual, self.num_features)
+        z = x if x.dtype == torch.float64 else x.float()
+        z = z.unflatten(1, (self.num_groups, self.num_features // self.num_groups))  # (N, groups, C / groups, ...)
+        if z.numel() and z[0, 0].numel() == 1:
+            raise UserError(
+                f"norm=group: expected more than 1 value per group, got an input of size {tuple(x.shape)} with "
+                f"norm.groups={self.groups}; after dense layers and on images of one pixel every channel is one "
+                "value, so set norm.groups=layer or a smaller number"
+            )
+        dims = list(range(2, z.dim()))
+        mean = z.mean(dims, keepdim=True)
+        var = (z - mean).square().mean(dims, keepdim=True)
+        xhat = ((z - mean) / torch.sqrt(var + self.eps)).flatten(1, 2)
+        y = scale_and_shift(xhat, self.weight, self.bias)
+        return finish(y.to(x.dtype), residual, self.activation)
+
+    def reduces_over(self, num_dims: int) -> str:
+        """``C/2, H, W``: half of the channels and all pixels; the dimensions that mean and variance are taken over."""
+        channels = {1: ["C"], self.num_features: []}.get(self.num_groups, [f"C/{self.num_groups}"])
+        return ", ".join(channels + {2: [], 3: ["L"], 4: ["H", "W"], 5: ["D", "H", "W"]}[num_dims])
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, groups={self.groups}, eps={self.eps}, affine={self.affine}, "
+            f"activation={self.activation}"
+        )
+
+
+def count_groups(groups: int | str, num_features: int) -> int:
+    """The number that ``groups`` means for so many channels; :class:`UserError` if it cannot divide them."""
+    if groups in WORDS:
+        return 1 if groups == "layer" else num_features
+    if type(groups) is not int or groups < 1:
+        raise UserError(f"norm.groups={groups}: not known; give a positive whole number, {' or '.join(WORDS)}")
+    if num_features % groups:
+        able = ", ".join(map(str, divisors(num_features)))
+        raise UserError(
+            f"norm=group: {num_features} channels cannot be split into {groups} groups; "
+            f"set norm.groups to a divisor of {num_features} ({able})"
+        )
+    return groups

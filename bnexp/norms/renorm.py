@@ -1,0 +1,129 @@
+"""Batch renormalization: batch statistics, corrected towards their moving averages as far as a schedule lets."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bnexp.errors import UserError
+from bnexp.norms.base import BatchNormBase, finish, move, scale_and_shift
+
+
+class BatchRenorm(BatchNormBase):
+    """Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), algorithm 1.
+
+    For every channel c of ``x`` (N, C) or (N, C, ...), with the batch's mean_B and var_B as in batch normalization,
+    the running mean and var from the batches before, sigma_B = sqrt(var_B + eps) and sigma = sqrt(var + eps)::
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)            constants to the gradient,
+        d = clip((mean_B - mean) / sigma, -d_max, d_max)       as are mean and sigma
+        y = weight * ((x - mean_B) / sigma_B * r + d) + bias
+
+    Where nothing is clipped, (x - mean_B) / sigma_B * r + d = (x - mean) / sigma: training sees what evaluation
+    sees, and one example no longer depends on which others share its batch, but for the gradient. With r = 1 and
+    d = 0 it is batch normalization. In evaluation y = weight * (x - mean) / sigma + bias.
+
+    **Schedule.** Of batch k, counted from 0: r = 1 and d = 0 for k < warmup_steps and for the first batch of all;
+    from there the clips open linearly, to r_max over r_steps and to d_max over d_steps. The paper takes 5,000,
+    35,000 and 20,000 steps; the defaults are these divided by 50. k is ``num_batches_tracked``, a buffer, so a run
+    that is resumed goes on exactly, and it is never read back from the device.
+
+    **Averages.** ``running_mean`` and ``running_var`` (unbiased, as in ``torch.nn``) are the moving averages that
+    r and d use and that evaluation uses: one pair, as in the paper, because the point is that both are the same.
+    The t-th batch, counted from 1, has the weight max(1 / t, renorm_momentum): a plain average until 1 / t
+    falls below it, so that the values before the first batch, 0 and 1, leave no trace however slow the average.
+    ``renorm_momentum`` is the weight of the *new* batch, as torch has it; TF-slim's ``renorm_decay`` is its complement.
+    0 averages all batches alike. The state dict has torch's keys.
+
+    An empty batch is not counted: it moves neither averages nor schedule.
+    """
+
+    implements_batch_norm = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        activation: str = "identity",
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        renorm_momentum: float = 0.01,
+        warmup_steps: int = 100,
+        r_steps: int = 700,
+        d_steps: int = 400,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 1 <= r_max < math.inf:
+            raise UserError(f"norm.r_max={r_max}: the scale is corrected by 1 / r_max to r_max; give 1 or more")
+        if not 0 <= d_max < math.inf:
+            raise UserError(f"norm.d_max={d_max}: the shift is corrected by -d_max to d_max; give 0 or more")
+        if not 0 <= renorm_momentum <= 1:
+            raise UserError(f"norm.renorm_momentum={renorm_momentum}: the weight of a new batch lies between 0 and 1")
+        for name, value in (("warmup_steps", warmup_steps), ("r_steps", r_steps), ("d_steps", d_steps)):
+            if type(value) is not int or value < 0:
+                raise UserError(f"norm.{name}={value}: a number of training steps; give a whole number, 0 or more")
+        self.r_max, self.d_max = r_max, d_max
+        self.warmup_steps, self.r_steps, self.d_steps = warmup_steps, r_steps, d_steps
+        super().__init__(
+            num_features, eps, renorm_momentum, affine, activation=activation, device=device, dtype=dtype
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self.check(x, residual)
+        dims = [d for d in range(x.dim()) if d != 1]
+        per_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
+        z = x if x.dtype == torch.float64 else x.float()
+        if self.uses_batch_statistics():
+            mean = z.mean(dims)
+            var = (z - mean.view(per_channel)).square().mean(dims)
+            xhat = (z - mean.view(per_channel)) / torch.sqrt(var.view(per_channel) + self.eps)
+            if self.training and x.numel() and self.running_mean is not None:
+                r, d = self.correction(mean.detach(), var.detach())
+                xhat = xhat * r.view(per_channel) + d.view(per_channel)
+                self.track(mean.detach(), var.detach(), x.numel() // self.num_features)
+        else:
+            mean, var = (t.to(z.dtype).view(per_channel) for t in (self.running_mean, self.running_var))
+            xhat = (z - mean) / torch.sqrt(var + self.eps)
+        y = scale_and_shift(xhat, self.weight, self.bias)
+        return finish(y.to(x.dtype), residual, self.activation)
+
+    def correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d, (C,) each, of a batch with this mean and biased variance."""
+        r_max, d_max = self.limits()
+        sigma = torch.sqrt(self.running_var.to(var.dtype) + self.eps)
+        r = torch.sqrt(var + self.eps) / sigma
+        d = (mean - self.running_mean.to(mean.dtype)) / sigma
+        return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """How far r and d of the next training batch may go, by the schedule: between 1 and r_max, 0 and d_max."""
+        step = self.num_batches_tracked.double()
+        begin = max(self.warmup_steps, 1)  # the first batch has no average that it could be corrected towards
+
+        def opened(num_steps: int) -> Tensor:
+            """From 0 at ``warmup_steps`` to 1 ``num_steps`` later."""
+            done = (step - self.warmup_steps) / num_steps if num_steps else torch.ones_like(step)
+            return torch.where(step < begin, 0.0, done.clamp(0, 1))
+
+        return 1 + (self.r_max - 1) * opened(self.r_steps), self.d_max * opened(self.d_steps)
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Count this batch of ``count`` values per channel and move the running statistics towards it."""
+        self.num_batches_tracked.add_(1)
+        momentum = (1 / self.num_batches_tracked.double()).clamp(min=self.momentum)
+        move(self.running_mean, mean, momentum)
+        move(self.running_var, var * (count / (count - 1)), momentum)
+
+    def share_left(self, num_batches: int) -> float:
+        """Nothing: the first batch has all the weight."""
+        return 0.0 if num_batches else 1.0
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, warmup_steps={self.warmup_steps}, "
+            f"r_steps={self.r_steps}, d_steps={self.d_steps}"
+        )
