@@ -4,6 +4,9 @@ Everything is drawn from generators of its own on the dataset's device, so that 
 change what the next batch holds, and a run that is continued sees the batches it would have seen.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,10 +22,24 @@ class Batches:
 
     ``next()`` gives float32 (B, *in_shape) and int64 (B,). ``drop_last`` leaves out the short batch at an
     epoch's end (batch norm sees other statistics in it); the order of the images is the same either way.
-    Raises :class:`UserError` if not even one batch can be made.
+
+    ``classes_per_batch=k`` makes batches that are not a fair sample: at most k classes each, in parts as even as
+    can be, while an epoch keeps its length and every image still comes once. Which classes meet, and with which
+    images, is drawn anew each epoch; inside a batch the images are shuffled. See :func:`deal` for what is promised.
+    ``drop_last`` then leaves out images of at most k classes, others in every epoch.
+
+    Raises :class:`UserError` if not even one batch can be made, or if so few classes per batch cannot be kept.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, *, drop_last: bool = True):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        seed: int,
+        *,
+        drop_last: bool = True,
+        classes_per_batch: int | None = None,
+    ):
         num_images = len(dataset.train)
         if type(batch_size) is not int or batch_size < 1:
             raise UserError(f"batch_size={batch_size}: not a number of images; give 1 or more")
@@ -34,6 +51,10 @@ class Batches:
         self.dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last
+        self.classes_per_batch = classes_per_batch
+        if classes_per_batch is not None:
+            self._counts = torch.bincount(dataset.train.labels).tolist()
+            check_classes(classes_per_batch, self._counts, batch_size)
         self.steps_per_epoch = num_images // batch_size if drop_last else -(-num_images // batch_size)
         self.num_images = self.steps_per_epoch * batch_size if drop_last else num_images
         # Two generators, so that the order depends neither on the augmentation nor on drop_last.
@@ -61,7 +82,34 @@ class Batches:
         self._epoch_state = self._order.get_state()
         num_images, device = len(self.dataset.train), self.dataset.device
         self._permutation = torch.randperm(num_images, generator=self._order, device=device)
+        if self.classes_per_batch is not None:
+            self._permutation = self._by_classes(self._permutation)
         self._position = 0
+
+    def _by_classes(self, shuffled: Tensor) -> Tensor:
+        """The images of ``shuffled`` (N,), in another order: few classes to a batch, the short batch last."""
+        num_images, size, device = len(shuffled), self.batch_size, shuffled.device
+        num_batches, num_last = divmod(num_images, size)
+        sizes = [num_last] * (num_last > 0) + [size] * num_batches  # the short one first, while all classes are left
+        # The plan is made on the host: a few milliseconds, and the only time in an epoch that it waits for the device.
+        luck = torch.rand(len(sizes), len(self._counts), generator=self._order, device=device).tolist()
+        next_of = [sum(self._counts[:c]) for c in range(len(self._counts))]
+        starts, lengths = [], []
+        for parts in deal(self._counts, sizes, self.classes_per_batch, luck):
+            for c, count in parts.items():
+                starts.append(next_of[c])
+                lengths.append(count)
+                next_of[c] += count
+        starts, lengths = (torch.tensor(numbers, device=device) for numbers in (starts, lengths))
+        jumps = (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths, output_size=num_images)
+        grouped = shuffled[self.dataset.train.labels[shuffled].argsort(stable=True)]  # class after class
+        dealt = grouped[torch.arange(num_images, device=device) + jumps]
+        last, full = dealt[:num_last], dealt[num_last:].view(num_batches, size)
+        # Every batch at a random place, every image at a random place of its batch: ghost norms split batches in order.
+        full = full[torch.randperm(num_batches, generator=self._order, device=device)]
+        places = torch.rand(full.shape, generator=self._order, device=device).argsort(stable=True, dim=1)
+        last = last[torch.randperm(num_last, generator=self._order, device=device)]
+        return torch.cat([full.gather(1, places).flatten(), last])
 
     def state_dict(self) -> dict:
         """Tensors and numbers that continue the stream bit for bit, in the middle of an epoch too.
@@ -74,6 +122,7 @@ class Batches:
             "position": self._position,
             "num_images": len(self.dataset.train),
             "device": self.dataset.device.type,
+            "classes_per_batch": self.classes_per_batch,
         }
 
     def load_state_dict(self, state: dict):
@@ -89,10 +138,116 @@ class Batches:
                 f"the checkpoint drew its batches on {state['device']}, {device} would draw others; "
                 f"continue with device={state['device']}"
             )
+        classes = state.get("classes_per_batch")
+        if classes != self.classes_per_batch:
+            given, had = ("null" if k is None else k for k in (self.classes_per_batch, classes))
+            raise UserError(
+                f"classes_per_batch={given}: the checkpoint drew its batches with {had}; "
+                f"continue with classes_per_batch={had}"
+            )
         self._order.set_state(state["order"])
         self._augment.set_state(state["augment"])
         self._start_epoch()
         self._position = state["position"]
+
+
+def check_classes(k: int, counts: Sequence[int], batch_size: int) -> None:
+    """Raise :class:`UserError` unless :func:`deal` can keep to ``k`` classes per batch; ``counts`` per class."""
+    num_classes, largest, num_batches = sum(n > 0 for n in counts), max(counts), sum(counts) // batch_size
+    given = f"classes_per_batch={k}"
+    if type(k) is not int or k < 1:
+        raise UserError(f"{given}: not a number of classes; give 1 to {num_classes}, or null to draw from all images")
+    if k > num_classes:
+        raise UserError(
+            f"{given}: the training images have {num_classes} classes; give {num_classes} or less, "
+            "or null to draw from all images"
+        )
+    enough = 1 - (1 - num_classes) // num_batches if num_batches else num_classes
+    if k == 1 < num_classes and largest < batch_size:
+        raise UserError(
+            f"{given}: no class fills a batch of {batch_size}, the largest has {largest} images; "
+            f"use batch_size={largest} or less, or classes_per_batch={enough} or more"
+        )
+    if 1 < k < num_classes and k < enough:
+        able = sum(counts) // -((1 - num_classes) // (k - 1))
+        raise UserError(
+            f"{given}: an epoch of {num_batches} full batches is too short to share out {num_classes} classes, "
+            f"some batch would need more of them; use batch_size={able} or less, or classes_per_batch={enough} or more"
+        )
+
+
+def deal(counts: Sequence[int], sizes: Sequence[int], k: int, luck: Sequence[Sequence[float]]) -> Iterator[dict]:
+    """How many images of which class each batch gets: dicts of class and number, the numbers add up to ``sizes``.
+
+    ``counts`` are the images per class and are all used up: sum(counts) = sum(sizes). ``sizes`` are equal but for
+    the first, which may be smaller. ``luck`` is one uniform draw from [0, 1) per batch and class.
+
+    * From k = 2 on **no batch has more than k classes**. With C classes and T batches that takes
+      C <= (k - 1) T + 1 (:func:`check_classes`): a batch can use up k - 1 classes and fill up from one more. Parts
+      are even, size / k, but where a class runs out: with classes of one size in about C / (k - 1) batches of an
+      epoch. Fewer than k classes meet where a part would be nothing: rare classes are soon used up.
+    * With k = 1 batches are pure as long as a class can fill one. What is then left, less than a batch of every
+      class, makes **fewer than C mixed batches**, of as few classes as the same rule allows.
+    * A class with more than 1 / k of the images is in every batch, by its share; the others divide the rest.
+    """
+    left = list(counts)
+    for i, size in enumerate(sizes):
+        classes = sorted((c for c, n in enumerate(left) if n), key=left.__getitem__)  # the rarest first
+        # Smallest first is a draw in proportion to the images left: exponential variables with these as their rates.
+        race = {c: -math.log1p(-luck[i][c]) / left[c] for c in classes}
+        parts = _deal_one(left, classes, size, len(sizes) - i, k, race)
+        for c, count in parts.items():
+            left[c] -= count
+        yield parts
+
+
+def _deal_one(
+    left: Sequence[int], classes: list[int], size: int, num_batches: int, k: int, race: dict[int, float]
+) -> dict[int, int]:
+    """The parts of the first of ``num_batches`` batches that the images ``left`` of ``classes`` are to fill."""
+    if k == 1:
+        able = [c for c in classes if left[c] >= size]
+        if able:
+            return {min(able, key=race.__getitem__): size}
+        k = 1 - (1 - len(classes)) // num_batches
+    parts = {}
+    # Later batches can finish k - 1 classes each, and one more at the end: what is above that is finished now.
+    num_finished = len(classes) - ((k - 1) * (num_batches - 1) + 1)
+    if num_finished > 0:
+        # Neighbours in size, from the rarest up, until they fill the batch. The rarer ones of them fit in, because
+        # they are among the neighbours before, which did not fill it.
+        windows = (classes[i : i + k] for i in range(max(1, len(classes) - k + 1)))
+        chosen = next(window for window in windows if sum(left[c] for c in window) >= size)
+        parts = {c: left[c] for c in chosen[:num_finished]}
+    else:
+        total = rest = sum(left[c] for c in classes)
+        always = []
+        for c in reversed(classes):
+            if left[c] * (k - len(always)) < rest:
+                break
+            always.append(c)
+            rest -= left[c]
+        others = sorted((c for c in classes if c not in always), key=race.__getitem__)[: k - len(always)]
+        chosen = sorted(always + others, key=left.__getitem__)
+        if sum(left[c] for c in chosen) >= size:
+            parts = {c: size * left[c] // total for c in always}
+        else:
+            chosen = classes[-k:]
+    return _fill_up(parts, left, chosen, size)
+
+
+def _fill_up(parts: dict[int, int], left: Sequence[int], chosen: list[int], size: int) -> dict[int, int]:
+    """``parts`` and as much of the other ``chosen`` classes, the rarest first, as makes ``size``, evenly."""
+    missing = size - sum(parts.values())
+    others = [c for c in chosen if c not in parts]
+    for i, c in enumerate(others):
+        parts[c] = min(left[c], missing // (len(others) - i))
+        missing -= parts[c]
+    for c in reversed(chosen):
+        more = min(missing, left[c] - parts[c])
+        parts[c] += more
+        missing -= more
+    return {c: count for c, count in parts.items() if count}
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
