@@ -1,26 +1,22 @@
-"""From configuration to objects: the only file that turns a ``_target_`` into a thing.
+"""From configuration to objects: the only file that turns a config into things.
 
 It also holds the rules that no single key can state.
 
 ``check`` looks at everything that can be wrong before anything is built, ``build`` makes the run.
 """
 
-import importlib
-import inspect
 import math
 import os
 import sys
-import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.optim import Optimizer
 
 from bnexp import folder
 from bnexp.config import Train
@@ -30,19 +26,13 @@ from bnexp.errors import UserError
 from bnexp.loop import Plan
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer
+from bnexp.probes.base import Probe
 from bnexp.run import AUTOCAST, Run
 from bnexp.summary import list_layers
+from bnexp.targets import OURS, check_options, find_target
 
 GROUPS = ("model", "norm", "data", "optimizer", "schedule")
-OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
 WORK_PER_THREAD = 50_000_000  # multiply-adds in a step's forward pass that are worth a thread, by measurement
-# Where a group's own entries live, which classes of torch it takes, and what it is called with.
-HOMES = {"model": "bnexp.models", "norm": "bnexp.norms", "data": "bnexp.data", "schedule": "bnexp.optim"}
-KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
-CALLS = {
-    "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
-    "schedule": ((0, 0), {}),
-}  # fmt: skip
 
 
 def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
@@ -56,7 +46,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
         _at_least_one(key, cfg[key])
     if cfg.steps is None:
         _at_least_one("epochs", cfg.epochs)
-    for key in ("steps", "eval_every", "checkpoint_every"):
+    for key in ("steps", "eval_every", "checkpoint_every", "classes_per_batch"):
         if cfg[key] is not None:
             _at_least_one(key, cfg[key])
     if not 0 <= cfg.seed < 2**63:
@@ -71,6 +61,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
             raise UserError(f"{group}: has to be given, nothing runs without it")
         check_options(group, cfg[group], cfg.allow)
     check_schedule(cfg)
+    check_model(cfg, runs)
     if runs:
         norm = part(cfg, "norm").func
         require_device = getattr(sys.modules[norm.__module__], "require_device", None)
@@ -80,6 +71,29 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
         raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     if free and cfg.out is not None:
         folder.check_free(Path(cfg.out))
+
+
+def check_model(cfg: DictConfig, runs: bool) -> None:
+    """Build the model where tensors have no contents: what its parts refuse is heard of before any work."""
+    source = part(cfg, "data")()
+    model = meta_model(cfg, source)
+    if runs:
+        check_batch_sizes(model, {cfg.batch_size})
+        norms = [module for module in model.modules() if hasattr(module, "reduces_over")]
+        may_refuse = not all(getattr(norm, "implements_batch_norm", False) for norm in norms)
+        if may_refuse or cfg.batch_size == 1:  # what it takes on torch's meta device costs a second to import
+            check_forward(cfg, model, source.in_shape, cfg.batch_size)
+    for probe in probes_of(cfg):
+        probe.check(model)
+
+
+def probes_of(cfg: DictConfig) -> list[Probe]:
+    """The probes that the config names, new ones: every run has its own."""
+    if not isinstance(cfg.probe, DictConfig):
+        raise UserError(f"probe={cfg.probe}: a list of probes is expected, probe=[activations,gradients] say")
+    for name, node in cfg.probe.items():
+        check_options("probe", node, cfg.allow, label=f"probe.{name}")
+    return [filled_in("probe", node, cfg.allow)() for node in cfg.probe.values()]
 
 
 def check_schedule(cfg: DictConfig) -> None:
@@ -133,108 +147,16 @@ def count_threads(cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], de
     return max(1, min(len(os.sched_getaffinity(0)), work // WORK_PER_THREAD))
 
 
-def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
-    """The class or function that ``_target_`` names, if it is one that a config may name.
-
-    A run's folder can come from a stranger, so a config reaches bnexp's own parts, the modules and optimizers
-    of torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
-    """
-    path, home = str(path), HOMES.get(group, f"bnexp.{group}")
-    known = f"{home} or torch's {KINDS[group].__name__}s" if group in KINDS else home
-    refused = UserError(f"{group}._target_={path}: nothing that {group}= takes; name one of {known}")
-    package = path.partition(".")[0]
-    if package not in ("bnexp", "torch", "torchvision", *allow):
-        raise UserError(
-            f"{group}._target_={path}: configs may name classes of bnexp, torch and torchvision only; "
-            f"if you trust {package}, add allow=[{package}]"
-        )
-    if package == "bnexp" and not path.startswith(home):
-        raise refused  # before importing, which may do things
-    module_name, _, name = path.rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{group}._target_={path}: cannot be found ({error})") from error
-    lives = getattr(target, "__module__", None) or ""
-    is_ours = (lives + ".").startswith(home + ".") and (group != "data" or isinstance(target, type))
-    is_trusted = package in allow and lives.partition(".")[0] == package
-    is_part = isinstance(target, type) and issubclass(target, KINDS.get(group, ()))
-    is_model = group == "model" and inspect.isfunction(target) and lives.startswith("torchvision.models.")
-    if not (callable(target) and (is_ours or is_trusted or is_part or is_model)):
-        raise refused
-    return target
-
-
-def check_options(group: str, node: DictConfig, allow: Collection[str]) -> None:
-    """Every option of a group's entry must be one that its target takes, and of the type that it takes."""
-    if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # noqa: SIM118 (in hides what is missing)
-        raise UserError(f"{group}={node}: not an entry of the group, which has a _target_")
-    if missing := OmegaConf.missing_keys(node):
-        raise UserError(f"{group}.{sorted(missing)[0].rpartition('.')[2]}: has to be given, it has no default")
-    options = OmegaConf.to_container(node, resolve=True)
-    target = find_target(group, options["_target_"], allow)
-    accepted = inspect.signature(target).parameters
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    for key, value in options.items():
-        if key in ("_target_", "_partial_") or (group == "optimizer" and key in OURS):
-            continue
-        if key.startswith("_") or _mentions_target(value):
-            raise UserError(f"{group}.{key}: an entry names one _target_ and plain options, nothing else")
-        if key not in accepted and not takes_any:
-            known = ", ".join(k for k in accepted if k in options) or "none"
-            raise UserError(f"{group}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
-        if not fits(value, hints.get(key, Any)):
-            given = f", not {type(value).__name__}" if not isinstance(value, list) else ""
-            raise UserError(f"{group}.{key}={value}: {_type_name(hints[key])} expected{given}")
-    positional, named = CALLS[group]
-    named = named | {key: value for key, value in options.items() if key in accepted}
-    try:
-        inspect.signature(target).bind(*positional, **named)
-    except TypeError as error:
-        path = options["_target_"]
-        raise UserError(f"{group}._target_={path}: cannot be called as a {group} is ({error})") from error
-
-
-def _mentions_target(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return "_target_" in value or any(map(_mentions_target, value.values()))
-    return isinstance(value, list) and any(map(_mentions_target, value))
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value from a config can stand where ``hint`` is annotated; unknown hints take anything."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, option) for option in get_args(hint))
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        items = get_args(hint)
-        if origin is tuple and ... not in items:
-            return isinstance(value, list) and len(value) == len(items) and all(map(fits, value, items))
-        return isinstance(value, list) and (not items or all(fits(item, items[0]) for item in value))
-    return hint is not torch.Tensor
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in get_args(hint) if option is not torch.Tensor)
-    if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
-        return "list of " + ", ".join(_type_name(item) for item in get_args(hint) if item is not ...)
-    return getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
-
-
 def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable[..., Any]:
     """The target of a group's entry with its options filled in, waiting for what only the caller knows."""
-    options = OmegaConf.to_container(cfg[group], resolve=True)
-    target = find_target(group, options.pop("_target_"), cfg.allow)
+    return filled_in(group, cfg[group], cfg.allow, without)
+
+
+def filled_in(
+    group: str, node: DictConfig, allow: Collection[str], without: Collection[str] = ()
+) -> Callable[..., Any]:
+    options = OmegaConf.to_container(node, resolve=True)
+    target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
@@ -248,21 +170,45 @@ def make_model(cfg: DictConfig, source: Any) -> nn.Module:
     return model
 
 
-def check_statistics(cfg: DictConfig, source: Any, num_images: int) -> None:
-    """Refuse batches that leave a norm one value per channel, by a dry forward pass that computes nothing."""
-    sizes = {cfg.batch_size} if cfg.drop_last else {cfg.batch_size, num_images % cfg.batch_size or cfg.batch_size}
-    if 1 not in sizes:
+def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
+    """Refuse a short last batch that a norm cannot divide, or that leaves it one value per channel."""
+    last = cfg.batch_size if cfg.drop_last else num_images % cfg.batch_size or cfg.batch_size
+    if last == cfg.batch_size:
         return
+    model = meta_model(cfg, source)
+    check_batch_sizes(model, {last}, cfg.drop_last)
+    check_forward(cfg, model, source.in_shape, last)
+
+
+def check_forward(cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], batch_size: int) -> None:
+    """Let images without contents pass ``model``, which is on torch's meta device, in training mode."""
+    try:
+        model(torch.empty(batch_size, *in_shape, device="meta"))
+    except UserError:
+        raise
+    except ValueError as error:
+        if batch_size > 1:
+            raise UserError(f"batch_size={batch_size}: the model cannot take it ({error})") from error
+        raise UserError(
+            f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
+            f"there is no variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
+        ) from error
+
+
+def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
+    """The model where tensors have no contents: costs nothing, and its parts refuse what they refuse."""
     with torch.device("meta"):
-        try:
-            part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))(
-                torch.empty(1, *source.in_shape)
-            )
-        except ValueError as error:
-            raise UserError(
-                f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
-                f"there is no variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
-            ) from error
+        return part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+
+
+def check_batch_sizes(model: nn.Module, sizes: Collection[int], drop_last: bool = True) -> None:
+    """Ask the norms that divide a batch whether they can."""
+    for module in model.modules():
+        for size in sizes if hasattr(module, "check_batch_size") else ():
+            try:
+                module.check_batch_size(size)
+            except UserError as error:
+                raise error if drop_last else UserError(f"{error}; or use drop_last=true") from None
 
 
 def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
@@ -280,8 +226,10 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     if key not in datasets:
         datasets[key] = source.load().to(device)
     dataset = datasets[key]
-    check_statistics(cfg, source, len(dataset.train))
-    batches = Batches(dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last)
+    check_last_batch(cfg, source, len(dataset.train))
+    batches = Batches(
+        dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
+    )
     model = model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
     decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
     return Run(
@@ -302,4 +250,6 @@ def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
         eval_every=cfg.eval_every or steps_per_epoch,
         checkpoint_every=cfg.checkpoint_every or steps_per_epoch,
         eval_train=cfg.eval_train,
+        eval_test=cfg.eval_test,
+        probes=probes_of(cfg),
     )

@@ -14,7 +14,9 @@ COMMANDS = {
     "resume": "go on with an interrupted run from its last checkpoint",
     "rerun": "run a run folder's config again, with other values if you give any",
     "compare": "train variants in lockstep, with the same seeds, and say which is better and how sure that is",
+    "study": "a published claim, from its settings to whether it holds; alone it lists them",
     "report": "the same verdict, tables and figure from run folders that are finished",
+    "inspect": "a trained model looked at again: statistics of its norms, mistakes, feature maps",
     "summary": "a table of the model: layers, shapes, parameters and where norms sit",
     "bench": "check every batch norm against float64, then time those that passed",
     "completion": "print the bash script that completes commands, groups and values",
@@ -51,6 +53,7 @@ def choices(group: str) -> list[str]:
 def help_text() -> str:
     commands = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     groups = "\n".join(f"  {group + '=':<12}{' | '.join(choices(group))}" for group in GROUPS)
+    groups += f"\n  {'probe=':<12}[{','.join(choices('probe'))}], any of them"
     return (
         "bnexp: what does batch normalization do to this network?\n\n"
         "usage: bnexp COMMAND [group=choice] [setting=value] ...\n\n"
@@ -112,6 +115,10 @@ def completion(arguments: list[str]) -> int:
     if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
         typed = words[1] if len(words) == 2 else ""
         print("\n".join(name for name in (*COMMANDS, "--help", "--version") if name.startswith(typed)))
+    elif words[1] == "study":
+        typed = "" if line.endswith(" ") else words[-1]
+        if len(words) - bool(typed) == 2:
+            print("\n".join(name for name in choices("study") if name.startswith(typed)))
     elif words[1] in ("train", "summary"):
         from bnexp import commands
 

@@ -60,7 +60,23 @@ def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
     day = Path("outputs") / time.strftime("%Y-%m-%d")
     folder = claim_new(day, run_name(cfg), text) if cfg.out is None else claim(Path(cfg.out), text)
     with taken(folder):
+        advise(cfg, run)
         finish(cfg, run, open_journal(cfg, run, overrides, folder))
+
+
+SAID: set[str] = set()  # by this process: a sweep would say the same of every seed
+
+
+def advise(cfg: DictConfig, run: "Run") -> None:
+    """Tell on stderr what somebody should know of these settings before training, once each."""
+    from bnexp.advice import advice
+
+    if cfg.quiet:
+        return
+    for sentence in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size):
+        if sentence not in SAID:
+            SAID.add(sentence)
+            print(f"bnexp: warning: {sentence}", file=sys.stderr)
 
 
 def finish(cfg: DictConfig, run: "Run", journal: "Journal") -> None:
@@ -130,17 +146,22 @@ def rerun(arguments: list[str]) -> int:
     if not arguments or "=" in arguments[0]:
         raise UserError("rerun: which run? Give its folder first: bnexp rerun outputs/DATE/RUN seed=1")
     cfg, overrides = stored_config(Path(arguments[0])), arguments[1:]
-    with explained(overrides):
-        for override in OverridesParser.create().parse_overrides(overrides):
-            key, value = override.key_or_group, override.value()
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: rerun runs one config; give one value")
-            if key in GROUPS:
-                cfg[key] = composed([f"{key}={value}"])[key]
-            else:
-                OmegaConf.update(cfg, key, value, force_add=override.is_add())
+    change(cfg, overrides, "rerun")
     train_one(cfg, overrides)
     return 0
+
+
+def change(cfg: DictConfig, overrides: Sequence[str], command: str) -> None:
+    """Put other values into the config of a run folder."""
+    with explained(overrides):
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            key, value = override.key_or_group, override.value()
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line}: {command} takes one config; give one value")
+            if key in (*GROUPS, "probe"):
+                cfg[key] = composed([override.input_line]).get(key, {})
+            else:
+                OmegaConf.update(cfg, key, value, force_add=override.is_add())
 
 
 def compare(arguments: list[str]) -> int:
@@ -157,6 +178,13 @@ def compare(arguments: list[str]) -> int:
     from bnexp import multirun
 
     return multirun.compare(arguments)
+
+
+def study(arguments: list[str]) -> int:
+    """``bnexp study``, see :func:`bnexp.studies.study`."""
+    from bnexp import studies
+
+    return studies.study(arguments)
 
 
 def report(arguments: list[str]) -> int:
@@ -191,6 +219,27 @@ def summary(arguments: list[str]) -> int:
     return 0
 
 
+def inspect(arguments: list[str]) -> int:
+    """``bnexp inspect RUN``: a run looked at again, from its last checkpoint; its own files stay as they are."""
+    from bnexp import build, checkpoint, inspection
+    from bnexp.summary import list_layers
+
+    question = inspection.parse(arguments)
+    cfg = stored_config(question.folder)
+    change(cfg, question.overrides, "inspect")
+    build.check(cfg, free=False)
+    source = build.part(cfg, "data")()
+    model = build.meta_model(cfg, source)
+    inspection.check_layers(question.layers, [layer.name for layer in list_layers(model, source.in_shape)])
+    state = checkpoint.load(question.folder, build.find_device(cfg.device))
+    checkpoint.check_fits(state, model, question.folder)
+    run = build.build(cfg)
+    run.model.load_state_dict(state["model"])
+    run.num_steps = state["num_steps"]
+    inspection.inspect(run, question)
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     """``bnexp bench norms``: every implementation of batch norm in ``conf/norm``, parity first, then speed."""
     from bnexp import bench as benchmark
@@ -202,7 +251,7 @@ def bench(arguments: list[str]) -> int:
     norms = {name: build.part(composed([f"norm={name}"]), "norm") for name in choices("norm")}
     ours = {
         name: norm for name, norm in norms.items()
-        if isinstance(norm.func, type) and issubclass(norm.func, BatchNormBase)
+        if isinstance(norm.func, type) and issubclass(norm.func, BatchNormBase) and norm.func.implements_batch_norm
     }  # fmt: skip
     benchmark.run(ours, settings, build.find_device(settings.device))
     return 0

@@ -20,12 +20,14 @@ class Train:
     data: Any = MISSING
     optimizer: Any = MISSING
     schedule: Any = MISSING
+    probe: Any = field(default_factory=dict)
 
     seed: int = 0  # of the initial weights and of the batches
     batch_size: int = 64  # images per step
     epochs: int = 5  # passes over the training set
     steps: int | None = None  # train for this many steps instead of epochs
     drop_last: bool = True  # drop the short last batch of an epoch: its statistics are others
+    classes_per_batch: int | None = None  # only so many classes in a batch; all by default
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; norm statistics stay in float32)
@@ -35,6 +37,7 @@ class Train:
     log_every: int = 20  # steps between readings of the training loss
     eval_every: int | None = None  # steps between evaluations; every epoch by default
     eval_train: bool = False  # evaluate the training set too, in evaluation mode
+    eval_test: bool = False  # evaluate the test set every time, and not only at the end
     checkpoint_every: int | None = None  # steps between checkpoints; every epoch by default
 
     sweep_order: str = "product"  # of the lists that -m and compare are given: product or zip

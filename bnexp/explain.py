@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bnexp.cli import GROUPS, nearest
+from bnexp.cli import GROUPS, choices, nearest
 from bnexp.errors import UserError
 
 
@@ -34,6 +34,13 @@ def explain(error: Exception, given: str) -> str:
         return (
             f"{group}={wrong}: there is no such {group}{nearest(wrong, options)}; "
             f"choose one of {', '.join(options)}"
+        )
+    if found := re.search(r"Could not load '(\w+)/([^']*)'", text):  # one of a list, probe=[a,b]
+        group, wrong = found[1], found[2]
+        options = choices(group)
+        return (
+            f"{group}={wrong}: there is no such {group}{nearest(wrong, options)}; "
+            f"choose among {', '.join(options)}, as {group}=[{','.join(options[:2])}]"
         )
     if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return (

@@ -2,7 +2,7 @@
 
 import signal
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from bnexp import checkpoint
 from bnexp.errors import StorageError
 from bnexp.folder import Status
+from bnexp.probes.base import Probe, same_chance
 from bnexp.progress import NullProgress
-from bnexp.readings import Scalar
+from bnexp.readings import Reading, Scalar
 from bnexp.run import Run, first_non_finite
 from bnexp.writer import NullWriter, Writer
 
@@ -27,6 +28,8 @@ class Plan:
     eval_every: int
     checkpoint_every: int
     eval_train: bool = False
+    eval_test: bool = False
+    probes: Sequence[Probe] = ()
 
 
 class Diverged(Exception):
@@ -46,7 +49,7 @@ class Journal:
         self.status = status
         self.folder = folder
 
-    def write(self, run: Run, readings: list[Scalar]) -> dict[str, float]:
+    def write(self, run: Run, readings: list[Reading]) -> dict[str, float]:
         metrics = self.writer.write(run.num_steps, run.epoch, run.seconds, readings)
         self._update(run, metrics=metrics)
         return metrics
@@ -75,13 +78,15 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
     """
     busy, last_finite = 0.0, None
     while run.num_steps < run.total_steps:
-        began = perf_counter()
-        origin = began - run.seconds
+        origin = perf_counter() - run.seconds
         if torch.get_num_threads() != run.threads:  # somebody else's turn was before ours
             torch.set_num_threads(run.threads)
+        due = [probe for probe in plan.probes if probe.is_due(run.num_steps + 1, run.total_steps)]
+        before = [probe.before(run) for probe in due]
+        began = perf_counter()
         run.step()
         step, is_last = run.num_steps, run.num_steps == run.total_steps
-        readings: list[Scalar] = []
+        readings: list[Reading] = []
         if step % plan.log_every == 0 or is_last:
             sizes = run.meter.sizes
             num_steps, num_images = len(sizes), sum(sizes)
@@ -103,13 +108,23 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
         else:
             busy += perf_counter() - began
         if step % plan.eval_every == 0 or is_last:
-            readings += evaluate(run, plan.eval_train, test=is_last)
+            readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
+        if due:
+            readings += look(run, due, before)
         run.seconds = perf_counter() - origin
         metrics = journal.write(run, readings) if readings else {}
         if step % plan.checkpoint_every == 0 or is_last:
             journal.save(run)
         run.seconds = perf_counter() - origin
         yield metrics
+
+
+def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
+    """What these probes see of the run, and the seconds that looking took."""
+    began = perf_counter()
+    with same_chance(run):
+        readings = [reading for probe, seen in zip(probes, before, strict=True) for reading in probe.look(run, seen)]
+    return [*readings, Scalar("time/probes", perf_counter() - began)]
 
 
 def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:

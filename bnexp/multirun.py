@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp import build, loop, progress
-from bnexp.commands import composed, open_journal, session
+from bnexp.commands import advise, composed, open_journal, session
 from bnexp.compare import COLUMNS, Contestant, lockstep, standings
 from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError, UserError
@@ -32,7 +32,7 @@ from bnexp.records import read_runs
 from bnexp.report import report, show_sweep
 from bnexp.run import Run
 from bnexp.sweep import Grid, Job, default_folder, expand, open_folder
-from bnexp.variants import HOUSEKEEPING, Variant, into_variants
+from bnexp.variants import HOUSEKEEPING, Variant, find_key, into_variants, named
 from bnexp.writer import write_bands, write_layout
 
 
@@ -128,20 +128,11 @@ def compare(arguments: Sequence[str]) -> int:
         grid = read_grid([word for word in arguments if word not in named])
         baseline = find_baseline(grid, named[-1].partition("=")[2] if named else None)
         folder, jobs, configs = prepare(grid, "compare")
-        for job in jobs:
-            if not locks.enter_context(taken(job.folder)):
-                raise UserError(f"{job.folder}: another process is at work on this run; wait for it")
+        take_all(jobs, locks)
         quiet = next(iter(configs.values())).quiet
         try:
             failed = race(jobs, configs, baseline, quiet)
-            label = find_label([job.folder for job in jobs if job.variant == baseline])
-            if label is not None:
-                comparison = report([folder], baseline=label, out=folder, quiet=quiet)
-                write_band_runs(folder, comparison.variants)
-            else:
-                if not quiet:
-                    show_sweep(folder)
-                print(f"no comparison: no run of the baseline, {baseline}, came to its end", file=sys.stderr)
+            conclude(folder, baseline, [job.folder for job in jobs if job.variant == baseline], quiet)
         except KeyboardInterrupt:
             print(f"to go on, repeat the command with out={folder}", file=sys.stderr)
             raise
@@ -167,10 +158,37 @@ def find_baseline(grid: Grid, wanted: str | None) -> str:
     raise UserError(f"baseline={wanted}: not among the variants, which are {known}; write baseline=norm=none, say")
 
 
-def find_label(folders: Sequence[Path]) -> str | None:
+def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
+    """Hold every run's lock until ``locks`` are let go."""
+    for job in jobs:
+        if not locks.enter_context(taken(job.folder)):
+            raise UserError(f"{job.folder}: another process is at work on this run; wait for it")
+
+
+def conclude(
+    folder: Path,
+    baseline: str,
+    runs: Sequence[Path],
+    quiet: bool,
+    best_over: str | None = None,
+    names: Mapping[Path, str] | None = None,
+) -> None:
+    """Report on the runs in ``folder`` against ``runs``, the baseline's; write figures, tables and bands there."""
+    names = names or {}
+    label = find_label(runs, best_over, names)
+    if label is not None:
+        comparison = report([folder], baseline=label, best_over=best_over, out=folder, quiet=quiet, names=names)
+        write_band_runs(folder, comparison.variants)
+        return
+    if not quiet:
+        show_sweep(folder)
+    print(f"no comparison: no run of the baseline, {baseline}, came to its end", file=sys.stderr)
+
+
+def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Path, str]) -> str | None:
     """How the report calls the variant whose runs lie in ``folders``; None if none of them came to its end."""
-    records, _ = read_runs([folders[0].parent])
-    for variant in into_variants(records)[0]:
+    records = named(read_runs([folders[0].parent])[0], names)
+    for variant in into_variants(records, ignore=best_over and find_key(records, best_over))[0]:
         if any(run.path in folders for run in variant.runs + variant.diverged):
             return variant.label
     return None
@@ -207,6 +225,7 @@ def open_job(
     """The run of a job whose folder is ours, at its last checkpoint if there is one, and its journal."""
     write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     run = build.build(cfg, datasets)
+    advise(cfg, run)
     return run, open_journal(cfg, run, overrides, Path(cfg.out))
 
 

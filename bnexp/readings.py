@@ -1,6 +1,7 @@
 """What a look at a run yields: a tag and a value of one kind. Writers know how to keep each kind."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,32 @@ class Scalar:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How often values fell between neighbouring ``edges`` (ascending, one more than ``counts``)."""
+
+    tag: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A picture: ``pixels`` is a uint8 tensor, (H, W) grey or (H, W, 3) colour, on the CPU."""
+
+    tag: str
+    pixels: Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head."""
+
+    tag: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Band:
     """A mean over seeds and the interval around it; ``lower`` and ``upper`` are the mean where there is none."""
 
@@ -19,3 +46,6 @@ class Band:
     mean: float
     lower: float
     upper: float
+
+
+Reading = Scalar | Histogram | Image | Table  # what a probe yields; bands are of several runs

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from bnexp import stats
@@ -19,13 +20,17 @@ Pair = tuple["RunRecord", "RunRecord"]  # the variant's run and the baseline's, 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished or diverged run as its folder tells it; ``curves`` is {tag: (steps, values)}."""
+    """A finished or diverged run as its folder tells it; ``curves`` is {tag: (steps, values)}.
+
+    ``name`` is what its variant is called, where the settings that differ would not say it well.
+    """
 
     path: Path
     config: dict
     status: dict
     curves: dict[str, tuple[list[int], list[float]]] = field(repr=False)
     started: float = 0.0
+    name: str = ""
 
     @property
     def seed(self):
@@ -38,6 +43,11 @@ class RunRecord:
     @property
     def overrides(self) -> list[str]:
         return self.status.get("overrides") or []
+
+    @cached_property
+    def histograms(self) -> dict[str, list[tuple[int, list[float], list[int]]]]:
+        """{tag: [(step, edges, counts)]} of what probes saw, read when first asked for; {} without probes."""
+        return _histograms(self.path / "probes.jsonl")
 
 
 @dataclass(frozen=True)
@@ -161,17 +171,33 @@ def _curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float
     """Every tag's steps and values, null as NaN; a last line cut short is dropped."""
     if not required and not path.exists():
         return {}
-    lines = path.read_bytes().splitlines()
-    try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
-        rows = json.loads(b"[" + b",".join(lines[:-1]) + b"]")
+    rows = _rows(path)
     if required and not rows:
         raise ValueError("metrics.jsonl holds no reading")
     points: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         step = row["step"]
         for tag, value in row.items():
-            if "/" in tag:
+            if "/" in tag or tag in ("epoch", "seconds"):
                 points[tag][step] = math.nan if value is None else float(value)
     return {tag: tuple(map(list, zip(*sorted(curve.items()), strict=True))) for tag, curve in points.items()}
+
+
+def _histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[int]]]]:
+    found: dict[str, dict[int, tuple[list[float], list[int]]]] = defaultdict(dict)
+    try:
+        for row in _rows(path) if path.exists() else ():
+            if "edges" in row:  # tables have a head instead
+                found[row["tag"]][row["step"]] = (row["edges"], row["counts"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: unreadable ({error}); without it the run's histograms are missing") from error
+    return {tag: [(step, *both) for step, both in sorted(looks.items())] for tag, looks in found.items()}
+
+
+def _rows(path: Path) -> list[dict]:
+    """The objects of a file that has one per line; a last line cut short is dropped."""
+    lines = path.read_bytes().splitlines()
+    try:
+        return json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        return json.loads(b"[" + b",".join(lines[:-1]) + b"]")

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from rich.text import Text
 from bnexp import stats
 from bnexp.errors import UserError
 from bnexp.records import METRICS, TARGETS, Metric, Problem, RunRecord, read_runs
-from bnexp.variants import Variant, into_variants
+from bnexp.variants import Variant, into_variants, named
 from bnexp.verdict import Comparison, SpeedUp, compare, show_p
 
 FORMATS = ("json", "csv", "markdown")
@@ -39,15 +39,18 @@ def report(
     format: str | None = None,
     quiet: bool = False,
     console: Console | None = None,
+    names: Mapping[Path, str] | None = None,
 ) -> Comparison:
     """Compare the finished runs at or below ``paths``, print the result and, with ``out``, write the files.
 
-    ``format`` prints json, csv or markdown alone instead of tables. Bad input is a `UserError`.
+    ``format`` prints json, csv or markdown alone instead of tables. ``names`` says how the variants of runs are
+    called, by their folders, where the settings that differ would not say it well. Bad input is a `UserError`.
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"format={format}: not known; choose one of {', '.join(FORMATS)}")
     console = console or Console(quiet=quiet)
     records, problems = read_runs(paths)
+    records = named(records, names or {})
     comparison = compare(records, problems, baseline=baseline, best_over=best_over)
     figure = write_comparison(out, comparison) if out is not None else None
     if format is None:
@@ -264,8 +267,8 @@ def to_csv(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def to_markdown(comparison: Comparison, figure: str | None = None) -> str:
-    """Verdict, figure if there is one, tables and remarks, for a pull request or a notebook."""
+def to_markdown(comparison: Comparison, figure: str | None = None, probed: Mapping[str, str] | None = None) -> str:
+    """Verdict, figure if there is one, tables, figures of probes {title: file} and remarks, for a pull request."""
     lines = [f"# {' / '.join(_cell(each.label) for each in comparison.variants)}", ""]
     lines += [f"{_cell(sentence)}\n" for sentence in comparison.sentences]
     if figure is not None:
@@ -274,6 +277,8 @@ def to_markdown(comparison: Comparison, figure: str | None = None) -> str:
         lines += [f"## {_cell(title)}", "", _row(head), _row([":--", *["--:"] * (len(head) - 2), ":--"])]
         lines += [_row([f"**{row[0]}**", *row[1:]] if not any(row[1:]) else row) for row in rows]
         lines += ["", f"{caption[0].upper()}{caption[1:]}.", ""]
+    for title, name in (probed or {}).items():
+        lines += [f"## {title}", "", f"![{title}]({name})", ""]
     return "\n".join([*lines, *(f"* {_cell(remark)}" for remark in _remarks(comparison))]).rstrip() + "\n"
 
 
@@ -286,19 +291,23 @@ def _cell(text: str) -> str:
 
 
 def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
-    """Write comparison.png, .svg, .json and .md into ``folder``, each in one move; returns the png's path."""
-    from bnexp.figure import draw, render
+    """Write comparison.png, .svg, .json and .md into ``folder``, each in one move; returns the png's path.
+
+    Beside them what probes saw, as .png and .svg. What an earlier report here showed of other runs' probes is taken
+    away, or it would seem to belong to this one; pictures that its comparison.md did not show are somebody else's.
+    """
+    from bnexp import figure, probe_figure
 
     folder = Path(folder)
-    figure = draw(comparison.variants)
-    files = {
-        "comparison.png": render(figure, "png"),
-        "comparison.svg": render(figure, "svg"),
-        "comparison.json": dump_json(comparison).encode(),
-        "comparison.md": to_markdown(comparison, figure="comparison.png").encode(),
-    }
+    probed = probe_figure.draw(comparison.variants)
+    drawn = {"comparison": figure.draw(comparison.variants), **probed}
+    files = {f"{name}.{kind}": figure.render(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}
+    titles = {probe_figure.TITLES[name]: f"{name}.png" for name in probed}
+    files["comparison.json"] = dump_json(comparison).encode()
+    files["comparison.md"] = to_markdown(comparison, "comparison.png", titles).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        before = (folder / "comparison.md").read_bytes() if (folder / "comparison.md").exists() else b""
         for name, content in files.items():
             scratch = folder / f".{name}.{os.getpid()}"
             try:
@@ -306,6 +315,10 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
                 os.replace(scratch, folder / name)
             finally:
                 scratch.unlink(missing_ok=True)
+        for name in probe_figure.TITLES:
+            if name not in probed and f"]({name}.png)".encode() in before:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+                (folder / f"{name}.svg").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written to ({error.strerror}); choose another") from error
     return folder / "comparison.png"

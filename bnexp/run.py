@@ -101,7 +101,7 @@ class Run:
         """One batch forward, backward and into the weights. The host does not wait for the device."""
         images, labels = self.batches.next()
         set_learning_rate(self.optimizer, self.schedule(self.num_steps, self.total_steps))
-        logits = self._forward(images)
+        logits = self.forward(images)
         loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
@@ -115,27 +115,32 @@ class Run:
         self.num_steps += 1
 
     @torch.no_grad()
-    def evaluate(self, split: Split) -> tuple[float, float]:
-        """Mean loss (nats) and accuracy over the whole of ``split``, in evaluation mode."""
-        self.model.eval()
+    def evaluate(self, split: Split, model: nn.Module | None = None) -> tuple[float, float]:
+        """Mean loss (nats) and accuracy over the whole of ``split``, of the run's model in evaluation mode.
+
+        A ``model`` given instead is taken in the mode that it is in.
+        """
+        if model is None:
+            self.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         chunks = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
         for images, labels in chunks:
-            logits = self._forward(self.dataset.prepare(images))
+            logits = self.forward(self.dataset.prepare(images), model)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
         self.model.train()
         return float(loss) / len(split), int(hits) / len(split)
 
-    def _forward(self, images: Tensor) -> Tensor:
-        """Logits in float32."""
+    def forward(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Logits in float32, by the run's model or by a copy of it, in the run's precision and memory format."""
+        model = self.model if model is None else model
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.autocast_dtype is None:
-            return self.model(images)
+            return model(images)
         with torch.autocast(self.device.type, self.autocast_dtype):
-            return self.model(images).float()
+            return model(images).float()
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on, and what has been measured but not yet read."""

@@ -8,8 +8,9 @@ import difflib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from bnexp.errors import UserError
 from bnexp.records import TARGETS, Problem, RunRecord
@@ -17,7 +18,7 @@ from bnexp.records import TARGETS, Problem, RunRecord
 # The seed, and what decides where files go or how often one looks, but not what is trained. The device and
 # the engine are missing on purpose: they round differently, so the table says when they differ.
 HOUSEKEEPING = frozenset((
-    "seed", "out", "quiet", "threads", "allow", "log_every", "eval_train", "checkpoint_every", "probe",
+    "seed", "out", "quiet", "threads", "allow", "log_every", "eval_train", "eval_test", "checkpoint_every", "probe",
     "sweep_order",
 ))  # fmt: skip
 
@@ -96,9 +97,21 @@ def into_variants(
     parts = _distinguish([flatten(each[0].config) for each in runs], names, ignore)
     variants = [
         Variant(label, part, [run for run in each if not run.diverged], [run for run in each if run.diverged])
-        for label, part, each in zip(_labels(parts, names), parts, runs, strict=True)
+        for label, part, each in zip(_named(runs, _labels(parts, names)), parts, runs, strict=True)
     ]
     return variants, superseded
+
+
+def named(records: Sequence[RunRecord], names: Mapping[Path, str]) -> list[RunRecord]:
+    """The records with the names of their variants, given by folder."""
+    return [replace(record, name=names.get(record.path, record.name)) for record in records]
+
+
+def _named(variants: Sequence[Sequence[RunRecord]], labels: list[str]) -> list[str]:
+    """The labels, or the name that all runs of a variant were given, if no other variant has it."""
+    names = [{run.name for run in runs} for runs in variants]
+    given = [min(each) if len(each) == 1 else "" for each in names]
+    return [name if name and given.count(name) == 1 else label for name, label in zip(given, labels, strict=True)]
 
 
 def _by_seed(run: RunRecord) -> tuple:

@@ -80,3 +80,18 @@ def train(bnexp, tmp_path):
         return tmp_path / out
 
     return call
+
+
+@pytest.fixture
+def size17_fails(monkeypatch):
+    """Runs with images of 17x17 cannot be built."""
+    from bnexp import build
+
+    whole = build.build
+
+    def fail(cfg, datasets=None):
+        if cfg.data.size == 17:
+            raise RuntimeError("out of luck")
+        return whole(cfg, datasets)
+
+    monkeypatch.setattr(build, "build", fail)

@@ -44,12 +44,13 @@ SHRUNK = {
     "resnet": ["model.widths=[4,6]", "model.blocks=[1,1]"],
     "densenet": ["model.growth=4", "model.blocks=[1,1]", "model.stem_width=4"],
 }
+BLOCKS = {"ghost": ["norm.virtual_batch=2"]}  # which divide the small batches here
 
 
 @pytest.mark.parametrize("norm", choices("norm"))
 @pytest.mark.parametrize("model", choices("model"))
 def test_every_model_with_every_norm_maps_images_to_one_logit_per_class(model, norm):
-    cfg = checked(f"model={model}", f"norm={norm}", "data.size=16", *SHRUNK.get(model, ()))
+    cfg = checked(f"model={model}", f"norm={norm}", "data.size=16", *SHRUNK.get(model, ()), *BLOCKS.get(norm, ()))
     source = build.part(cfg, "data")()
     logits = build.make_model(cfg, source)(torch.randn(2, *source.in_shape))
     assert logits.shape == (2, 10)
@@ -199,7 +200,7 @@ def test_a_negative_decay_is_refused(key):
 
 
 def initial_state(norm, seed=3, model="resnet"):
-    cfg = checked(f"model={model}", f"norm={norm}", f"seed={seed}", "data.size=16")
+    cfg = checked(f"model={model}", f"norm={norm}", f"seed={seed}", "data.size=16", *BLOCKS.get(norm, ()))
     torch.manual_seed(int.from_bytes(os.urandom(4)))  # whatever the process drew before
     model = build.make_model(cfg, build.part(cfg, "data")())
     return {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bnexp import __doc__ as about
+from bnexp import commands
 from bnexp.cli import COMMANDS, GROUPS, choices, conf_dir
 from bnexp.folder import read_status
 
@@ -166,14 +167,14 @@ def test_quiet_prints_the_folder_and_nothing_else(bnexp, capfd, tmp_path):
 
 def test_a_run_prints_a_plain_line_per_epoch_and_the_folder_last(bnexp, capfd, tmp_path):
     arguments = ("data.limit=64", "batch_size=32", "model=mlp", "threads=1", "epochs=3", "out=here", "seed=7")
-    assert bnexp("train", *arguments) == 0
+    assert bnexp("train", *arguments, "norm=none") == 0
     out, err = capfd.readouterr()
     assert err == ""
     *epochs, last = out.splitlines()
     assert last == "here"
     assert [re.search(r"epoch (\d)/3 ", line)[1] for line in epochs] == ["1", "2", "3"]
     metrics = read_status(tmp_path / "here")["metrics"]
-    assert all(line.startswith("mlp-library-s7 ") for line in epochs)
+    assert all(line.startswith("mlp-none-s7 ") for line in epochs)
     assert f"valid {metrics['loss/valid']:.4f} {metrics['accuracy/valid']:.2%}" in epochs[-1]
     assert f"test {metrics['loss/test']:.4f}" in epochs[-1] and "images/s" in epochs[-1]
     assert "\x1b" not in out, "no colours in a pipe"
@@ -198,11 +199,24 @@ def test_an_out_folder_that_exists_and_is_empty_is_fine(bnexp, tmp_path):
 
 def test_the_module_runs_like_the_command_and_a_full_stdout_of_a_fresh_process_is_clean(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "bnexp", "train", *TINY, "out=here"],
+        [sys.executable, "-W", "error", "-m", "bnexp", "train", *TINY, "norm=none", "out=here"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "here"
+
+
+def test_what_running_statistics_cannot_do_is_said_before_training_and_once(bnexp, capfd, monkeypatch):
+    monkeypatch.setattr(commands, "SAID", set())
+    few = ("data.limit=64", "batch_size=32", "model=mlp", "threads=1", "steps=2", "norm=library")
+    told = "after the planned 2 steps the running statistics still hold 81% of their initial value"
+    assert bnexp("train", *few, "out=one") == 0
+    assert capfd.readouterr().err.count(told) == 1
+    assert bnexp("train", *few, "out=quiet", "quiet=true") == 0
+    assert told not in capfd.readouterr().err
+    monkeypatch.setattr(commands, "SAID", set())
+    assert bnexp("compare", *few, "model.activation=tanh,relu", "seed=0,1", "out=four") == 0
+    assert capfd.readouterr().err.count(told) == 1
 
 
 # ---------------------------------------------------------------- summary

@@ -131,19 +131,20 @@ def test_one_bad_job_is_refused_before_any_work(bnexp, capsys, arguments, messag
 # ---------------------------------------------------------------- how it ends
 
 
+@pytest.mark.usefixtures("size17_fails")
 def test_a_failing_job_stops_no_other_and_is_listed_with_its_reason_and_its_traceback(bnexp, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # so that no line is broken
     fixed = [each for each in SMALL if not each.startswith("model")]
-    assert bnexp("train", "-m", *fixed, "model=lenet", "data.size=8,16", "seed=0,1", "out=sweep") == 1
-    assert statuses(Path("sweep")) == {"size8-s0": "failed", "size8-s1": "failed"} | dict.fromkeys(
+    assert bnexp("train", "-m", *fixed, "model=lenet", "data.size=17,16", "seed=0,1", "out=sweep") == 1
+    assert statuses(Path("sweep")) == {"size17-s0": "failed", "size17-s1": "failed"} | dict.fromkeys(
         ["size16-s0", "size16-s1"], "finished"
     )
     out = capsys.readouterr().out
     for seed in (0, 1):
-        (line,) = [each for each in out.splitlines() if f"data.size=8 seed={seed}" in each]
+        (line,) = [each for each in out.splitlines() if f"data.size=17 seed={seed}" in each]
         assert line.startswith("failed: ")
-        assert "model=lenet: 8x8 images are too small" in line and f"(sweep/size8-s{seed}/status.json)" in line
-        assert "Traceback" in read_status(Path(f"sweep/size8-s{seed}"))["traceback"]
+        assert "RuntimeError: out of luck" in line and f"(sweep/size17-s{seed}/status.json)" in line
+        assert "Traceback" in read_status(Path(f"sweep/size17-s{seed}"))["traceback"]
     assert out.count("Sweep") == 1 and out.endswith("\nsweep\n")
 
 

@@ -1,5 +1,6 @@
 """A run's folder: what stands in its files, that TensorBoard reads the same numbers, and that nobody shares it."""
 
+import io
 import json
 import math
 import struct
@@ -9,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image as Picture
 from tensorboard.backend.event_processing import data_provider, event_accumulator, plugin_event_multiplexer
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
@@ -18,8 +21,9 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from bnexp.commands import composed
 from bnexp.errors import UserError
 from bnexp.folder import claim, claim_new, read_status
-from bnexp.readings import Scalar
-from bnexp.writer import Writer
+from bnexp.readings import Histogram, Image, Scalar, Table
+from bnexp.records import RunRecord, read_runs
+from bnexp.writer import NullWriter, Writer
 
 SMALL = ("data.limit=128", "batch_size=32", "model=mlp")
 CLOCKED = ("seconds", "time/step", "throughput/images_per_s")
@@ -34,7 +38,8 @@ def unclocked(folder):
 
 
 def events_of(folder, **options):
-    events = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}, **options)
+    everything = dict.fromkeys(("scalars", "tensors", "histograms", "images"), 0)
+    events = event_accumulator.EventAccumulator(str(folder), size_guidance=everything, **options)
     return events.Reload()
 
 
@@ -98,6 +103,105 @@ def test_a_folder_holds_the_five_files_and_nothing_left_over(train):
     assert names[:2] == ["checkpoint.pt", "config.yaml"]
     assert names[2].startswith("events.out.tfevents.")
     assert names[3:] == ["metrics.jsonl", "status.json"]
+
+
+# ---------------------------------------------------------------- histograms, images and tables
+
+BINS = Histogram("activation/norm1", (-1.0, 0.0, 2.0, 2.5), (3, 0, 5))
+PICTURE = Image("features/conv1", torch.arange(12, dtype=torch.uint8).view(3, 4) * 20)
+TABLE = Table("shapes", ("layer", "output"), (("conv1", "6x24x24"), ("a|b", "120")))
+
+
+def probes_of(folder):
+    return [json.loads(line) for line in (folder / "probes.jsonl").read_text().splitlines()]
+
+
+def write_all(folder, *steps, readings=(BINS, PICTURE, TABLE), start=0):
+    writer = Writer(folder, step=start)
+    for step in steps:
+        metrics = writer.write(step, step / 4, float(step), [Scalar("loss/train", step / 10), *readings])
+        assert metrics == {"loss/train": step / 10}
+    writer.close(success=True)
+
+
+def test_histograms_and_tables_have_a_line_each_and_images_none(tmp_path):
+    write_all(tmp_path, 1, 2)
+    bins = {"tag": "activation/norm1", "edges": [-1.0, 0.0, 2.0, 2.5], "counts": [3, 0, 5]}
+    table = {"tag": "shapes", "head": ["layer", "output"], "rows": [["conv1", "6x24x24"], ["a|b", "120"]]}
+    assert probes_of(tmp_path) == [{"step": step} | each for step in (1, 2) for each in (bins, table)]
+    assert [set(line) for line in lines_of(tmp_path)] == [{"step", "epoch", "seconds", "loss/train"}] * 2
+    assert NullWriter().write(1, 0.0, 0.0, [Scalar("loss/train", 1.0), BINS, PICTURE, TABLE]) == {"loss/train": 1.0}
+
+
+def test_there_is_no_file_for_what_is_not_there(tmp_path):
+    write_all(tmp_path, 1, readings=())
+    write_all(tmp_path, 2, readings=(PICTURE,), start=1)
+    assert not (tmp_path / "probes.jsonl").exists()
+    (record,) = [RunRecord(tmp_path, {}, {"status": "finished"}, {})]
+    assert record.histograms == {}
+
+
+def test_scalars_are_written_as_if_nothing_else_were_there(tmp_path):
+    for name, readings in (("bare", ()), ("full", (BINS, PICTURE, TABLE))):
+        (tmp_path / name).mkdir()
+        write_all(tmp_path / name, 1, 2, readings=readings)
+    assert (tmp_path / "bare/metrics.jsonl").read_bytes() == (tmp_path / "full/metrics.jsonl").read_bytes()
+    bare, full = (events_of(tmp_path / name).Scalars("loss/train") for name in ("bare", "full"))
+    assert [(event.step, event.value) for event in bare] == [(event.step, event.value) for event in full]
+
+
+@pytest.mark.parametrize("goes_on, kept", [(2, [1, 2]), (1, [1]), (0, [])])
+def test_a_writer_that_goes_on_drops_later_histograms_and_half_a_line(goes_on, kept, tmp_path):
+    write_all(tmp_path, 1, 2, 3, readings=(BINS,))
+    with open(tmp_path / "probes.jsonl", "a") as file:
+        file.write('{"step": 4, "ta')
+    write_all(tmp_path, 5, readings=(BINS,), start=goes_on)
+    assert [line["step"] for line in probes_of(tmp_path)] == [*kept, 5]
+    assert [line["step"] for line in lines_of(tmp_path)] == [*kept, 5]
+    seen = [event.step for event in events_of(tmp_path).Histograms("activation/norm1")]
+    assert seen == [*kept, 5]
+
+
+def test_tensorboard_shows_histograms_images_and_tables(tmp_path):
+    colour = Image("features/rgb", torch.arange(18, dtype=torch.uint8).view(2, 3, 3))
+    write_all(tmp_path, 7, readings=(BINS, PICTURE, TABLE, colour))
+    events = events_of(tmp_path)
+    (event,) = events.Histograms("activation/norm1")
+    value = event.histogram_value
+    assert event.step == 7
+    assert (value.min, value.max, value.num) == (-1.0, 2.5, 8)
+    assert (list(value.bucket_limit), list(value.bucket)) == ([0.0, 2.0, 2.5], [3, 0, 5])
+    # as if all lay in the middle of their bins, at -0.5 and 2.25
+    assert (value.sum, value.sum_squares) == (3 * -0.5 + 5 * 2.25, 3 * 0.25 + 5 * 2.25**2)
+    assert "activation/norm1" in events.Tags()["distributions"]
+    for image in (PICTURE, colour):
+        (event,) = events.Images(image.tag)
+        shown = Picture.open(io.BytesIO(event.encoded_image_string))
+        assert shown.format == "PNG" and (event.height, event.width) == image.pixels.shape[:2] == shown.size[::-1]
+        assert list(shown.tobytes()) == image.pixels.flatten().tolist()
+    (event,) = events.Tensors("shapes/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == "| layer | output |\n| --- | --- |\n| conv1 | 6x24x24 |\n| a\\|b | 120 |"
+
+
+def test_histograms_are_read_back_when_they_are_asked_for(train):
+    folder = train(*SMALL, "steps=4", "log_every=2", "probe=[activations,shapes]", "probe.activations.every=2")
+    ((record,), _) = read_runs([folder])
+    path = folder / "probes.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 5, "tag": "activ')  # by a process that was killed in the middle of a line
+    assert "histograms" not in vars(record), "reports without need for them do not read them"
+    assert {tag: [step for step, *_ in looks] for tag, looks in record.histograms.items()} == {
+        "activation/norm1": [2, 4], "activation/norm2": [2, 4],
+    }  # fmt: skip
+    assert record.histograms is record.histograms
+    for looks in record.histograms.values():
+        for _, edges, counts in looks:
+            assert len(edges) == len(counts) + 1 == 65 and edges == sorted(edges) and sum(counts) > 0
+    path.write_text('{"step"\n{"step": 5}\n{"step": 6}\n')
+    ((record,), _) = read_runs([folder])
+    with pytest.raises(UserError, match="probes.jsonl: unreadable"):
+        record.histograms  # noqa: B018 (reading is what is tested)
 
 
 # ---------------------------------------------------------------- going on after a reading
@@ -172,7 +276,7 @@ def test_a_rerun_takes_other_values_and_other_entries(train, rerun):
         (["run-1", "lrr=3"], "lrr: there is no such setting (did you mean optimizer.lr?)"),
         (["run-1", "model.colour=1"], "model.colour: there is no such setting"),
         (["run-1", "model=resnett"], "resnet"),
-        (["run-1", "seed=0,1"], "seed=0,1: rerun runs one config"),
+        (["run-1", "seed=0,1"], "seed=0,1: rerun takes one config"),
         (["run-1", "epochs=many"], "epochs"),
         (["run-1", "out=run-1"], "already holds a run"),
         (["nowhere"], "nowhere: holds no run"),

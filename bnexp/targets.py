@@ -1,0 +1,131 @@
+"""What a ``_target_`` in a config may name, and whether its options fit.
+
+A run's folder can come from a stranger, so that naming a thing is not enough to get it called.
+"""
+
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+
+from bnexp.errors import UserError
+
+OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
+# Where a group's own entries live, which classes of torch it takes, and what it is called with.
+HOMES = {
+    "model": "bnexp.models", "norm": "bnexp.norms", "data": "bnexp.data", "schedule": "bnexp.optim",
+    "probe": "bnexp.probes",
+}  # fmt: skip
+KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
+CALLS = {
+    "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
+    "schedule": ((0, 0), {}), "probe": ((), {}),
+}  # fmt: skip
+
+
+def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
+    """The class or function that ``_target_`` names, if it is one that a config may name.
+
+    A run's folder can come from a stranger, so a config reaches bnexp's own parts, the modules and optimizers
+    of torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
+    """
+    path, home = str(path), HOMES.get(group, f"bnexp.{group}")
+    known = f"{home} or torch's {KINDS[group].__name__}s" if group in KINDS else home
+    refused = UserError(f"{group}._target_={path}: nothing that {group}= takes; name one of {known}")
+    package = path.partition(".")[0]
+    if package not in ("bnexp", "torch", "torchvision", *allow):
+        raise UserError(
+            f"{group}._target_={path}: configs may name classes of bnexp, torch and torchvision only; "
+            f"if you trust {package}, add allow=[{package}]"
+        )
+    if package == "bnexp" and not path.startswith(home):
+        raise refused  # before importing, which may do things
+    module_name, _, name = path.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}._target_={path}: cannot be found ({error})") from error
+    lives = getattr(target, "__module__", None) or ""
+    is_ours = (lives + ".").startswith(home + ".") and (group != "data" or isinstance(target, type))
+    is_trusted = package in allow and lives.partition(".")[0] == package
+    is_part = isinstance(target, type) and issubclass(target, KINDS.get(group, ()))
+    is_model = group == "model" and inspect.isfunction(target) and lives.startswith("torchvision.models.")
+    if not (callable(target) and (is_ours or is_trusted or is_part or is_model)):
+        raise refused
+    return target
+
+
+def check_options(group: str, node: DictConfig, allow: Collection[str], label: str = "") -> None:
+    """Every option of a group's entry must be one that its target takes, and of the type that it takes.
+
+    ``label`` is the entry's key where that is not the group's name.
+    """
+    label = label or group
+    if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # noqa: SIM118 (in hides what is missing)
+        raise UserError(f"{label}={node}: not an entry of the group, which has a _target_")
+    if missing := OmegaConf.missing_keys(node):
+        raise UserError(f"{label}.{sorted(missing)[0].rpartition('.')[2]}: has to be given, it has no default")
+    options = OmegaConf.to_container(node, resolve=True)
+    target = find_target(group, options["_target_"], allow)
+    accepted = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    for key, value in options.items():
+        if key in ("_target_", "_partial_") or (group == "optimizer" and key in OURS):
+            continue
+        if key.startswith("_") or _mentions_target(value):
+            raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
+        if key not in accepted and not takes_any:
+            known = ", ".join(k for k in accepted if k in options) or "none"
+            raise UserError(f"{label}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
+        if not fits(value, hints.get(key, Any)):
+            given = f", not {type(value).__name__}" if not isinstance(value, list) else ""
+            raise UserError(f"{label}.{key}={value}: {_type_name(hints[key])} expected{given}")
+    positional, named = CALLS[group]
+    named = named | {key: value for key, value in options.items() if key in accepted}
+    try:
+        inspect.signature(target).bind(*positional, **named)
+    except TypeError as error:
+        path = options["_target_"]
+        raise UserError(f"{label}._target_={path}: cannot be called as a {group} is ({error})") from error
+
+
+def _mentions_target(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_mentions_target, value.values()))
+    return isinstance(value, list) and any(map(_mentions_target, value))
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value from a config can stand where ``hint`` is annotated; unknown hints take anything."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in get_args(hint))
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        items = get_args(hint)
+        if origin is tuple and ... not in items:
+            return isinstance(value, list) and len(value) == len(items) and all(map(fits, value, items))
+        return isinstance(value, list) and (not items or all(fits(item, items[0]) for item in value))
+    return hint is not torch.Tensor
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in get_args(hint) if option is not torch.Tensor)
+    if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
+        return "list of " + ", ".join(_type_name(item) for item in get_args(hint) if item is not ...)
+    return getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
