@@ -42,7 +42,7 @@ STYLE = {
 
 def draw(variants: Sequence[Variant]) -> "Figure":
     """A 2x2 figure of ``variants``, the baseline first. Diverged runs are thin lines that end in a cross."""
-    with _style():
+    with style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def draw(variants: Sequence[Variant]) -> "Figure":
         FigureCanvasAgg(figure)
         panels = list(figure.subplots(2, 2).flat)
         ends = [_panel(axes, tag, variants) for axes, tag in zip(panels, PANELS, strict=True)]
-        _name_lines(figure, panels, ends, [_shorten(each.label) for each in variants])
+        _name_lines(figure, panels, ends, [shorten(each.label) for each in variants])
         figure.text(PAD / WIDTH, PAD / HEIGHT, _caption(variants), size=8.5, color="#444444")
     return figure
 
@@ -58,14 +58,14 @@ def draw(variants: Sequence[Variant]) -> "Figure":
 def render(figure: "Figure", format: str) -> bytes:
     """The figure as ``png`` or ``svg``; the same figure gives the same bytes."""
     file = io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(file, format=format, dpi=DPI, metadata={"Date": None} if format == "svg" else None)
     return file.getvalue()
 
 
 def _caption(variants: Sequence[Variant]) -> str:
     counts = [len(each.runs) for each in variants if each.runs]
-    each_count = ", ".join(f"{_shorten(each.label)} {len(each.runs)}" for each in variants)
+    each_count = ", ".join(f"{shorten(each.label)} {len(each.runs)}" for each in variants)
     seeds = f"{counts[0]} each" if len(set(counts)) == 1 else each_count
     crosses = "A cross ends a run that diverged. " if any(each.diverged for each in variants) else ""
     words = f"Mean over seeds and its 95% interval. {crosses}Number of seeds: {seeds}."
@@ -73,7 +73,7 @@ def _caption(variants: Sequence[Variant]) -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Our looks whatever the user's matplotlibrc says, and nothing of them left behind."""
     import matplotlib
 
@@ -94,7 +94,7 @@ def _panel(axes: "Axes", tag: str, variants: Sequence[Variant]) -> dict[int, tup
     alpha = 0.17 if len(variants) <= 4 else 0.08
     ends = {}
     for i, ((steps, means, lows, highs), strays) in enumerate(zip(curves, lost, strict=True)):
-        color, dashes = _look(i)
+        color, dashes = look(i)
         if steps:
             marker = "o" if len(steps) <= 25 else None
             axes.plot(steps, means, color=color, linestyle=dashes, marker=marker, markersize=3.5, zorder=3)
@@ -120,8 +120,8 @@ def _panel(axes: "Axes", tag: str, variants: Sequence[Variant]) -> dict[int, tup
     for i, strays in enumerate(lost):
         for xs, ys in strays:
             cross = axes.transAxes.inverted().transform(_leaves(axes, xs, ys))
-            style = {"color": _look(i)[0], "markersize": 7, "markeredgewidth": 2, "transform": axes.transAxes}
-            axes.plot(*cross, "x", **style, zorder=4, clip_on=False)
+            mark = {"color": look(i)[0], "markersize": 7, "markeredgewidth": 2, "transform": axes.transAxes}
+            axes.plot(*cross, "x", **mark, zorder=4, clip_on=False)
     return ends
 
 
@@ -134,7 +134,7 @@ def _leaves(axes: "Axes", xs: list[int], ys: list[float]) -> tuple[float, float]
     return tuple(points[-1])
 
 
-def _look(i: int) -> tuple[str, object]:
+def look(i: int) -> tuple[str, object]:
     """Colour and dashes of the ``i``-th variant; 0 is the baseline."""
     return BASELINE if i == 0 else (COLORS[(i - 1) % len(COLORS)], DASHES[(i - 1) % len(DASHES)])
 
@@ -152,16 +152,16 @@ def curve(variant: Variant, tag: str, most: int | None = None) -> Curve:
     steps = [window[-1] for window in windows]
     bounds = [(each.low, each.high) if each.low is not None else (each.mean, each.mean) for each in results]
     columns = ([each.mean, *bound] for each, bound in zip(results, bounds, strict=True))
-    numbers = [[math.nan if value is None else _clip(value) for value in column] for column in columns]
+    numbers = [[math.nan if value is None else clip(value) for value in column] for column in columns]
     return (steps, *map(list, zip(*numbers, strict=True))) if steps else ([], [], [], [])
 
 
 def _finite(curve: tuple) -> tuple[list[int], list[float]]:
-    points = [(x, _clip(y)) for x, y in zip(*curve, strict=True) if math.isfinite(y)]
+    points = [(x, clip(y)) for x, y in zip(*curve, strict=True) if math.isfinite(y)]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _clip(value: float) -> float:
+def clip(value: float) -> float:
     return min(max(value, -1e30), 1e30)  # beyond, matplotlib overflows on a logarithmic axis
 
 
@@ -215,7 +215,7 @@ def _name_lines(figure: "Figure", panels: list, ends: list[dict], names: list[st
         wanted = {i: min(max(axes.transData.transform(end[i])[1], box.y0), box.y1) for i in end}
         places = spread(sorted(wanted.values()), apart, box.y0, box.y1)
         for i, y in zip(sorted(wanted, key=wanted.get), places, strict=True):
-            color = _look(i)[0]
+            color = look(i)[0]
             label_at = (1 + PAD / width, (y - box.y0) / box.height)
             texts[k][i].update({"transform": axes.transAxes, "position": label_at, "color": color})
             xs, ys = (1.0, 1 + 0.75 * PAD / width), ((wanted[i] - box.y0) / box.height, label_at[1])
@@ -242,5 +242,5 @@ def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> li
     return [y + rank * apart for rank, y in enumerate(level)]
 
 
-def _shorten(label: str) -> str:
+def shorten(label: str) -> str:
     return label if len(label) <= 28 else f"{label[:27]}…"

@@ -1,6 +1,7 @@
 """A run's folder: claimed once, described by ``status.json``, never overwritten.
 
-    config.yaml  status.json  metrics.jsonl  events.out.tfevents...  checkpoint.pt
+    config.yaml  status.json  metrics.jsonl  probes.jsonl (if probes had more to say than numbers)
+    events.out.tfevents...  checkpoint.pt
 """
 
 import fcntl
@@ -20,6 +21,7 @@ from typing import Any
 from bnexp.errors import UserError
 
 CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
+PROBES = "probes.jsonl"
 DONE = ("finished", "diverged")  # results; every other status leaves something to do
 
 

@@ -1,6 +1,7 @@
-"""The TensorBoard door: readings become events and one JSON line per step, in a run's folder.
+"""The TensorBoard door: readings become events and JSON lines in a run's folder.
 
-``metrics.jsonl`` is the truth that reports read; the events are the same numbers for TensorBoard.
+``metrics.jsonl`` holds the scalars, one line per step, and is the truth that reports read. ``probes.jsonl`` holds
+histograms and tables, one line each. The events are the same for TensorBoard, and the only home of images.
 """
 
 import io
@@ -12,45 +13,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter, summary
 
-from bnexp.folder import METRICS, finite
-from bnexp.readings import Band, Scalar
+from bnexp.folder import METRICS, PROBES, finite
+from bnexp.readings import Band, Histogram, Image, Reading, Scalar, Table
 
 
 class Writer:
     """Writes the readings of one run. ``step`` 0 starts anew, a later one goes on after that step."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
-        self.path = folder / METRICS
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self._drop_after(step)
+        self.folder = folder
+        self.metrics = Lines(folder / METRICS, step)
+        self.probes = Lines(folder / PROBES, step) if (folder / PROBES).exists() else None
         self.events = EventFile(folder)
         # What an earlier file holds beyond this step did not happen. TensorBoard takes a run's first START for its
         # beginning and drops nothing, so the beginning has one too.
         self.events.add(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
 
-    def _drop_after(self, step: int) -> None:
-        """Forget what was written after ``step``, by a process that died before its next checkpoint."""
-        keep = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError):
-                break
-            keep += len(line)
-        os.truncate(self.path, keep)
-
-    def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Scalar]) -> dict[str, float]:
-        """Keep the readings of one step; returns them by tag."""
-        metrics = {reading.tag: reading.value for reading in readings}
-        line = {"step": step, "epoch": round(epoch, 6), "seconds": round(seconds, 6), **metrics}
-        append(self.file, json.dumps(finite(line), allow_nan=False).encode() + b"\n")
+    def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
+        """Keep the readings of one step; returns the scalars among them by tag."""
+        readings = list(readings)
+        metrics = scalars(readings)
+        self.metrics.add({"step": step, "epoch": round(epoch, 6), "seconds": round(seconds, 6), **metrics})
+        others = [reading for reading in readings if not isinstance(reading, Scalar)]
+        if rows := [row for reading in others for row in as_rows(step, reading)]:
+            self.probes = self.probes or Lines(self.folder / PROBES, step)
+            self.probes.add(*rows)
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        values += [value for reading in others for value in as_summary(reading).value]
         self.events.add(step=step, summary=Summary(value=values))
         return metrics
 
@@ -63,14 +57,40 @@ class Writer:
 
     def close(self, success: bool) -> None:
         """Say how the run ended, and let go of the files; once is enough."""
-        if self.file.closed:
+        if self.metrics.file.closed:
             return
         status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
         end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
         content = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
         value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=content, tensor=metadata.NULL_TENSOR)
-        with self.file, self.events.file:
+        with self.metrics.file, self.events.file:
+            if self.probes is not None:
+                self.probes.file.close()
             self.events.add(summary=Summary(value=[value]))
+
+
+class Lines:
+    """A file of one JSON object per line, in the order of their steps, that goes on after ``step``."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self._drop_after(path, step)
+
+    def _drop_after(self, path: Path, step: int) -> None:
+        """Forget what was written after ``step``, by a process that died before its next checkpoint."""
+        keep = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            keep += len(line)
+        os.truncate(path, keep)
+
+    def add(self, *rows: dict) -> None:
+        """Write a line for each of ``rows``, numbers that JSON does not know as null."""
+        append(self.file, b"".join(json.dumps(finite(row), allow_nan=False).encode() + b"\n" for row in rows))
 
 
 class EventFile:
@@ -98,11 +118,59 @@ def append(file: io.FileIO, data: bytes) -> None:
         raise
 
 
+def scalars(readings: Iterable[Reading]) -> dict[str, float]:
+    """The scalars among ``readings`` by tag."""
+    return {reading.tag: reading.value for reading in readings if isinstance(reading, Scalar)}
+
+
+def as_rows(step: int, reading: Reading) -> list[dict]:
+    """The lines of probes.jsonl that keep ``reading``; none for images, which are for the eye."""
+    if isinstance(reading, Histogram):
+        return [{"step": step, "tag": reading.tag, "edges": reading.edges, "counts": reading.counts}]
+    if isinstance(reading, Table):
+        return [{"step": step, "tag": reading.tag, "head": reading.head, "rows": reading.rows}]
+    return []
+
+
+def as_summary(reading: Histogram | Image | Table) -> Summary:
+    """``reading`` as TensorBoard takes it: a histogram, a PNG, a table in Markdown."""
+    if isinstance(reading, Histogram):
+        return Summary(value=[Summary.Value(tag=reading.tag, histo=histogram_proto(reading))])
+    if isinstance(reading, Table):
+        rows = [reading.head, ["---"] * len(reading.head), *reading.rows]
+        lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        return summary.text(reading.tag, "\n".join(lines))
+    from PIL import Image as Picture  # here, because most runs have no use for it
+
+    png = io.BytesIO()
+    Picture.fromarray(reading.pixels.numpy()).save(png, format="PNG")
+    height, width, *channels = reading.pixels.shape
+    image = Summary.Image(
+        height=height, width=width, colorspace=channels[0] if channels else 1, encoded_image_string=png.getvalue()
+    )
+    return Summary(value=[Summary.Value(tag=reading.tag, image=image)])
+
+
+def histogram_proto(reading: Histogram) -> HistogramProto:
+    """The bins as they are; sum and sum of squares as if every value lay in the middle of its bin."""
+    edges, counts = reading.edges, reading.counts
+    middles = [(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]
+    return HistogramProto(
+        min=edges[0],
+        max=edges[-1],
+        num=sum(counts),
+        sum=sum(n * x for n, x in zip(counts, middles, strict=True)),
+        sum_squares=sum(n * x * x for n, x in zip(counts, middles, strict=True)),
+        bucket_limit=edges[1:],
+        bucket=counts,
+    )
+
+
 class NullWriter:
     """Keeps nothing; for loops that are only timed."""
 
-    def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Scalar]) -> dict[str, float]:
-        return {reading.tag: reading.value for reading in readings}
+    def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
+        return scalars(readings)
 
     def close(self, success: bool) -> None:
         pass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bnexp.figure import COLORS, DASHES, PANELS, _look, draw, render, spread
+from bnexp.figure import COLORS, DASHES, PANELS, draw, look, render, spread
 from bnexp.records import RunRecord
 from bnexp.variants import Variant
 
@@ -118,9 +118,9 @@ def test_spread_moves_only_what_crowds_and_as_little_as_possible():
 
 
 def test_thirty_variants_look_different_in_colour_and_dashes():
-    looks = [_look(i) for i in range(31)]
+    looks = [look(i) for i in range(31)]
     assert len(set(map(repr, looks))) == 31
-    assert _look(0)[0] not in COLORS
+    assert look(0)[0] not in COLORS
     assert len({repr(dashes) for _, dashes in looks[1:6]}) == len(DASHES)
 
 

@@ -16,8 +16,9 @@ FLOORS = (
     "norms kernels models data optim",
     "run engine checkpoint folder",
     "writer progress probes",
-    "loop compare report records bench parity shapes timing summary variants verdict figure",
-    "cli config build commands explain sweep multirun __main__",
+    "loop compare report records bench parity shapes timing summary variants verdict figure advice expectations epochs"
+    " probe_figure page inspection diagnosis findings featuremaps",
+    "cli config build targets commands explain sweep multirun studies __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PARTS = FLOORS[1].split()
@@ -29,9 +30,10 @@ DOORS = {
     "omegaconf": FLOORS[5].split(),
     "tensorboard": ["writer"],
     "torch.utils.tensorboard": ["writer"],
-    "rich": ["progress", "report", "bench", "summary", "commands", "multirun"],
+    "rich": ["progress", "report", "bench", "summary", "commands", "multirun", "studies", "epochs",
+             "inspection", "findings", "featuremaps"],
     "triton": ["kernels"],
-    "matplotlib": ["figure", "report"],
+    "matplotlib": ["figure", "probe_figure", "page", "report", "featuremaps"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,63 @@
+"""How large the gradients of a step were, layer by layer, and how far they moved the weights."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnexp.probes.base import Probe, norm_of
+from bnexp.readings import Reading, Scalar
+from bnexp.run import Run
+
+
+class Gradients(Probe):
+    """Of every layer's weight w, over the very step that is looked at, with its gradient g:
+
+        gradient/<layer> = |g|                           in nats per unit of w
+        update/<layer>   = |w_after - w_before| / |w_before|
+
+    and ``gradient/all``, |g| over all parameters together; all norms are Euclidean. A ratio of 1e-3 per step is what
+    many networks train well with; where w_before is 0 it is infinite or, without an update, NaN.
+
+    ``layers`` are modules with a parameter called weight; by default those whose weight has two or more dimensions,
+    convolutions and dense layers. Under fp16, gradients are those after the loss scale is divided out; a step that the
+    scaler skips because they overflowed reads NaN, and an update of 0.
+    """
+
+    def __init__(self, every: int = 200, layers: Sequence[str] | None = None) -> None:
+        super().__init__(every)
+        self.layers = layers
+
+    def check(self, model: nn.Module) -> None:
+        self.check_layers(self.layers or (), weights(model), "layer with a trained weight")
+
+    def chosen(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights that are looked at, by layer."""
+        every = weights(model)
+        if self.layers is not None:
+            return {name: every[name] for name in self.layers}
+        return {name: weight for name, weight in every.items() if weight.dim() > 1}
+
+    def before(self, run: Run) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.chosen(run.model).items()}
+
+    @torch.no_grad()
+    def look(self, run: Run, before: dict[str, Tensor]) -> Iterator[Reading]:
+        chosen = self.chosen(run.model)
+        # After the step they are still there, and the scaler or the optimizer has unscaled them in place.
+        gradients = {name: [] if weight.grad is None else [weight.grad] for name, weight in chosen.items()}
+        gradients["all"] = [p.grad for p in run.model.parameters() if p.grad is not None]
+        norms = torch.stack([norm_of(each).to(run.device) for each in gradients.values()])
+        if run.scaler.is_enabled():
+            norms = torch.where(norms[-1].isfinite(), norms, torch.nan)
+        moved = [norm_of([weight - before[name]]) / norm_of([before[name]]) for name, weight in chosen.items()]
+        values = torch.cat([norms, torch.stack(moved)] if moved else [norms]).tolist()
+        tags = [f"gradient/{name}" for name in gradients] + [f"update/{name}" for name in chosen]
+        for tag, value in zip(tags, values, strict=True):
+            yield Scalar(tag, value)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters called weight, by the name of their module."""
+    found = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    return {name: weight for name, weight in found.items() if isinstance(weight, Tensor) and weight.requires_grad}
