@@ -49,6 +49,8 @@ def explain(error: Exception, given: str) -> str:
         )
     if found := re.search(r"Could not override '([^']+)'|^Key '([^']+)' (?:is )?not in", text):
         key = found[1] or getattr(error, "full_key", None) or found[2]
+        if key == "study":
+            return "study: is no setting but a command of its own: bnexp study NAME"
         return f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all"
     if found := re.search(r"Error merging override ([^=]+)=(.*)\nValue .* could not be converted to (\w+)", text):
         kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[3], found[3])

@@ -49,10 +49,18 @@ def draw(variants: Sequence[Variant]) -> "Figure":
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI)
         FigureCanvasAgg(figure)
         panels = list(figure.subplots(2, 2).flat)
-        ends = [_panel(axes, tag, variants) for axes, tag in zip(panels, PANELS, strict=True)]
+        ends = [_panel(axes, tag, variants) for axes, tag in zip(panels, tags_of(variants), strict=True)]
         _name_lines(figure, panels, ends, [shorten(each.label) for each in variants])
         figure.text(PAD / WIDTH, PAD / HEIGHT, _caption(variants), size=8.5, color="#444444")
     return figure
+
+
+def tags_of(variants: Sequence[Variant]) -> list[str]:
+    """The tags of the four panels: training as evaluated on the whole set, if every run did, else as it went."""
+    runs = [run for variant in variants for run in variant.runs + variant.diverged]
+    evaluated = {tag: tag.replace("/train", "/train_eval") for tag in PANELS if tag.endswith("/train")}
+    has = {tag for tag in evaluated.values() if runs and all(tag in run.curves for run in runs)}
+    return [evaluated[tag] if evaluated.get(tag) in has else tag for tag in PANELS]
 
 
 def render(figure: "Figure", format: str) -> bytes:
@@ -105,7 +113,7 @@ def _panel(axes: "Axes", tag: str, variants: Sequence[Variant]) -> dict[int, tup
         points = points if points[0] else max(strays, key=lambda stray: len(stray[0]), default=([], []))
         if points[0]:
             ends[i] = (points[0][-1], points[1][-1])
-    axes.set_title(PANELS[tag], loc="left")
+    axes.set_title(_title(tag), loc="left")
     axes.set_xlabel("steps" if tag.startswith("accuracy") else "")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -132,6 +140,10 @@ def _leaves(axes: "Axes", xs: list[int], ys: list[float]) -> tuple[float, float]
         if y1 > top:
             return (x0 + (x1 - x0) * (top - y0) / (y1 - y0) if y0 < top else x1), top
     return tuple(points[-1])
+
+
+def _title(tag: str) -> str:
+    return PANELS.get(tag) or f"{PANELS[tag.removesuffix('_eval')]}, evaluated"
 
 
 def look(i: int) -> tuple[str, object]:
@@ -181,7 +193,7 @@ def _limit(axes: "Axes", tag: str, curves: Sequence[Curve], lost: Sequence[list]
         cap = EXPLODED * min(map(max, lines))
         if 0 < cap < high:
             high = cap
-            axes.set_title(f"{PANELS[tag]} (cut at {cap:.2g})", loc="left")
+            axes.set_title(f"{_title(tag)} (cut at {cap:.2g})", loc="left")
         if low > 0 and high / low > EXPLODED:
             axes.set_yscale("log")
             axes.set_ylim(low / 1.3, high * 1.3)

@@ -45,7 +45,7 @@ LANDSCAPE_WORDS = (
     "gradient does not depend on the scale of the weights."
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST_LAYERS, MOST_COLUMNS, MOST_CLOUDS = 6, 6, 4  # clouds of points of more variants are one fog
+MOST_LAYERS, MOST_COLUMNS, MOST_CLOUDS = 8, 6, 4  # clouds of points of more variants are one fog
 BINS = 48  # of a histogram as drawn, over what it covers of the axis
 TAIL = 0.001  # the share of values that may lie beyond either end of the axis of a histogram
 LOSS_BINS, FEWEST = 10, 3  # bins of the loss that have a median each; points that make one

@@ -66,6 +66,8 @@ def refused(bnexp, capsys, tmp_path):
         (["train", "data=mnist", "data.root=file"], "data.root=file", ["a file", "folder"]),
         (["train", "data=folder", "data.root=photos"], "photos", ["train"]),
         (["train", "data=folder"], "data.root", ["data.root=photos/"]),
+        (["train", "study=mnist_lab"], "study", ["bnexp study NAME"]),
+        (["train", "probe=[nothing]"], "probe=nothing", ["activations", "landscape"]),
         (["train", "model=lenet", "data.size=8"], "8x8", ["data.size=16"]),
         (["train", "out=file"], "out=file", ["is a file; choose a folder"]),
         (["train", "out=file/run"], "out=file/run", ["choose a folder"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bnexp.figure import COLORS, DASHES, PANELS, draw, look, render, spread
+from bnexp.figure import COLORS, DASHES, PANELS, draw, look, render, spread, tags_of
 from bnexp.records import RunRecord
 from bnexp.variants import Variant
 
@@ -192,3 +192,12 @@ def test_a_panel_without_readings_says_so():
     figure = draw([bare])
     assert [text.get_text() for text in panel(figure, "accuracy/train").texts] == ["no readings"]
     assert list(names(panel(figure, "loss/valid"))) == ["none"]
+
+
+def test_training_is_drawn_as_evaluated_where_every_run_was():
+    half, whole = variant("half", (0.9, 0.5, 0.4)), variant("whole", (0.9, 0.5, 0.4))
+    for run in whole.runs:
+        run.curves["loss/train_eval"] = run.curves["loss/train"]
+    assert tags_of([half, whole]) == list(PANELS), "a run without would be missing from the picture"
+    assert tags_of([whole])[0] == "loss/train_eval"
+    assert draw([whole]).axes[0].get_title(loc="left") == "training loss, evaluated"
