@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from bnexp.cli import choices, conf_dir, nearest
@@ -231,14 +232,12 @@ def found(finding: Finding) -> str:
 
 
 def list_studies() -> None:
-    """A table of all studies: what each claims, where that comes from, how long it takes."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for column in ("study", "claim and source", "takes", "quick=true", "full=true"):
-        table.add_column(column, overflow="fold")
+    """Every study: how long it takes in each form, what it claims, where that comes from."""
+    console = Console()
     for name in choices("study"):
         each = load(name)
-        forms = [each.forms[form].takes if form in each.forms else "" for form in FORMS]
-        table.add_row(name, f"{escape(each.title)} [dim]({escape(each.source)})[/dim]", each.takes, *forms)
-    console = Console()
-    console.print(table)
-    console.print("\nTimes on two CPU cores. bnexp study NAME runs one; bnexp study --help says more.", highlight=False)
+        takes = [each.takes, *(f"{form}=true {each.forms[form].takes}" for form in FORMS if form in each.forms)]
+        console.print(f"[bold]{name}[/bold]: {', '.join(map(escape, takes))}", highlight=False)
+        console.print(Padding(escape(each.title), (0, 0, 0, 4)), highlight=False)
+        console.print(Padding(f"[dim]{escape(each.source)}[/dim]", (0, 0, 0, 4)), highlight=False)
+    print("\nTimes on two CPU cores. bnexp study NAME runs one; bnexp study --help says more.")

@@ -93,7 +93,7 @@ def test_torch_takes_every_option(path):
     assert set(options) - set(parameters) <= NOT_TORCHS
 
 
-@pytest.mark.parametrize("group", ["model", "norm", "data", "optimizer", "schedule"])
+@pytest.mark.parametrize("group", ["model", "norm", "data", "optimizer", "schedule", "probe"])
 def test_every_entry_of_a_group_of_parts_has_a_target(group):
     paths = [path for path in ENTRIES if path.parent.name == group]
     assert paths, f"nothing in conf/{group}"
