@@ -7,6 +7,7 @@ It also holds the rules that no single key can state.
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
@@ -23,7 +24,7 @@ from bnexp.config import Train
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
-from bnexp.loop import Plan
+from bnexp.loop import KEEP, Plan
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer
 from bnexp.probes.base import Probe
@@ -46,7 +47,10 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
         _at_least_one(key, cfg[key])
     if cfg.steps is None:
         _at_least_one("epochs", cfg.epochs)
-    for key in ("steps", "eval_every", "checkpoint_every", "classes_per_batch"):
+    every_of(cfg.checkpoint_every)
+    if cfg.keep not in KEEP:
+        raise UserError(f"keep={cfg.keep}: not known; choose one of {', '.join(KEEP)}")
+    for key in ("steps", "eval_every", "classes_per_batch"):
         if cfg[key] is not None:
             _at_least_one(key, cfg[key])
     if not 0 <= cfg.seed < 2**63:
@@ -111,6 +115,18 @@ def check_schedule(cfg: DictConfig) -> None:
 def _at_least_one(key: str, value: Any) -> None:
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{key}={value}: has to be a whole number, 1 or more")
+
+
+def every_of(value: Any) -> tuple[int | None, float | None]:
+    """What ``checkpoint_every`` means: so many steps, or so many seconds."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value, None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?s", str(value), re.ASCII)
+    if found and 0 < float(found[1]) < math.inf:
+        return None, float(found[1])
+    raise UserError(
+        f"checkpoint_every={value}: has to be a whole number of steps, 1 or more, or of seconds, written as 60s"
+    )
 
 
 def find_device(name: str) -> torch.device:
@@ -245,10 +261,12 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
 
 
 def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
+    steps, seconds = every_of(cfg.checkpoint_every)
     return Plan(
         log_every=cfg.log_every,
         eval_every=cfg.eval_every or steps_per_epoch,
-        checkpoint_every=cfg.checkpoint_every or steps_per_epoch,
+        checkpoint_every=steps if steps or seconds else steps_per_epoch,
+        checkpoint_seconds=seconds,
         eval_train=cfg.eval_train,
         eval_test=cfg.eval_test,
         probes=probes_of(cfg),

@@ -1,42 +1,138 @@
-"""Checkpoints: written whole or not at all, and read without executing anything."""
+"""Checkpoints: written whole or not at all, and read without executing anything.
 
+    checkpoint.pt  checkpoint.previous.pt (the one before)  best.pt, checkpoint-STEP.pt (if asked for)
+
+Each ends with the SHA-256 of all that stands before it, as the comment of the zip file that torch makes. The sums
+inside the zip are not enough: they leave out its table of contents, where a flipped bit can name other contents.
+"""
+
+import errno
+import hashlib
 import os
 import re
+import shutil
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
 
-NAME = "checkpoint.pt"
+NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
+MARK, NUM_DIGITS = b"sha256 ", 64
 
 
 def save(state: dict, folder: Path) -> Path:
-    """Write ``state`` to ``folder/checkpoint.pt``; whoever dies halfway leaves the previous one untouched."""
-    path = folder / NAME
-    scratch = folder / f".{NAME}.new"  # one name, so that those who are killed here leave one file and not many
+    """Write ``state`` to ``folder/checkpoint.pt``; what was there becomes ``checkpoint.previous.pt``.
+
+    At every moment checkpoint.pt is a whole one, the old or the new.
+    """
+    return write(state, folder / NAME, previous=folder / PREVIOUS)
+
+
+def write(state: dict, path: Path, previous: Path | None = None) -> Path:
+    """Write ``state`` to ``path`` in one move, on the disk when this returns; ``previous`` gets what was there."""
+    scratch = path.with_name(f".{path.name}.new")  # one name, so that many who are killed here leave one file
     try:
         with open(scratch, "wb") as file:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # while it tidies up after the one that matters
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-            file.flush()
-            os.fsync(file.fileno())
+        seal(scratch)
+        if previous is not None and path.exists():
+            also_call(path, previous)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+    sync_folder(path.parent)
     return path
 
 
-def load(folder: Path, device: torch.device) -> dict | None:
-    """The last checkpoint of a run's folder with its tensors on ``device``, None if there is none."""
-    path = folder / NAME
-    if not path.exists():
-        return None
+def seal(path: Path) -> None:
+    """Put the sum of the whole file at its end, and all of it on the disk."""
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
+        file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
+        num_bytes = file.tell()
+        digest = checksum(file, num_bytes)
+        file.seek(num_bytes)
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checksum(file: BinaryIO, num_bytes: int) -> bytes:
+    """The SHA-256 of the file's first bytes, in hexadecimal."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while num_bytes > 0 and (chunk := file.read(min(num_bytes, 2**20))):
+        digest.update(chunk)
+        num_bytes -= len(chunk)
+    return digest.hexdigest().encode()
+
+
+def also_call(path: Path, name: Path) -> None:
+    """Let ``name`` be another name of the file at ``path``, in one move; a copy where there are no hard links."""
+    scratch = name.with_name(f".{name.name}.new")
+    try:
+        scratch.unlink(missing_ok=True)
+        try:
+            os.link(path, scratch)
+        except OSError:
+            shutil.copyfile(path, scratch)
+        os.replace(scratch, name)
+    finally:
+        scratch.unlink(missing_ok=True)  # also where both were the same file already, which replace leaves alone
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folder back
+            raise
+    finally:
+        os.close(handle)
+
+
+def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, mend: bool = False) -> dict | None:
+    """The last good checkpoint of a run's folder with its tensors on ``device``, None if there is none at all.
+
+    Good is what is whole and, with a ``model``, :func:`fits <check_fits>` it. If that is not the last one, stderr says
+    so, and with ``mend`` the bad one is put aside and the good one in its place. :class:`UserError` if none is good.
+    """
+    bad: list[tuple[Path, UserError]] = []
+    for path in (folder / NAME, folder / PREVIOUS):
+        if not os.path.lexists(path):
+            continue
+        try:
+            state = read(path, device)
+            if model is not None:
+                check_fits(state, model, path)
+        except UserError as error:
+            bad.append((path, error))
+            continue
+        for wrong, error in bad:
+            told = str(error).rpartition("; ")[0]  # what to do about it is not for the person to do
+            print(f"bnexp: warning: {told}; taking the one before, {path}, instead", file=sys.stderr)
+            if mend:
+                os.replace(wrong, folder / DAMAGED)
+                os.replace(path, wrong)
+        return state
+    if bad:
+        raise UserError("; and ".join(str(error) for _, error in bad)) from bad[0][1]
+    return None
+
+
+def read(path: Path, device: torch.device) -> object:
+    """What the file at ``path`` holds, if it is whole and no code; else :class:`UserError`."""
     try:
         check_whole(path)
         return torch.load(path, map_location=device, weights_only=True)
@@ -47,20 +143,30 @@ def load(folder: Path, device: torch.device) -> dict | None:
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError for a file that is not as it was written: torch itself does not look at its sums."""
+    """Raise ValueError for a file that is not as it was written: torch itself does not look at any sum."""
     if path.is_file() and not zipfile.is_zipfile(path):
         raise ValueError("damaged, cut short, or no checkpoint at all")
-    with zipfile.ZipFile(path) as file:
+    with open(path, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - NUM_DIGITS - len(MARK))
+        file.seek(start)
+        mark, digest = file.read(len(MARK)), file.read()
+        if mark == MARK:
+            if checksum(file, start + len(MARK)) != digest:
+                raise ValueError("damaged: its contents do not have the sum that stands at its end")
+            return
+        file.seek(-2, os.SEEK_END)
+        if file.read() != bytes(2):  # torch's files end with the length of no comment
+            raise ValueError("damaged or cut short where its sum should stand")
+    with zipfile.ZipFile(path) as file:  # not written by us, or before there was a sum
         if damaged := file.testzip():
             raise ValueError(f"damaged in {damaged}")
 
 
-def check_fits(state: object, model: nn.Module, folder: Path) -> None:
+def check_fits(state: object, model: nn.Module, path: Path) -> None:
     """Raise :class:`UserError` unless ``state`` holds every weight of ``model`` and nothing else, and their step.
 
     ``model`` may be on the meta device: only names and shapes are compared.
     """
-    path = folder / NAME
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: not the checkpoint of a run, but a {type(state).__name__}; put back the run's own")
     weights, wanted = state.get("model"), model.state_dict()

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -51,15 +52,20 @@ def train(arguments: list[str]) -> int:
 
 def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Check, build, claim a folder, train; prints the folder's path last, even when interrupted."""
-    from bnexp import build
+    from bnexp import build, resuming
     from bnexp.folder import claim, claim_new, taken
 
+    if cfg.resume and resuming.is_begun(cfg):
+        resuming.go_on_as(cfg)
+        return
     build.check(cfg)
     run = build.build(cfg)
     text = OmegaConf.to_yaml(cfg, resolve=True)
     day = Path("outputs") / time.strftime("%Y-%m-%d")
     folder = claim_new(day, run_name(cfg), text) if cfg.out is None else claim(Path(cfg.out), text)
-    with taken(folder):
+    with taken(folder) as mine:
+        if not mine:  # whoever goes on with runs may have been quicker
+            raise UserError(f"{folder}: another process is at work on this run; wait for it")
         advise(cfg, run)
         finish(cfg, run, open_journal(cfg, run, overrides, folder))
 
@@ -94,36 +100,24 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
     """Where the run is recorded; if ``folder`` holds a checkpoint, ``run`` goes on from there."""
     from bnexp import build, checkpoint
     from bnexp.folder import Status
-    from bnexp.loop import Journal
-    from bnexp.writer import Writer
+    from bnexp.loop import Journal, merit
+    from bnexp.writer import Writer, read_lines
 
-    state = checkpoint.load(folder, run.device)
+    state = checkpoint.load(folder, run.device, run.model, mend=True)
     if state is not None:
         run.load_state_dict(state)
     status = Status(folder, build.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
-    return Journal(writer, status, folder)
+    best = max((merit(line, len(run.dataset.valid) > 0) for line in read_lines(folder)), default=-math.inf)
+    return Journal(writer, status, folder, cfg.keep, best)
 
 
 def resume(arguments: list[str]) -> int:
-    """``bnexp resume RUN``: go on with an interrupted run, in its folder, from its last checkpoint."""
-    from bnexp import build
-    from bnexp.folder import DONE, read_status, taken
+    """``bnexp resume``, see :func:`bnexp.resuming.resume`."""
+    from bnexp import resuming
 
-    if len(arguments) != 1:
-        raise UserError("resume: give the folder of one interrupted run: bnexp resume outputs/DATE/RUN")
-    folder = Path(arguments[0])
-    cfg, status = stored_config(folder), read_status(folder)
-    if status.get("status") in DONE:
-        raise UserError(f"{folder}: this run is {status['status']}, nothing is left to do; bnexp rerun repeats it")
-    with taken(folder) as mine:
-        if not mine:
-            raise UserError(f"{folder}: another process is at work on this run; wait for it")
-        build.check(cfg, free=False)
-        run = build.build(cfg)
-        finish(cfg, run, open_journal(cfg, run, status.get("overrides", []), folder))
-    return 0
+    return resuming.resume(arguments)
 
 
 def stored_config(folder: Path) -> DictConfig:
@@ -135,7 +129,7 @@ def stored_config(folder: Path) -> DictConfig:
     with explained():
         stored = OmegaConf.load(folder / CONFIG)
         # Where the run wrote and whom its author trusted are no business of whoever takes it up.
-        kept = OmegaConf.masked_copy(stored, [key for key in stored if key not in ("out", "quiet", "allow")])
+        kept = OmegaConf.masked_copy(stored, [key for key in stored if key not in ("out", "quiet", "allow", "resume")])
         cfg = OmegaConf.merge(OmegaConf.structured(config.Train), kept)
     OmegaConf.set_struct(cfg, True)
     return cfg
@@ -231,8 +225,7 @@ def inspect(arguments: list[str]) -> int:
     source = build.part(cfg, "data")()
     model = build.meta_model(cfg, source)
     inspection.check_layers(question.layers, [layer.name for layer in list_layers(model, source.in_shape)])
-    state = checkpoint.load(question.folder, build.find_device(cfg.device))
-    checkpoint.check_fits(state, model, question.folder)
+    state = checkpoint.load(question.folder, build.find_device(cfg.device), model)
     run = build.build(cfg)
     run.model.load_state_dict(state["model"])
     run.num_steps = state["num_steps"]

@@ -38,10 +38,12 @@ class Train:
     eval_every: int | None = None  # steps between evaluations; every epoch by default
     eval_train: bool = False  # evaluate the training set too, in evaluation mode
     eval_test: bool = False  # evaluate the test set every time, and not only at the end
-    checkpoint_every: int | None = None  # steps between checkpoints; every epoch by default
+    checkpoint_every: Any = None  # steps between checkpoints, or seconds, as 60s; every epoch by default
+    keep: str = "last"  # which checkpoints: last, best (best.pt too) or all (checkpoint-STEP.pt too)
 
     sweep_order: str = "product"  # of the lists that -m and compare are given: product or zip
     out: str | None = None  # the run's folder; a new one under outputs/ by default
+    resume: bool = False  # go on with the run in out, if there is one
     quiet: bool = False  # print nothing but the run's folder
     allow: list[str] = field(default_factory=list)  # further packages whose classes a config may name
 

@@ -1,7 +1,7 @@
 """A run's folder: claimed once, described by ``status.json``, never overwritten.
 
     config.yaml  status.json  metrics.jsonl  probes.jsonl (if probes had more to say than numbers)
-    events.out.tfevents...  checkpoint.pt
+    events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def taken(folder: Path) -> Iterator[bool]:
     The operating system lets go of it when the process ends, however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
+    with open(folder / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -100,11 +101,15 @@ def taken(folder: Path) -> Iterator[bool]:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a living process is at work on the run."""
-    if not (folder / LOCK).exists():
+    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only."""
+    try:
+        with open(folder / LOCK, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:  # or a pipe
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    with taken(folder) as mine:
-        return not mine
+    except BlockingIOError:
+        return True
+    return False
 
 
 def finite(value: Any) -> Any:
@@ -133,7 +138,10 @@ def read_status(folder: Path) -> dict:
 
 
 class Status:
-    """``status.json``: what became of a run. Metrics hold the last value of every tag."""
+    """``status.json``: what became of a run. Metrics hold the last value of every tag.
+
+    A process that is killed leaves ``running`` behind; host and pid say which it was, heartbeat when it last wrote.
+    """
 
     def __init__(self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False) -> None:
         self.path = folder / STATUS
@@ -149,12 +157,14 @@ class Status:
             "git_commit": git_commit(),
             "overrides": overrides,
             "started": earlier.get("started", time.time()),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
         }
-        write_json(self.path, self.content)
+        self.update()
 
     def update(self, metrics: dict[str, float] | None = None, **fields: Any) -> None:
         self.content["metrics"] |= metrics or {}
-        self.content |= fields
+        self.content |= {"heartbeat": time.time(), **fields}
         write_json(self.path, self.content)
 
 

@@ -1,8 +1,9 @@
 """Drives a run from its first step to its last: readings on schedule, evaluation, checkpoints, a clean end."""
 
+import math
 import signal
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,29 @@ from bnexp.readings import Reading, Scalar
 from bnexp.run import Run, first_non_finite
 from bnexp.writer import NullWriter, Writer
 
+KEEP = ("last", "best", "all")  # which checkpoints stay: the last two always
+
 
 @dataclass(frozen=True)
 class Plan:
-    """When a run is looked at, in steps. Whatever stands here, the run's weights come out the same."""
+    """When a run is looked at, in steps. Whatever stands here, the run's weights come out the same.
+
+    ``checkpoint_seconds`` is the time between two checkpoints, where ``checkpoint_every`` is None.
+    """
 
     log_every: int
     eval_every: int
-    checkpoint_every: int
+    checkpoint_every: int | None
     eval_train: bool = False
     eval_test: bool = False
     probes: Sequence[Probe] = ()
+    checkpoint_seconds: float | None = None
+
+    def wants_checkpoint(self, step: int, seconds_since: float) -> bool:
+        """Whether one is due after ``step``, the last being ``seconds_since`` old."""
+        if self.checkpoint_every is None:
+            return seconds_since >= self.checkpoint_seconds
+        return step % self.checkpoint_every == 0
 
 
 class Diverged(Exception):
@@ -42,21 +55,44 @@ class Diverged(Exception):
 
 
 class Journal:
-    """Where a run is recorded: readings, status and checkpoints in one folder, or nowhere (``folder=None``)."""
+    """Where a run is recorded: readings, status and checkpoints in one folder, or nowhere (``folder=None``).
 
-    def __init__(self, writer: Writer | NullWriter, status: Status | None = None, folder: Path | None = None):
+    ``keep=best`` keeps the best weights too, in best.pt, ``all`` every checkpoint, as checkpoint-STEP.pt. ``best`` is
+    the :func:`merit` that a run which goes on has come to before.
+    """
+
+    def __init__(
+        self,
+        writer: Writer | NullWriter,
+        status: Status | None = None,
+        folder: Path | None = None,
+        keep: str = "last",
+        best: float = -math.inf,
+    ):
         self.writer = writer
         self.status = status
         self.folder = folder
+        self.keep = keep
+        self.best = best
 
     def write(self, run: Run, readings: list[Reading]) -> dict[str, float]:
         metrics = self.writer.write(run.num_steps, run.epoch, run.seconds, readings)
         self._update(run, metrics=metrics)
+        if self.folder is not None and self.keep == "best":
+            self._save_best(run, metrics)
         return metrics
 
     def save(self, run: Run) -> None:
         if self.folder is not None:
-            checkpoint.save(run.state_dict(), self.folder)
+            path = checkpoint.save(run.state_dict(), self.folder)
+            if self.keep == "all":
+                checkpoint.also_call(path, self.folder / f"checkpoint-{run.num_steps}.pt")
+
+    def _save_best(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Keep these weights if no reading was as good, before any checkpoint that takes this reading for granted."""
+        if (found := merit(metrics, len(run.dataset.valid) > 0)) > self.best:
+            checkpoint.write(run.state_dict(), self.folder / checkpoint.BEST)
+            self.best = found
 
     def end(self, run: Run, status: str, **fields: object) -> None:
         """Write how the run ended. Should even that fail, what was written before stays as it is."""
@@ -70,13 +106,22 @@ class Journal:
             self.status.update(step=run.num_steps, epoch=run.epoch, seconds=run.seconds, **fields)
 
 
+def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
+    """How good a reading is, more is better: the accuracy on validation images or, where there are none, the
+    training loss since the reading before, negated; -inf for what was not read."""
+    value = metrics.get("accuracy/valid" if has_valid else "loss/train")
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return value if has_valid else -value
+
+
 def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]]:
     """Take the run to its last step, one step per item; an item holds that step's readings, mostly none.
 
     Being a generator it can be driven to the end at once or in lockstep with others: the numbers are the same.
     ``run.seconds`` counts the time spent in here. Raises :class:`Diverged`.
     """
-    busy, last_finite = 0.0, None
+    busy, last_finite, saved = 0.0, None, perf_counter()
     while run.num_steps < run.total_steps:
         origin = perf_counter() - run.seconds
         if torch.get_num_threads() != run.threads:  # somebody else's turn was before ours
@@ -113,8 +158,9 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
             readings += look(run, due, before)
         run.seconds = perf_counter() - origin
         metrics = journal.write(run, readings) if readings else {}
-        if step % plan.checkpoint_every == 0 or is_last:
+        if is_last or plan.wants_checkpoint(step, perf_counter() - saved):
             journal.save(run)
+            saved = perf_counter()
         run.seconds = perf_counter() - origin
         yield metrics
 

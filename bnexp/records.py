@@ -6,6 +6,8 @@ A run that is not over, failed or is damaged is left out by name, never silently
 import json
 import math
 import os
+import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from bnexp import stats
 from bnexp.errors import UserError
+from bnexp.folder import is_taken
 
 Pair = tuple["RunRecord", "RunRecord"]  # the variant's run and the baseline's, of one seed
 
@@ -52,7 +55,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Problem:
-    """A run that does not count: running, interrupted, failed, damaged or superseded, and why in one line."""
+    """A run that does not count: running, dead, interrupted, failed, damaged or superseded, and why in one line."""
 
     path: Path
     status: str
@@ -144,7 +147,12 @@ def _read(folder: Path) -> RunRecord | Problem:
         status = json.loads((folder / "status.json").read_bytes())
         kind, overrides = status["status"], tuple(status.get("overrides") or ())
         if kind not in ("finished", "diverged"):
-            reason = status.get("error") or f"{kind} at step {status.get('step', 0)}"
+            if kind == "running":
+                kind, reason = _running(folder, status)
+                if kind == "dead" and json.loads((folder / "status.json").read_bytes()) != status:
+                    return _read(folder)  # it came to its end while we looked
+            else:
+                reason = status.get("error") or f"{kind} at step {status.get('step', 0)}"
             return Problem(folder, kind, " ".join(str(reason).split()), overrides)
         config = _load_yaml((folder / "config.yaml").read_bytes())
         if not isinstance(config, dict):
@@ -156,6 +164,17 @@ def _read(folder: Path) -> RunRecord | Problem:
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return Problem(folder, "damaged", f"unreadable: {' '.join(str(error).split())[:200]}", overrides)
+
+
+def _running(folder: Path, status: dict) -> tuple[str, str]:
+    """``running`` or ``dead``, and a reason: only this machine's processes hold locks that can be asked for."""
+    step, host = status.get("step", 0), status.get("host")
+    if is_taken(folder):
+        return "running", f"running at step {step}"
+    if host not in (None, socket.gethostname()):
+        heard = f", last heard of {max(0, time.time() - status['heartbeat']) / 60:.0f} minutes ago"
+        return "running", f"running at step {step} on {host}{heard if 'heartbeat' in status else ''}"
+    return "dead", f"died at step {step}; bnexp resume {folder} goes on"
 
 
 def _load_yaml(text: bytes):

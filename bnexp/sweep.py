@@ -21,7 +21,7 @@ from bnexp.errors import UserError
 from bnexp.folder import check_free, finite, write_new
 
 NAME = "sweep.json"
-FREE_TO_CHANGE = ("out", "quiet", "threads")  # between two starts of one sweep; none of them changes a job
+FREE_TO_CHANGE = ("out", "quiet", "threads", "resume")  # between two starts of one sweep; none of them changes a job
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _compare(folder: Path, there: dict, here: dict) -> None:
     differences = [f"{name} only there" for name in there if name not in here]
     differences += [f"{name} only here" for name in here if name not in there]
     for name in here.keys() & there.keys():
-        old, new = _flat(there[name]), _flat(here[name])
+        old, new = flat(there[name]), flat(here[name])
         for key in dict.fromkeys([*new, *old]):
             if old.get(key, "-") != new.get(key, "-"):
                 differences.append(f"{key} is {old.get(key, '-')} there and {new.get(key, '-')} here")
@@ -165,11 +165,12 @@ def _compare(folder: Path, there: dict, here: dict) -> None:
         raise UserError(f"out={folder}: holds another sweep ({shown}); repeat its command or choose another folder")
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(config: dict, prefix: str = "") -> dict:
+    """Dotted keys to values."""
+    found = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
 
 
 def default_folder(kind: str) -> Path:

@@ -18,7 +18,7 @@ FLOORS = (
     "writer progress probes",
     "loop compare report records bench parity shapes timing summary variants verdict figure advice expectations epochs"
     " probe_figure page inspection diagnosis findings featuremaps",
-    "cli config build targets commands explain sweep multirun studies __main__",
+    "cli config build targets commands explain sweep multirun studies resuming __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PARTS = FLOORS[1].split()

@@ -91,7 +91,7 @@ def test_runs_that_are_over_are_read_and_the_others_are_named_with_their_reason(
     assert [(run.path.name, run.seed, run.diverged) for run in records] == [("a", 0, False), ("b", 1, True)]
     found = {each.path.name: (each.status, each.reason) for each in problems}
     assert found == {
-        "c": ("running", "running at step 7"),
+        "c": ("dead", f"died at step 7; bnexp resume {tmp_path / 'c'} goes on"),
         "d": ("interrupted", "interrupted at step 7"),
         "e": ("failed", "ValueError: too small"),
     }
