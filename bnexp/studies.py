@@ -29,6 +29,7 @@ from bnexp.variants import into_variants, named
 
 UNEXPECTED = 3  # the exit code of a study whose runs are fine and whose expectations are not
 FORMS = ("quick", "full")
+HOW = ("compare", "sweep")
 USAGE = """\
 usage: bnexp study [NAME [quick=true | full=true] [setting=value] [variants.ROLE=override] [out=DIR]]
 
@@ -140,8 +141,11 @@ def load(name: str) -> Study:
 
 
 def choose(study: Study, arguments: Sequence[str]) -> tuple[Study, list[str]]:
-    """The form of the study that the command line asks for, and the overrides that are left."""
-    overrides, form, variants = [], None, dict(study.variants)
+    """The study in the form and with the variants that the command line asks for, and the overrides that are left.
+
+    Of a form that the study does not have it is said nothing: as it is, it is as full or as quick as it gets.
+    """
+    overrides, form, changes = [], None, {}
     for word in arguments:
         key, _, value = word.partition("=")
         if key in FORMS:
@@ -149,19 +153,20 @@ def choose(study: Study, arguments: Sequence[str]) -> tuple[Study, list[str]]:
                 raise UserError(f"{word}: true or false is expected")
             form = key if value == "true" else form
         elif key.startswith("variants."):
-            role = key.removeprefix("variants.")
-            if role not in variants:
-                raise UserError(f"{word}: this study has no variant {role}; its variants are {', '.join(variants)}")
-            variants[role] = value.split()
+            changes[key.removeprefix("variants.")] = value.split()
         else:
             overrides.append(word)
-    study = replace(study, variants=variants)
-    if form not in study.forms:  # as it is, every study is as full as it gets here, and quick if it has no quicker form
-        return study, overrides
-    other = study.forms[form]
-    parts = {key: getattr(other, key) for key in ("takes", "sweep", "variants", "expect", "how")}
-    given = {key: value for key, value in parts.items() if value is not None}
-    return replace(study, **given, settings=[*study.settings, *other.settings]), overrides
+    if form in study.forms:
+        other = study.forms[form]
+        parts = {key: getattr(other, key) for key in ("takes", "sweep", "variants", "expect", "how")}
+        given = {key: value for key, value in parts.items() if value is not None}
+        study = replace(study, **given, settings=[*study.settings, *other.settings])
+    if unknown := [role for role in changes if role not in study.variants]:
+        known = ", ".join(study.variants)
+        raise UserError(f"variants.{unknown[0]}: this study has no such variant; its variants are {known}")
+    if study.how not in HOW:
+        raise UserError(f"how: {study.how}: not known; choose one of {', '.join(HOW)}")
+    return replace(study, variants=study.variants | changes), overrides
 
 
 def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, str]]:

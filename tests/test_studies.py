@@ -85,6 +85,13 @@ def test_the_quick_form_changes_settings_and_expectations(bnexp, tiny, tmp_path)
     assert json.loads((tmp_path / "s/study.json").read_text())["findings"][0]["expectation"]["above"] == 0.1
 
 
+def test_a_variant_is_changed_in_a_form_that_has_variants_of_its_own_too(tiny, tmp_path):
+    path = tmp_path / tiny
+    path.write_text(path.read_text() + "    variants: {untrained: optimizer.lr=1e-9, trained: optimizer.lr=0.1}\n")
+    chosen, _ = studies.choose(studies.load(str(path)), ["variants.trained=norm=none seed=1", "quick=true"])
+    assert chosen.variants == {"untrained": "optimizer.lr=1e-9", "trained": ["norm=none", "seed=1"]}
+
+
 def test_a_repeated_study_trains_nothing_again_and_says_the_same(bnexp, tiny, tmp_path):
     assert bnexp("study", tiny, "quick=true", "out=s") == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("s/*/metrics.jsonl")}
@@ -135,7 +142,7 @@ def test_help_says_what_can_be_given(bnexp, capsys):
         (["mnist_lba"], "did you mean mnist_lab?"),
         (["nowhere.yaml"], "there is no such study"),
         (["mnist_lab", "quick=yes"], "true or false is expected"),
-        (["mnist_lab", "variants.nnoe=norm=none"], "no variant nnoe; its variants are none, batch_norm"),
+        (["mnist_lab", "variants.nnoe=norm=none"], "no such variant; its variants are none, batch_norm"),
         (["mnist_lab", "-m"], "takes a name and settings only"),
         (["mnist_lab", "epohcs=3"], "did you mean epochs?"),
         (["mnist_lab", "variants.batch_norm=norm=group norm.groups=3"], "32 channels cannot be split into 3 groups"),
@@ -155,6 +162,7 @@ def test_bad_input_is_one_line_and_exit_code_2(bnexp, capsys, tmp_path, argument
         ("of: trained", "of: winner", "winner is no variant"),
         ("above: 0.3", "abvoe: 0.3", "abvoe"),
         ("source:", "sauce:", "sauce"),
+        ("takes: 2 s", "takes: 2 s\nhow: slowly", "how: slowly"),
         ("title: A network", "title: [A network", "tiny.yaml"),
     ],
 )
