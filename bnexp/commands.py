@@ -109,7 +109,8 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
     status = Status(folder, build.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
-    best = max((merit(line, len(run.dataset.valid) > 0) for line in read_lines(folder)), default=-math.inf)
+    earlier = read_lines(folder) if cfg.keep == "best" else []
+    best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
     return Journal(writer, status, folder, cfg.keep, best)
 
 

@@ -129,6 +129,18 @@ def write_json(path: Path, content: dict) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write every file into ``folder``, made if need be, each in one move."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        scratch = folder / f".{name}.{os.getpid()}"
+        try:
+            scratch.write_bytes(content)
+            os.replace(scratch, folder / name)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
 def read_status(folder: Path) -> dict:
     """``status.json``, or {} where there is none yet."""
     try:

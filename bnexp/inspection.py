@@ -14,7 +14,7 @@ from rich.console import Console
 from bnexp import checkpoint, featuremaps, findings
 from bnexp.diagnosis import Diagnosis, diagnose
 from bnexp.errors import UserError
-from bnexp.folder import CONFIG, STATUS
+from bnexp.folder import CONFIG, STATUS, write_files
 from bnexp.run import Run
 from bnexp.summary import summary_table
 
@@ -151,7 +151,10 @@ def inspect(run: Run, question: Question, console: Console | None = None) -> Dia
     }
     for portrait in found.portraits:
         files[f"image-{portrait.index}.png"] = featuremaps.draw(portrait, found.split, found.classes)
-    write(question.out, files)
+    try:
+        write_files(question.out, files)
+    except OSError as error:
+        raise cannot_write(question.out, error) from error
     if not shows_pictures:
         console.print()
     console.print(f"written to {question.out}: {', '.join(files)}", soft_wrap=True, **plain)
@@ -169,21 +172,6 @@ def opening(run: Run, folder: Path, status: dict, found: Diagnosis) -> Iterator[
         yield f"The loss is not finite since step {since}; what follows is about the last checkpoint."
     if found.split != "test":
         yield f"There are no test images, so the {found.split} images are looked at instead."
-
-
-def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write every file in one move; :class:`UserError` where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            scratch = folder / f".{name}.{os.getpid()}"
-            try:
-                scratch.write_bytes(content)
-                os.replace(scratch, folder / name)
-            finally:
-                scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from bnexp import stats
 from bnexp.errors import UserError
+from bnexp.folder import write_files
 from bnexp.records import METRICS, TARGETS, Metric, Problem, RunRecord, read_runs
 from bnexp.variants import Variant, into_variants, named
 from bnexp.verdict import Comparison, SpeedUp, compare, show_p
@@ -306,15 +307,8 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
     files["comparison.json"] = dump_json(comparison).encode()
     files["comparison.md"] = to_markdown(comparison, "comparison.png", titles).encode()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         before = (folder / "comparison.md").read_bytes() if (folder / "comparison.md").exists() else b""
-        for name, content in files.items():
-            scratch = folder / f".{name}.{os.getpid()}"
-            try:
-                scratch.write_bytes(content)
-                os.replace(scratch, folder / name)
-            finally:
-                scratch.unlink(missing_ok=True)
+        write_files(folder, files)
         for name in probe_figure.TITLES:
             if name not in probed and f"]({name}.png)".encode() in before:
                 (folder / f"{name}.png").unlink(missing_ok=True)
