@@ -23,16 +23,17 @@ from bnexp import folder
 from bnexp.config import Train
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
+from bnexp.device import memory_explained
 from bnexp.errors import UserError
 from bnexp.loop import KEEP, Plan
 from bnexp.models.initialize import initialize
-from bnexp.optim import make_optimizer
+from bnexp.optim import keep_rates_on, make_optimizer, without_compiler
 from bnexp.probes.base import Probe
 from bnexp.run import AUTOCAST, Run
 from bnexp.summary import list_layers
 from bnexp.targets import OURS, check_options, find_target
 
-GROUPS = ("model", "norm", "data", "optimizer", "schedule")
+GROUPS = ("model", "norm", "data", "optimizer", "schedule", "engine")
 WORK_PER_THREAD = 50_000_000  # multiply-adds in a step's forward pass that are worth a thread, by measurement
 
 
@@ -67,10 +68,10 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
     check_schedule(cfg)
     check_model(cfg, runs)
     if runs:
-        norm = part(cfg, "norm").func
-        require_device = getattr(sys.modules[norm.__module__], "require_device", None)
-        if require_device is not None:  # a norm that does not run everywhere says so before any work
-            require_device(device)
+        for group in ("norm", "engine"):  # one that does not run everywhere says so before any work
+            require_device = getattr(sys.modules[part(cfg, group).func.__module__], "require_device", None)
+            if require_device is not None:
+                require_device(device)
     if cfg.out == "":
         raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     if free and cfg.out is not None:
@@ -239,24 +240,32 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     torch.set_num_threads(threads)
     datasets = {} if datasets is None else datasets
     key = f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
-    if key not in datasets:
-        datasets[key] = source.load().to(device)
+    layout = torch.channels_last if cfg.channels_last else torch.preserve_format
+    with memory_explained(device, "the data and the model", cfg.batch_size):
+        if key not in datasets:
+            datasets[key] = source.load().to(device)
+        model = model.to(device, memory_format=layout)
     dataset = datasets[key]
     check_last_batch(cfg, source, len(dataset.train))
     batches = Batches(
         dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
     )
-    model = model.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.preserve_format)
     decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
+    asked = part(cfg, "optimizer", without=OURS)
+    optimizer = make_optimizer(partial(without_compiler(asked.func), **asked.keywords), model, **decays)
+    if device.type == "cuda":
+        keep_rates_on(optimizer, device)
     return Run(
         model,
-        make_optimizer(part(cfg, "optimizer", without=OURS), model, **decays),
+        optimizer,
         batches,
         total_steps=cfg.steps or cfg.epochs * batches.steps_per_epoch,
         schedule=part(cfg, "schedule"),
         precision=cfg.precision,
         channels_last=cfg.channels_last,
         threads=threads,
+        deterministic=cfg.deterministic,
+        engine=part(cfg, "engine"),
     )
 
 

@@ -21,7 +21,7 @@ COMMANDS = {
     "bench": "check every batch norm against float64, then time those that passed",
     "completion": "print the bash script that completes commands, groups and values",
 }
-GROUPS = ("model", "norm", "data", "optimizer", "schedule")
+GROUPS = ("model", "norm", "data", "optimizer", "schedule", "engine")
 EXAMPLES = """\
 bnexp train                                          LeNet with batch norm on embedded digits, seconds
 bnexp train model=resnet norm=scratch                the textbook batch norm in a ResNet

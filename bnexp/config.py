@@ -20,6 +20,7 @@ class Train:
     data: Any = MISSING
     optimizer: Any = MISSING
     schedule: Any = MISSING
+    engine: Any = field(default_factory=lambda: {"_target_": "bnexp.engines.eager.eager", "_partial_": True})
     probe: Any = field(default_factory=dict)
 
     seed: int = 0  # of the initial weights and of the batches
@@ -33,6 +34,8 @@ class Train:
     precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; norm statistics stay in float32)
     channels_last: bool = False  # memory format of images and convolutions
     threads: str = "auto"  # CPU threads: auto (as many as the model keeps busy) or a number
+
+    deterministic: bool = False  # the same bits every time on a GPU too, where torch can; a CPU always gives them
 
     log_every: int = 20  # steps between readings of the training loss
     eval_every: int | None = None  # steps between evaluations; every epoch by default

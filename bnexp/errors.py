@@ -14,3 +14,9 @@ class StorageError(UserError):
     """A run that had started could not be written down any more, because the disk is full, say."""
 
     exit_code = 1
+
+
+class OutOfMemory(UserError):
+    """The device, or the machine, had no memory left for what a run needs."""
+
+    exit_code = 1

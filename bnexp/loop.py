@@ -12,8 +12,10 @@ from time import perf_counter
 import torch
 
 from bnexp import checkpoint
-from bnexp.errors import StorageError
+from bnexp.device import memory_explained, naming_exceptions, prefer_repeatable
+from bnexp.errors import StorageError, UserError
 from bnexp.folder import Status
+from bnexp.meter import Measured
 from bnexp.probes.base import Probe, same_chance
 from bnexp.progress import NullProgress
 from bnexp.readings import Reading, Scalar
@@ -103,7 +105,8 @@ class Journal:
 
     def _update(self, run: Run, **fields: object) -> None:
         if self.status is not None:
-            self.status.update(step=run.num_steps, epoch=run.epoch, seconds=run.seconds, **fields)
+            where = {"step": run.num_steps, "epoch": run.epoch, "seconds": run.seconds}
+            self.status.update(**where, non_finite_gradients=run.num_bad_gradients, **fields)
 
 
 def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
@@ -124,31 +127,26 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
     busy, last_finite, saved = 0.0, None, perf_counter()
     while run.num_steps < run.total_steps:
         origin = perf_counter() - run.seconds
-        if torch.get_num_threads() != run.threads:  # somebody else's turn was before ours
-            torch.set_num_threads(run.threads)
+        take_turn(run)
         due = [probe for probe in plan.probes if probe.is_due(run.num_steps + 1, run.total_steps)]
         before = [probe.before(run) for probe in due]
         began = perf_counter()
-        run.step()
+        if run.deterministic:
+            naming_exceptions(run.step)
+        else:
+            run.step()
         step, is_last = run.num_steps, run.num_steps == run.total_steps
+        saves = is_last or plan.wants_checkpoint(step, perf_counter() - saved)
         readings: list[Reading] = []
-        if step % plan.log_every == 0 or is_last:
-            sizes = run.meter.sizes
-            num_steps, num_images = len(sizes), sum(sizes)
-            losses, loss, accuracy = run.meter.read()
+        if step % plan.log_every == 0 or is_last or (saves and not run.meter.is_finite()):
+            measured = run.meter.read()
             busy += perf_counter() - began
-            bad = first_non_finite(losses)
-            if bad is not None:
+            run.num_bad_gradients += measured.num_bad
+            if (bad := first_non_finite(measured.losses)) is not None:
                 run.seconds = perf_counter() - origin
-                raise Diverged(step - num_steps + bad + 1, losses[bad - 1] if bad else last_finite)
-            last_finite = losses[-1]
-            readings += [
-                Scalar("loss/train", loss),
-                Scalar("accuracy/train", accuracy),
-                Scalar("time/step", busy / num_steps),
-                Scalar("throughput/images_per_s", num_images / busy),
-                Scalar("optimizer/lr", run.optimizer.param_groups[0]["lr"]),
-            ]
+                raise Diverged(step - len(measured.losses) + bad + 1, measured.losses[bad - 1] if bad else last_finite)
+            last_finite = measured.losses[-1]
+            readings += progress_of(run, measured, busy)
             busy = 0.0
         else:
             busy += perf_counter() - began
@@ -158,11 +156,40 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
             readings += look(run, due, before)
         run.seconds = perf_counter() - origin
         metrics = journal.write(run, readings) if readings else {}
-        if is_last or plan.wants_checkpoint(step, perf_counter() - saved):
+        if saves:
             journal.save(run)
             saved = perf_counter()
         run.seconds = perf_counter() - origin
         yield metrics
+
+
+def take_turn(run: Run) -> None:
+    """Set what belongs to the process as this run wants it: somebody else's turn may have been before."""
+    if torch.get_num_threads() != run.threads:
+        torch.set_num_threads(run.threads)
+    if torch.are_deterministic_algorithms_enabled() != run.deterministic:
+        prefer_repeatable(run.deterministic)
+
+
+def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
+    """What the steps since the last reading say, which kept us ``busy`` for so many seconds.
+
+    A step in which the engine got ready, by compiling say, is told apart (``time/setup``) and not in ``time/step``.
+    """
+    readings = [
+        Scalar("loss/train", measured.loss),
+        Scalar("accuracy/train", measured.accuracy),
+        Scalar("optimizer/lr", run.learning_rate),
+    ]
+    if measured.num_bad:
+        readings.append(Scalar("gradient/non_finite", measured.num_bad))
+    sizes = measured.sizes
+    if run.setup_seconds:
+        readings.append(Scalar("time/setup", run.setup_seconds))
+        busy, sizes, run.setup_seconds = busy - run.setup_seconds, sizes[1:], 0.0
+    if sizes:
+        readings += [Scalar("time/step", busy / len(sizes)), Scalar("throughput/images_per_s", sum(sizes) / busy)]
+    return readings
 
 
 def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
@@ -227,7 +254,8 @@ class Interrupted(KeyboardInterrupt):
 def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None]:
     """Write down how what happens inside ends; only divergence is not passed on."""
     try:
-        yield
+        with memory_explained(run.device, type(run.model).__name__, run.batches.batch_size):
+            yield
         ended["status"] = "finished"
         journal.end(run, "finished")
     except Diverged as error:
@@ -241,7 +269,7 @@ def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None
         raise
     except Exception as error:
         ended["status"] = "failed"
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = (str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").splitlines()[0]
         try:
             journal.end(run, "failed", error=reason, traceback=traceback.format_exc())
         except OSError as second:

@@ -5,9 +5,13 @@ A schedule is a function of the step that returns the factor by which the learni
 from a checkpoint needs nothing but its step.
 """
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, wraps
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -47,10 +51,57 @@ def make_optimizer(
     return built
 
 
+MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # by torch, as not to be compiled
+
+
+@cache
+def without_compiler(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """An optimizer class of torch that gets made and used without importing torch's compiler, which takes a second.
+
+    These methods import it to say that they are not to be compiled. While nobody else has imported it nothing is being
+    compiled, and what they wrap does the same to the bit. A class that torch did not make like that is returned as is.
+    """
+    step = getattr(kind, "step", None)
+    if step is None or not kind.__module__.startswith("torch.optim."):
+        return kind
+    step = inspect.unwrap(step, stop=lambda f: not hasattr(f, "hooked"))  # the subclass gets hooks of its own
+    methods = {name: getattr(kind, name) for name in MARKED} | {"step": step}
+    if step.__code__.co_name != "_use_grad" or not all(hasattr(each, "__wrapped__") for each in methods.values()):
+        return kind
+    return type(kind.__name__, (kind,), {name: _quick(name, method) for name, method in methods.items()})
+
+
+def _quick(name: str, method: Callable) -> Callable:
+    """``method`` of an optimizer if the compiler is there, else what it wraps."""
+
+    @wraps(method)
+    def quick(self: Optimizer, *args, **kwargs):
+        if "torch._dynamo" in sys.modules:
+            return method(self, *args, **kwargs)
+        with torch.set_grad_enabled(self.defaults["differentiable"] if name == "step" else torch.is_grad_enabled()):
+            return method.__wrapped__(self, *args, **kwargs)
+
+    return quick
+
+
+def keep_rates_on(optimizer: Optimizer, device: torch.device) -> None:
+    """Have learning rates as float32 tensors () on ``device`` where the optimizer's kernel reads them there (fused).
+
+    So that a captured step can change them; an eager one on the same device then rounds them alike.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Every group gets its base learning rate times ``factor``."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _warmup(step: int, warmup_steps: int) -> float:

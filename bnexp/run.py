@@ -1,7 +1,7 @@
 """A run: one variant with one seed. It can step and evaluate, and it can be put away and taken up again."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,53 +10,19 @@ from torch.optim import Optimizer
 
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
+from bnexp.meter import Meter
 from bnexp.optim import set_learning_rate
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION_BATCH = 512  # images at a time; evaluation mode, so the results do not depend on it
 
 
-class Meter:
-    """Losses and hits of the steps since the last reading, kept on the device until somebody reads."""
-
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.hits: list[Tensor] = []
-        self.sizes: list[int] = []
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.losses.append(loss)
-        self.hits.append((logits.argmax(1) == labels).sum())
-        self.sizes.append(len(labels))
-
-    def read(self) -> tuple[list[float], float, float]:
-        """Every step's loss, the mean loss and the accuracy, weighted by images; then start anew.
-
-        The one place in training where the host waits for the device.
-        """
-        losses = torch.stack(self.losses).tolist()
-        hits = int(torch.stack(self.hits).sum())
-        num_images = sum(self.sizes)
-        mean = sum(loss * size for loss, size in zip(losses, self.sizes, strict=True)) / num_images
-        self.__init__()
-        return losses, mean, hits / num_images
-
-    def state_dict(self) -> dict:
-        return {
-            "losses": [loss.clone() for loss in self.losses],
-            "hits": [hit.clone() for hit in self.hits],
-            "sizes": list(self.sizes),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.losses, self.hits, self.sizes = list(state["losses"]), list(state["hits"]), list(state["sizes"])
-
-
 class Run:
     """A model, an optimizer and a stream of batches, advanced a step at a time.
 
     ``schedule(step, total_steps)`` gives the factor of the learning rate; ``precision`` is fp32, bf16 or
-    fp16 (autocast; fp16 also scales the loss). Nothing here draws random numbers but the batches.
+    fp16 (autocast; fp16 also scales the loss). ``engine`` makes the function that takes a step, :meth:`eager_step`
+    by default. Nothing here draws random numbers but the batches.
     """
 
     def __init__(
@@ -70,6 +36,8 @@ class Run:
         precision: str = "fp32",
         channels_last: bool = False,
         threads: int = 1,
+        deterministic: bool = False,
+        engine: Callable[["Run"], Callable[[], None]] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -78,11 +46,16 @@ class Run:
         self.schedule = schedule
         self.channels_last = channels_last
         self.threads = threads
+        self.deterministic = deterministic
         self.autocast_dtype = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.num_steps = 0
+        self.num_bad_gradients = 0  # steps whose loss was finite and whose gradient was not, as far as was read
         self.seconds = 0.0  # spent on this run, kept by whoever drives it
+        self.setup_seconds = 0.0  # what the engine took to get ready, not yet read
+        self.take_step = engine(self) if engine else self.eager_step
 
     @property
     def dataset(self) -> Dataset:
@@ -97,24 +70,43 @@ class Run:
         """Passes over the training set so far."""
         return self.num_steps / self.batches.steps_per_epoch
 
+    @property
+    def learning_rate(self) -> float:
+        """What the last step used, of the first parameter group."""
+        return self.optimizer.param_groups[0]["base_lr"] * self.schedule(self.num_steps - 1, self.total_steps)
+
     def step(self) -> None:
-        """One batch forward, backward and into the weights. The host does not wait for the device."""
+        """One batch forward, backward and into the weights, as the engine does it."""
+        self.take_step()
+        self.num_steps += 1
+
+    def eager_step(self) -> None:
+        """The step as it is written. The host does not wait for the device."""
         images, labels = self.batches.next()
         set_learning_rate(self.optimizer, self.schedule(self.num_steps, self.total_steps))
+        loss, logits = self.loss(images, labels)
+        found = self.descend(loss)
+        self.meter.add(loss.detach(), logits.detach(), labels, found)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss (nats) of a batch of prepared images, and its logits (B, classes)."""
         logits = self.forward(images)
-        loss = F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels), logits
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """Backward, and into the weights. Returns a 1 on the device if the gradient was not finite, else a 0."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
+            found = find_non_finite(self.parameters)
+            self.scaler.step(self.optimizer)  # leaves the weights alone if the gradient is not finite
             self.scaler.update()
         else:
             loss.backward()
+            found = find_non_finite(self.parameters)
             self.optimizer.step()
-        self.meter.add(loss.detach(), logits.detach(), labels)
-        self.num_steps += 1
+        return found
 
-    @torch.no_grad()
     def evaluate(self, split: Split, model: nn.Module | None = None) -> tuple[float, float]:
         """Mean loss (nats) and accuracy over the whole of ``split``, of the run's model in evaluation mode.
 
@@ -122,6 +114,19 @@ class Run:
         """
         if model is None:
             self.model.eval()
+            loss, hits = self.tally(split)
+            self.model.train()
+        else:
+            loss, hits = self.tally_of(split, model)
+        return float(loss) / len(split), int(hits) / len(split)
+
+    def tally(self, split: Split) -> tuple[Tensor, Tensor]:
+        """:meth:`tally_of` the run's model; an engine may put a faster one in its place."""
+        return self.tally_of(split, self.model)
+
+    @torch.no_grad()
+    def tally_of(self, split: Split, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The sum of the losses and the number of hits over ``split``, on the device."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         chunks = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
@@ -129,8 +134,7 @@ class Run:
             logits = self.forward(self.dataset.prepare(images), model)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
-        self.model.train()
-        return float(loss) / len(split), int(hits) / len(split)
+        return loss, hits
 
     def forward(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
         """Logits in float32, by the run's model or by a copy of it, in the run's precision and memory format."""
@@ -147,6 +151,7 @@ class Run:
         return {
             "num_steps": self.num_steps,
             "seconds": self.seconds,
+            "num_bad_gradients": self.num_bad_gradients,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -157,6 +162,7 @@ class Run:
     def load_state_dict(self, state: dict) -> None:
         self.num_steps = state["num_steps"]
         self.seconds = state["seconds"]
+        self.num_bad_gradients = state.get("num_bad_gradients", 0)  # older checkpoints have none
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -167,3 +173,16 @@ class Run:
 def first_non_finite(losses: list[float]) -> int | None:
     """The index of the first loss that is infinite or not a number, None if all are finite."""
     return next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+
+
+def find_non_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A 1 in float32 on their device if any of their gradients holds an infinite number or none at all, else a 0."""
+    by_kind: dict[torch.dtype, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_kind.setdefault(p.grad.dtype, []).append(p.grad)
+    device = next(iter(by_kind.values()))[0].device if by_kind else None
+    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+    for gradients in by_kind.values():  # the pass that torch's own loss scaler makes, here with a factor of 1
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
+    return found

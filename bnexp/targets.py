@@ -20,12 +20,12 @@ OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per param
 # Where a group's own entries live, which classes of torch it takes, and what it is called with.
 HOMES = {
     "model": "bnexp.models", "norm": "bnexp.norms", "data": "bnexp.data", "schedule": "bnexp.optim",
-    "probe": "bnexp.probes",
+    "engine": "bnexp.engines", "probe": "bnexp.probes",
 }  # fmt: skip
 KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
 CALLS = {
     "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
-    "schedule": ((0, 0), {}), "probe": ((), {}),
+    "schedule": ((0, 0), {}), "engine": ((0,), {}), "probe": ((), {}),
 }  # fmt: skip
 
 

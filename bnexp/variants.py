@@ -18,8 +18,8 @@ from bnexp.records import TARGETS, Problem, RunRecord
 # The seed, and what decides where files go or how often one looks, but not what is trained. The device and
 # the engine are missing on purpose: they round differently, so the table says when they differ.
 HOUSEKEEPING = frozenset((
-    "seed", "out", "quiet", "threads", "allow", "log_every", "eval_train", "eval_test", "checkpoint_every", "keep",
-    "probe", "resume", "sweep_order",
+    "seed", "out", "quiet", "threads", "deterministic", "allow", "log_every", "eval_train", "eval_test",
+    "checkpoint_every", "keep", "probe", "resume", "sweep_order",
 ))  # fmt: skip
 
 

@@ -18,6 +18,7 @@ SUPPLIED = {
     "model": {"in_shape", "num_classes", "norm"},
     "norm": {"num_features", "activation", "device", "dtype"},
     "schedule": {"step", "total_steps"},
+    "engine": {"run"},
 }
 # The loop splits the parameters into groups; torch never sees this one.
 NOT_TORCHS = {"norm_weight_decay"}
@@ -93,7 +94,7 @@ def test_torch_takes_every_option(path):
     assert set(options) - set(parameters) <= NOT_TORCHS
 
 
-@pytest.mark.parametrize("group", ["model", "norm", "data", "optimizer", "schedule", "probe"])
+@pytest.mark.parametrize("group", ["model", "norm", "data", "optimizer", "schedule", "engine", "probe"])
 def test_every_entry_of_a_group_of_parts_has_a_target(group):
     paths = [path for path in ENTRIES if path.parent.name == group]
     assert paths, f"nothing in conf/{group}"

@@ -14,10 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bnexp"
 FLOORS = (
     "errors readings stats distributed",
     "norms kernels models data optim",
-    "run engine checkpoint folder",
+    "run meter device engines checkpoint folder",
     "writer progress probes",
     "loop compare report records bench parity shapes timing summary variants verdict figure advice expectations epochs"
-    " probe_figure page inspection diagnosis findings featuremaps",
+    " probe_figure page inspection diagnosis findings featuremaps"
+    " benchnorms benchloop benchrivals benchturns benchgoals startup",
     "cli config build targets commands explain sweep multirun studies resuming __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
@@ -30,8 +31,8 @@ DOORS = {
     "omegaconf": FLOORS[5].split(),
     "tensorboard": ["writer"],
     "torch.utils.tensorboard": ["writer"],
-    "rich": ["progress", "report", "bench", "summary", "commands", "multirun", "studies", "epochs",
-             "inspection", "findings", "featuremaps"],
+    "rich": ["progress", "report", "bench", "benchnorms", "benchloop", "benchgoals", "summary", "commands", "multirun",
+             "studies", "epochs", "inspection", "findings", "featuremaps"],
     "triton": ["kernels"],
     "matplotlib": ["figure", "probe_figure", "page", "report", "featuremaps"],
 }

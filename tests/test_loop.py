@@ -29,7 +29,7 @@ from bnexp.run import Run
 from bnexp.writer import NullWriter, Writer
 
 # What a clock measures is never the same twice; everything else is.
-CLOCKED = ("seconds", "time/step", "throughput/images_per_s")
+CLOCKED = ("seconds", "time/setup", "time/step", "throughput/images_per_s")
 SMALL = ("threads=1", "device=cpu", "batch_size=32")
 
 
@@ -198,13 +198,13 @@ def test_training_readings_are_means_over_images(batch_size, drop_last):
     run = toy(num_images=40, batch_size=batch_size, drop_last=drop_last, lr=0.0, num_steps=3 if not drop_last else 2)
     seen = run.dataset.train
     if batch_size == 16 and drop_last:  # the first 32 of the epoch's order
-        seen = seen.take(run.batches._permutation[:32])
+        seen = seen.take(run.batches.order[:32])
     while run.num_steps < -(-len(seen) // batch_size):
         run.step()
-    losses, loss, accuracy = run.meter.read()
-    assert len(losses) == -(-len(seen) // batch_size)
+    measured = run.meter.read()
+    assert len(measured.losses) == -(-len(seen) // batch_size)
     # Both are float32 sums over at most 40 losses of about 2, in another order.
-    assert (loss, accuracy) == (pytest.approx(run.evaluate(seen)[0], rel=1e-6), run.evaluate(seen)[1])
+    assert (measured.loss, measured.accuracy) == (pytest.approx(run.evaluate(seen)[0], rel=1e-6), run.evaluate(seen)[1])
 
 
 def test_the_reading_of_unequal_batches_equals_the_computation_by_hand():
@@ -222,10 +222,10 @@ def test_the_reading_of_unequal_batches_equals_the_computation_by_hand():
         loss.backward()
         twin.optimizer.step()
         run.step()
-    losses, loss, accuracy = run.meter.read()
-    assert (loss, accuracy) == (pytest.approx(total / 40, rel=1e-12), hits / 40)
+    measured = run.meter.read()
+    assert (measured.loss, measured.accuracy) == (pytest.approx(total / 40, rel=1e-12), hits / 40)
     run.step()
-    assert len(run.meter.read()[0]) == 1, "reading starts anew"
+    assert len(run.meter.read().losses) == 1, "reading starts anew"
 
 
 def test_evaluation_is_over_the_whole_set_in_evaluation_mode_and_leaves_no_trace():

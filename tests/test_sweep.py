@@ -197,7 +197,7 @@ def step_that(act, monkeypatch, at: int, seed: int):
     original = Run.step
 
     def step(run):
-        if run.num_steps == at and run.batches._order.initial_seed() == seed:
+        if run.num_steps == at and run.batches._orders.initial_seed() == seed:
             act()
         original(run)
 

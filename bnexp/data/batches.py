@@ -58,32 +58,40 @@ class Batches:
         self.steps_per_epoch = num_images // batch_size if drop_last else -(-num_images // batch_size)
         self.num_images = self.steps_per_epoch * batch_size if drop_last else num_images
         # Two generators, so that the order depends neither on the augmentation nor on drop_last.
-        self._order = torch.Generator(dataset.device).manual_seed(seed)
-        augment_seed = torch.randint(2**31, (), generator=self._order, device=dataset.device)
-        self._augment = torch.Generator(dataset.device).manual_seed(int(augment_seed))
+        self._orders = torch.Generator(dataset.device).manual_seed(seed)
+        augment_seed = torch.randint(2**31, (), generator=self._orders, device=dataset.device)
+        self.generator = torch.Generator(dataset.device).manual_seed(int(augment_seed))
         self._start_epoch()
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
+        start, end = self.advance()
+        return self.gather(self.order[start:end])
+
+    def advance(self) -> tuple[int, int]:
+        """Where the next batch begins and ends in ``order``, the epoch's; a new epoch is begun if it is time to."""
         if self._position >= self.num_images:
             self._start_epoch()
-        end = min(self._position + self.batch_size, self.num_images)
-        picked = self._permutation[self._position : end]
-        self._position = end
+        start = self._position
+        self._position = min(start + self.batch_size, self.num_images)
+        return start, self._position
+
+    def gather(self, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """The training images at the indices ``picked`` (B,), augmented and prepared, and their labels."""
         train = self.dataset.train
-        images = augment(train.images.index_select(0, picked), self.dataset.augment, self._augment)
+        images = augment(train.images.index_select(0, picked), self.dataset.augment, self.generator)
         return self.dataset.prepare(images), train.labels.index_select(0, picked)
 
     next = __next__
 
     def _start_epoch(self):
-        self._epoch_state = self._order.get_state()
+        self._epoch_state = self._orders.get_state()
         num_images, device = len(self.dataset.train), self.dataset.device
-        self._permutation = torch.randperm(num_images, generator=self._order, device=device)
+        self.order = torch.randperm(num_images, generator=self._orders, device=device)
         if self.classes_per_batch is not None:
-            self._permutation = self._by_classes(self._permutation)
+            self.order = self._by_classes(self.order)
         self._position = 0
 
     def _by_classes(self, shuffled: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ class Batches:
         num_batches, num_last = divmod(num_images, size)
         sizes = [num_last] * (num_last > 0) + [size] * num_batches  # the short one first, while all classes are left
         # The plan is made on the host: a few milliseconds, and the only time in an epoch that it waits for the device.
-        luck = torch.rand(len(sizes), len(self._counts), generator=self._order, device=device).tolist()
+        luck = torch.rand(len(sizes), len(self._counts), generator=self._orders, device=device).tolist()
         next_of = [sum(self._counts[:c]) for c in range(len(self._counts))]
         starts, lengths = [], []
         for parts in deal(self._counts, sizes, self.classes_per_batch, luck):
@@ -106,9 +114,9 @@ class Batches:
         dealt = grouped[torch.arange(num_images, device=device) + jumps]
         last, full = dealt[:num_last], dealt[num_last:].view(num_batches, size)
         # Every batch at a random place, every image at a random place of its batch: ghost norms split batches in order.
-        full = full[torch.randperm(num_batches, generator=self._order, device=device)]
-        places = torch.rand(full.shape, generator=self._order, device=device).argsort(stable=True, dim=1)
-        last = last[torch.randperm(num_last, generator=self._order, device=device)]
+        full = full[torch.randperm(num_batches, generator=self._orders, device=device)]
+        places = torch.rand(full.shape, generator=self._orders, device=device).argsort(stable=True, dim=1)
+        last = last[torch.randperm(num_last, generator=self._orders, device=device)]
         return torch.cat([full.gather(1, places).flatten(), last])
 
     def state_dict(self) -> dict:
@@ -118,7 +126,7 @@ class Batches:
         """
         return {
             "order": self._epoch_state.clone(),
-            "augment": self._augment.get_state(),
+            "augment": self.generator.get_state(),
             "position": self._position,
             "num_images": len(self.dataset.train),
             "device": self.dataset.device.type,
@@ -145,8 +153,8 @@ class Batches:
                 f"classes_per_batch={given}: the checkpoint drew its batches with {had}; "
                 f"continue with classes_per_batch={had}"
             )
-        self._order.set_state(state["order"])
-        self._augment.set_state(state["augment"])
+        self._orders.set_state(state["order"])
+        self.generator.set_state(state["augment"])
         self._start_epoch()
         self._position = state["position"]
 

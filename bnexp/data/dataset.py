@@ -34,7 +34,7 @@ class Split:
     def take(self, indices: Tensor) -> "Split":
         """The images at ``indices``, kept in their stored order."""
         indices = indices.sort().values
-        return Split(self.images[indices], self.labels[indices])
+        return Split(self.images.index_select(0, indices), self.labels.index_select(0, indices))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,16 @@
 """Real handwritten digits that come with scikit-learn: data for everybody, at once and without a network."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, divide
 
 NUM_TEST = 360  # a fifth of the 1,797 images
+FILE = "datasets/data/digits.csv.gz"  # in scikit-learn's folder
 
 
 class Digits:
@@ -23,9 +28,7 @@ class Digits:
         self.options = Options(valid, limit, augment, normalize)
 
     def load(self) -> Dataset:
-        from sklearn.datasets import load_digits  # slow to import, and only wanted here
-
-        pixels, labels = load_digits(return_X_y=True)
+        pixels, labels = read_digits()
         images = torch.from_numpy(pixels).view(-1, 1, 8, 8) * (255 / 16)
         size = self.in_shape[1:]
         if size != (8, 8):
@@ -33,3 +36,18 @@ class Digits:
         everything = Split(images.round().to(torch.uint8), torch.from_numpy(labels).to(torch.int64))
         test, train = divide(everything, NUM_TEST)
         return assemble(self, train, test)
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Grey levels 0 to 16 as (1797, 64), row by row, and which digit each is, (1797,); float64 both.
+
+    Read from the file that ``load_digits`` reads, because importing scikit-learn takes longer than training starts.
+    """
+    package = find_spec("sklearn")
+    path = Path(package.submodule_search_locations[0]) / FILE if package else None
+    if path is None or not path.is_file():  # another layout, or none: scikit-learn knows, or says so
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    table = np.loadtxt(path, delimiter=",")
+    return np.ascontiguousarray(table[:, :-1]), table[:, -1]

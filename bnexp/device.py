@@ -1,0 +1,64 @@
+"""What a device cannot do: hold more than its memory, and repeat every operation bit for bit."""
+
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from bnexp.errors import OutOfMemory
+
+NOT_REPEATABLE = "does not have a deterministic implementation"  # in torch's warning, after the operation's name
+SAID: set[str] = set()  # by this process
+
+
+@contextmanager
+def memory_explained(device: torch.device, what: str, batch_size: int) -> Iterator[None]:
+    """Turn errors about memory into :class:`OutOfMemory`: ``what`` was at work, how much was in use, what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_about_memory(error):
+            raise
+        text = f"{device} has no memory left for {what} with batch_size={batch_size}, at most {peak(device):.1f} GiB"
+        text += " were in use; try a smaller batch_size, a smaller data.size or a smaller model"
+        raise OutOfMemory(text + (", or precision=bf16" if device.type == "cuda" else "")) from error
+
+
+def is_about_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def peak(device: torch.device) -> float:
+    """GiB that torch had in use on the GPU at most, or that the process had in memory at most on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def prefer_repeatable(wanted: bool) -> None:
+    """Have torch choose operations that give the same bits every time, where it has them, or leave it as it comes."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+
+
+def naming_exceptions(function: Callable[[], None]) -> None:
+    """Call ``function`` and say on stderr, once each, which of its operations cannot be repeated bit for bit."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    for warning in caught:
+        operation, found, _ = str(warning.message).partition(NOT_REPEATABLE)
+        if not found:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif operation not in SAID:
+            SAID.add(operation)
+            print(
+                f"bnexp: warning: deterministic=true: torch cannot repeat {operation.strip()} bit for bit; the rest is",
+                file=sys.stderr,
+            )

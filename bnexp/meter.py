@@ -1,0 +1,72 @@
+"""What the steps of a run measured, kept on the device until somebody reads it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some steps in a row: the loss of each (nats), images classified right, images, and how many steps were bad."""
+
+    losses: list[float]
+    hits: int
+    sizes: list[int]
+    num_bad: int
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def loss(self) -> float:
+        """The mean over images."""
+        return sum(loss * size for loss, size in zip(self.losses, self.sizes, strict=True)) / self.num_images
+
+    @property
+    def accuracy(self) -> float:
+        return self.hits / self.num_images
+
+
+class Meter:
+    """The steps since the last reading. A step is bad if its loss is finite and its gradient is not."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses: list[Tensor] = []
+        self.hits: list[Tensor] = []
+        self.found: list[Tensor] = []
+        self.sizes: list[int] = []
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
+        """One step's loss (), logits (B, classes) and labels (B,); ``found`` is 1 if its gradient was not finite."""
+        self.losses.append(loss)
+        self.hits.append((logits.argmax(1) == labels).sum())
+        self.found.append(found)
+        self.sizes.append(len(labels))
+
+    def read(self) -> Measured:
+        """What was measured; then start anew. The one place in training where the host waits for the device."""
+        losses = torch.stack(self.losses).tolist()
+        found = torch.stack(self.found).tolist()
+        num_bad = sum(bad > 0 and math.isfinite(loss) for bad, loss in zip(found, losses, strict=True))
+        measured = Measured(losses, int(torch.stack(self.hits).sum()), self.sizes, num_bad)
+        self.clear()
+        return measured
+
+    def is_finite(self) -> bool:
+        """Whether all losses since the last reading are; waits for the device."""
+        return not self.losses or bool(torch.stack(self.losses).isfinite().all())
+
+    def state_dict(self) -> dict:
+        tensors = {"losses": self.losses, "hits": self.hits, "found": self.found}
+        return {name: [each.clone() for each in kept] for name, kept in tensors.items()} | {"sizes": list(self.sizes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.losses, self.hits = list(state["losses"]), list(state["hits"])
+        self.found = list(state.get("found", [torch.zeros_like(loss) for loss in self.losses]))  # older ones have none
+        self.sizes = list(state["sizes"])
