@@ -5,8 +5,10 @@ started on it, first or again or beside another, finds out from the folder alone
 when its ``status.json`` says so, and taken while a living process holds its lock.
 """
 
+import hashlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -14,14 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli import GROUPS
+from bnexp.config import Train
 from bnexp.errors import UserError
 from bnexp.folder import check_free, finite, write_new
+from bnexp.foreign import read_json
 
-NAME = "sweep.json"
-FREE_TO_CHANGE = ("out", "quiet", "threads", "resume")  # between two starts of one sweep; none of them changes a job
+NAME, BANDS = "sweep.json", "bands"
+MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
+# Between two starts of one sweep: none of them changes a job.
+FREE_TO_CHANGE = ("out", "quiet", "threads", "replicas", "resume")
 
 
 @dataclass(frozen=True)
@@ -73,18 +80,23 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
                 raise UserError(f"{override.input_line}: belongs to the sweep as a whole; give one value")
             if not override.is_discrete_sweep():
                 raise UserError(f"{override.input_line}: not a list of values; write {key}=a,b or {key}=range(0,5)")
+            value = override.value()
+            if isinstance(value, RangeSweep) and abs(value.stop - value.start) > MOST_JOBS * abs(value.step):
+                raise UserError(f"{override.input_line}: more than {MOST_JOBS:,} values; give fewer")
             lists[key] = list(override.sweep_string_iterator())
             if not lists[key]:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
-            out = str(override.value())
-            if re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
+            out = None if override.value() is None else str(override.value())
+            if out and re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
                 raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
         elif key == "sweep_order":
             order = str(override.value())
         else:
             fixed.append(override.input_line)
             lists.pop(key, None)  # as everywhere in Hydra, what is said last counts
+    if (count := math.prod(map(len, lists.values()))) > MOST_JOBS and order == "product":
+        raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
     combinations = _combine(lists, order)
     points = tuple((*fixed, *(f"{key}={value}" for key, value in each.items())) for each in combinations)
     names: list[str] = []
@@ -116,7 +128,11 @@ def _name(values: dict[str, str]) -> str:
     for key, value in values.items():
         prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
         parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
-    return "-".join(parts) or "run"
+    name = "-".join(parts).strip(".") or "run"
+    if len(name.encode()) > LONGEST_NAME:  # what makes it another name may stand at its end
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
+    return name
 
 
 def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
@@ -141,8 +157,22 @@ def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Pa
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not write_new(folder / NAME, text):
-        _compare(folder, json.loads((folder / NAME).read_text())["jobs"], json.loads(text)["jobs"])
+        _compare(folder, _read_jobs(folder), json.loads(text)["jobs"])
+    for path in (*(folder / name for name in configs), folder / BANDS):
+        if path.is_symlink():
+            raise UserError(f"{path}: a link to another place, where nothing is written; remove it, or move it here")
     return folder
+
+
+def _read_jobs(folder: Path) -> dict[str, dict]:
+    """The config of every job of the sweep that ``folder`` holds, by name."""
+    try:
+        jobs = read_json(folder / NAME).get("jobs")
+    except (OSError, ValueError) as error:
+        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({error}); choose another") from error
+    if not isinstance(jobs, dict) or not all(isinstance(each, dict) for each in jobs.values()):
+        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({NAME} lists no jobs); choose another")
+    return jobs
 
 
 def _comparable(cfg: DictConfig) -> dict:
@@ -154,8 +184,10 @@ def _compare(folder: Path, there: dict, here: dict) -> None:
     """Raise if the sweep in the folder is not this one."""
     differences = [f"{name} only there" for name in there if name not in here]
     differences += [f"{name} only here" for name in here if name not in there]
+    defaults = OmegaConf.to_container(OmegaConf.structured(Train))  # of settings that are newer than that sweep
     for name in here.keys() & there.keys():
-        old, new = flat(there[name]), flat(here[name])
+        new = flat(here[name])
+        old = flat({key: defaults[key] for key in here[name] if key in defaults} | there[name])
         for key in dict.fromkeys([*new, *old]):
             if old.get(key, "-") != new.get(key, "-"):
                 differences.append(f"{key} is {old.get(key, '-')} there and {new.get(key, '-')} here")

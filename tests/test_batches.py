@@ -127,6 +127,26 @@ def test_a_loaded_state_continues_bit_for_bit(num_before, augment, drop_last):
     assert_same(draw(fresh, 20), expected)
 
 
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("in_shape", [(2, 5, 7), (2, 3, 4), (2, 12, 9)])
+@pytest.mark.parametrize("num_ahead", [2, 3, 100])
+def test_batches_that_are_gathered_ahead_are_those_gathered_one_by_one(num_ahead, in_shape, drop_last, monkeypatch):
+    dataset = make_dataset(in_shape=in_shape, normalize=True)
+    monkeypatch.setattr("bnexp.data.batches.AHEAD_BYTES", 0)
+    one_by_one = draw(Batches(dataset, 8, seed=0, drop_last=drop_last), 20)
+    monkeypatch.setattr("bnexp.data.batches.AHEAD_BYTES", num_ahead * 8 * 4 * in_shape[0] * in_shape[1] * in_shape[2])
+    batches = Batches(dataset, 8, seed=0, drop_last=drop_last)
+    assert_same(draw(batches, 20), one_by_one)
+    addresses = {images.untyped_storage().data_ptr() for images, _ in draw(batches, 2)}
+    assert len(addresses) == 1, "two views of what was gathered at once"
+    resumed = Batches(dataset, 8, seed=0, drop_last=drop_last)
+    draw(resumed, 4)  # which has gathered some of another place
+    other = Batches(dataset, 8, seed=0, drop_last=drop_last)
+    draw(other, 7)
+    resumed.load_state_dict(other.state_dict())
+    assert_same(draw(resumed, 13), one_by_one[7:])
+
+
 def test_a_state_does_not_change_while_the_stream_goes_on():
     batches = Batches(make_dataset(), 8, seed=4)
     state = batches.state_dict()

@@ -124,8 +124,11 @@ def test_a_step_that_asks_for_a_value_goes_on_uncaptured_and_says_why(capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "cannot be captured (a value was asked for while capturing)" in told
     assert steps.graphs.num_captures == 0
+    run.tally_of = lambda split, model, tally=run.tally_of: counts.append(1) or tally(split, model)
+    counts = []
     assert different(state(eager), state(run)) == []
     assert eager.evaluate(eager.dataset.valid) == run.evaluate(run.dataset.valid)
+    assert (steps.graphs.num_captures, counts) == (0, [1]), "evaluation is not captured either"
 
 
 @pytest.mark.parametrize(

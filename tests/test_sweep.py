@@ -264,6 +264,18 @@ def test_another_sweep_in_the_same_folder_is_refused_saying_what_differs(bnexp, 
     assert snapshot(Path("sweep")) == before
 
 
+def test_a_sweep_from_before_a_setting_existed_goes_on_with_the_settings_default(bnexp, capsys):
+    sweep = ("train", "-m", *SMALL, "steps=1", "seed=0,1", "quiet=true", "out=sweep")
+    assert bnexp(*sweep) == 0
+    stored = json.loads(Path("sweep/sweep.json").read_text())
+    for job in stored["jobs"].values():
+        del job["engine"], job["deterministic"]
+    Path("sweep/sweep.json").write_text(json.dumps(stored))
+    assert bnexp(*sweep) == 0
+    assert bnexp(*sweep, "deterministic=true") == 2
+    assert "deterministic is False there and True here" in capsys.readouterr().err
+
+
 def test_a_single_run_or_a_file_is_no_place_for_a_sweep(train, bnexp, capsys):
     run = train(*SMALL, "steps=1")
     Path("file").touch()

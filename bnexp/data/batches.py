@@ -14,6 +14,9 @@ from torch.nn.functional import pad
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 
+# Of prepared images that lie ready. By measurement: MNIST in batches of 16 takes half the time that it takes batch by
+# batch, and 16 MiB at a time (or a whole epoch) take longer than that, because they have left the cache when used.
+AHEAD_BYTES = 2**20
 CROP_MARGIN = 4  # pixels of the stored image on each side, as is usual for CIFAR
 
 
@@ -61,6 +64,7 @@ class Batches:
         self._orders = torch.Generator(dataset.device).manual_seed(seed)
         augment_seed = torch.randint(2**31, (), generator=self._orders, device=dataset.device)
         self.generator = torch.Generator(dataset.device).manual_seed(int(augment_seed))
+        self._num_ahead = self._count_ahead()
         self._start_epoch()
 
     def __iter__(self) -> "Batches":
@@ -68,7 +72,14 @@ class Batches:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         start, end = self.advance()
-        return self.gather(self.order[start:end])
+        if self._num_ahead <= self.batch_size:
+            return self.gather(self.order[start:end])
+        if start >= self._ahead_end:
+            self._ahead_start, self._ahead_end = start, min(start + self._num_ahead, self.num_images)
+            self._ahead = self.gather(self.order[start : self._ahead_end])
+        images, labels = self._ahead
+        batch = slice(start - self._ahead_start, end - self._ahead_start)
+        return images[batch], labels[batch]
 
     def advance(self) -> tuple[int, int]:
         """Where the next batch begins and ends in ``order``, the epoch's; a new epoch is begun if it is time to."""
@@ -86,13 +97,20 @@ class Batches:
 
     next = __next__
 
+    def _count_ahead(self) -> int:
+        """How many images are gathered at a time on a CPU, whose batches are then views: as many whole batches as
+        AHEAD_BYTES hold. Augmented ones come batch by batch, because that is how their numbers are drawn."""
+        if self.dataset.device.type != "cpu" or self.dataset.augment != "none":
+            return self.batch_size
+        return AHEAD_BYTES // (4 * math.prod(self.dataset.in_shape)) // self.batch_size * self.batch_size
+
     def _start_epoch(self):
         self._epoch_state = self._orders.get_state()
         num_images, device = len(self.dataset.train), self.dataset.device
         self.order = torch.randperm(num_images, generator=self._orders, device=device)
         if self.classes_per_batch is not None:
             self.order = self._by_classes(self.order)
-        self._position = 0
+        self._position = self._ahead_end = 0
 
     def _by_classes(self, shuffled: Tensor) -> Tensor:
         """The images of ``shuffled`` (N,), in another order: few classes to a batch, the short batch last."""
@@ -156,7 +174,7 @@ class Batches:
         self._orders.set_state(state["order"])
         self.generator.set_state(state["augment"])
         self._start_epoch()
-        self._position = state["position"]
+        self._position = self._ahead_end = state["position"]
 
 
 def check_classes(k: int, counts: Sequence[int], batch_size: int) -> None:
