@@ -174,7 +174,7 @@ class Batches:
         self._orders.set_state(state["order"])
         self.generator.set_state(state["augment"])
         self._start_epoch()
-        self._position = self._ahead_end = state["position"]
+        self._position = state["position"]
 
 
 def check_classes(k: int, counts: Sequence[int], batch_size: int) -> None:
