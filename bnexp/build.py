@@ -6,10 +6,9 @@ It also holds the rules that no single key can state.
 """
 
 import math
-import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -30,21 +29,22 @@ from bnexp.models.initialize import initialize
 from bnexp.optim import keep_rates_on, make_optimizer, without_compiler
 from bnexp.probes.base import Probe
 from bnexp.run import AUTOCAST, Run
-from bnexp.summary import list_layers
 from bnexp.targets import OURS, check_options, find_target
+from bnexp.threads import count_threads
 
 GROUPS = ("model", "norm", "data", "optimizer", "schedule", "engine")
-WORK_PER_THREAD = 50_000_000  # multiply-adds in a step's forward pass that are worth a thread, by measurement
+MOST_THREADS = 1024  # beyond, the library of threads ends the process
 
 
-def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
+def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool = False) -> None:
     """Raise :class:`UserError` for what cannot work, before any work.
 
-    ``free=False`` lets ``out`` hold this run already; ``runs=False`` asks only that the model can be built.
+    ``free=False`` lets ``out`` hold this run already; ``runs=False`` asks only that the model can be built; ``many``
+    says that it is one run of many.
     """
     if unknown := set(cfg) - {field.name for field in fields(Train)}:
         raise UserError(f"{sorted(unknown)[0]}: there is no such setting; bnexp train --help lists them all")
-    for key in ("batch_size", "log_every"):
+    for key in ("batch_size", "log_every", "replicas"):
         _at_least_one(key, cfg[key])
     if cfg.steps is None:
         _at_least_one("epochs", cfg.epochs)
@@ -54,12 +54,18 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True) -> None:
     for key in ("steps", "eval_every", "classes_per_batch"):
         if cfg[key] is not None:
             _at_least_one(key, cfg[key])
+    if cfg.replicas > 1 and not many:
+        raise UserError(
+            f"replicas={cfg.replicas}: one run has none to be computed with; give several values, "
+            f"bnexp train -m seed=0,1 replicas={cfg.replicas} say, or use compare"
+        )
     if not 0 <= cfg.seed < 2**63:
         raise UserError(f"seed={cfg.seed}: a seed is 0 or more, and below 2**63")
     if cfg.precision not in AUTOCAST:
         raise UserError(f"precision={cfg.precision}: not known; choose one of {', '.join(AUTOCAST)}")
-    if cfg.threads != "auto":
-        _at_least_one("threads", int(cfg.threads) if cfg.threads.isdigit() else cfg.threads)
+    is_number = re.fullmatch("[0-9]{1,4}", cfg.threads)
+    if cfg.threads != "auto" and not (is_number and 1 <= int(cfg.threads) <= MOST_THREADS):
+        raise UserError(f"threads={cfg.threads}: has to be auto or a whole number from 1 to {MOST_THREADS}")
     device = find_device(cfg.device)
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
@@ -83,11 +89,7 @@ def check_model(cfg: DictConfig, runs: bool) -> None:
     source = part(cfg, "data")()
     model = meta_model(cfg, source)
     if runs:
-        check_batch_sizes(model, {cfg.batch_size})
-        norms = [module for module in model.modules() if hasattr(module, "reduces_over")]
-        may_refuse = not all(getattr(norm, "implements_batch_norm", False) for norm in norms)
-        if may_refuse or cfg.batch_size == 1:  # what it takes on torch's meta device costs a second to import
-            check_forward(cfg, model, source.in_shape, cfg.batch_size)
+        check_batch(cfg, source, model, cfg.batch_size)
     for probe in probes_of(cfg):
         probe.check(model)
 
@@ -135,7 +137,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not re.fullmatch("[0-9]{1,4}", index))):
         raise UserError(f"device={name}: not known; choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}: torch finds no CUDA device here; use device=cpu or device=auto")
@@ -147,21 +149,6 @@ def find_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """The device as a person knows it: ``cpu``, or ``cuda:0 (NVIDIA H100)``."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def count_threads(cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], device: torch.device) -> int:
-    """As many CPU threads as asked for; ``auto``: as many as a step's work keeps busy, at most the usable cores.
-
-    Small layers are done before a second thread has woken up. The rule counts multiply-adds and never the clock,
-    because the number of threads decides how sums are rounded: the same config gives the same bits.
-    """
-    if cfg.threads != "auto":
-        return int(cfg.threads)
-    if device.type != "cpu":
-        return 1
-    layers = list_layers(model, in_shape, batch_size=1, device="cpu")
-    work = cfg.batch_size * sum(layer.multiply_adds for layer in layers)
-    return max(1, min(len(os.sched_getaffinity(0)), work // WORK_PER_THREAD))
 
 
 def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable[..., Any]:
@@ -192,20 +179,45 @@ def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
     last = cfg.batch_size if cfg.drop_last else num_images % cfg.batch_size or cfg.batch_size
     if last == cfg.batch_size:
         return
-    model = meta_model(cfg, source)
-    check_batch_sizes(model, {last}, cfg.drop_last)
-    check_forward(cfg, model, source.in_shape, last)
+    check_batch(cfg, source, meta_model(cfg, source), last)
 
 
-def check_forward(cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], batch_size: int) -> None:
-    """Let images without contents pass ``model``, which is on torch's meta device, in training mode."""
+def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> None:
+    """Refuse batches of ``size`` images that a norm cannot divide, or that leave it one value to take a variance of.
+
+    ``model`` is on torch's meta device. Norms that may refuse what batch norm takes are shown a batch in training mode.
+    """
+    for module in model.modules():
+        if hasattr(module, "check_batch_size"):
+            try:
+                module.check_batch_size(size)
+            except UserError as error:
+                raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
+    norms = [module for module in model.modules() if hasattr(module, "reduces_over")]
+    norms = [norm for norm in norms if not getattr(norm, "implements_batch_norm", False)]
+    known = all(type(module).__module__.startswith(("bnexp.", "torch.", "torchvision.")) for module in model.modules())
+    if size > 1 and not norms and (known or size == cfg.batch_size):
+        return
+    images = torch.empty(size, *source.in_shape, device="meta")
+    if norms and known:
+        # To these a few images say as much as many, and few may have contents: what knows shapes without takes torch
+        # a second to import.
+        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+        few = max(getattr(norm, "virtual_batch", None) or 2 for norm in norms)
+        images = torch.zeros(min(size, few), *source.in_shape)
+    check_forward(cfg, model, images, size)
+
+
+def check_forward(cfg: DictConfig, model: nn.Module, images: torch.Tensor, size: int) -> None:
+    """Let ``images`` pass ``model`` in training mode; they stand for a batch of ``size``."""
     try:
-        model(torch.empty(batch_size, *in_shape, device="meta"))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(images)
     except UserError:
         raise
     except ValueError as error:
-        if batch_size > 1:
-            raise UserError(f"batch_size={batch_size}: the model cannot take it ({error})") from error
+        if size > 1:
+            raise UserError(f"batch_size={size}: the model cannot take it ({error})") from error
         raise UserError(
             f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
             f"there is no variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
@@ -216,16 +228,6 @@ def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
     """The model where tensors have no contents: costs nothing, and its parts refuse what they refuse."""
     with torch.device("meta"):
         return part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
-
-
-def check_batch_sizes(model: nn.Module, sizes: Collection[int], drop_last: bool = True) -> None:
-    """Ask the norms that divide a batch whether they can."""
-    for module in model.modules():
-        for size in sizes if hasattr(module, "check_batch_size") else ():
-            try:
-                module.check_batch_size(size)
-            except UserError as error:
-                raise error if drop_last else UserError(f"{error}; or use drop_last=true") from None
 
 
 def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
@@ -239,7 +241,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     threads = count_threads(cfg, model, source.in_shape, device)
     torch.set_num_threads(threads)
     datasets = {} if datasets is None else datasets
-    key = f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
+    key = data_key(cfg, device)
     layout = torch.channels_last if cfg.channels_last else torch.preserve_format
     with memory_explained(device, "the data and the model", cfg.batch_size):
         if key not in datasets:
@@ -267,6 +269,11 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         deterministic=cfg.deterministic,
         engine=part(cfg, "engine"),
     )
+
+
+def data_key(cfg: DictConfig, device: torch.device) -> str:
+    """The same for configs that have their data in common."""
+    return f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
 
 
 def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:

@@ -21,36 +21,45 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.folder import writing
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
 MARK, NUM_DIGITS = b"sha256 ", 64
 
 
-def save(state: dict, folder: Path) -> Path:
+def save(state: dict, folder: Path, *also: Path) -> Path:
     """Write ``state`` to ``folder/checkpoint.pt``; what was there becomes ``checkpoint.previous.pt``.
 
-    At every moment checkpoint.pt is a whole one, the old or the new.
+    At every moment checkpoint.pt is a whole one, the old or the new, and the new has its other names ``also``.
     """
-    return write(state, folder / NAME, previous=folder / PREVIOUS)
+    return write(state, folder / NAME, *also, previous=folder / PREVIOUS)
 
 
-def write(state: dict, path: Path, previous: Path | None = None) -> Path:
+def write(state: dict, path: Path, *also: Path, previous: Path | None = None) -> Path:
     """Write ``state`` to ``path`` in one move, on the disk when this returns; ``previous`` gets what was there."""
     scratch = path.with_name(f".{path.name}.new")  # one name, so that many who are killed here leave one file
-    try:
-        with open(scratch, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # while it tidies up after the one that matters
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        seal(scratch)
-        if previous is not None and path.exists():
-            also_call(path, previous)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with open(scratch, "wb") as file:
+                save_into(file, state)
+            seal(scratch)
+            for name in also:
+                also_call(scratch, name)
+            if previous is not None and path.exists():
+                also_call(path, previous)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        sync_folder(path.parent)
     return path
+
+
+def save_into(file: BinaryIO, state: dict) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # while it tidies up after the one that matters
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError | KeyboardInterrupt) else error from None
 
 
 def seal(path: Path) -> None:
@@ -144,8 +153,13 @@ def read(path: Path, device: torch.device) -> object:
 
 def check_whole(path: Path) -> None:
     """Raise ValueError for a file that is not as it was written: torch itself does not look at any sum."""
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a file")
+    if not zipfile.is_zipfile(path):
         raise ValueError("damaged, cut short, or no checkpoint at all")
+    with zipfile.ZipFile(path) as file:
+        if sum(each.file_size for each in file.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than its size, which torch does not write")
     with open(path, "rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - NUM_DIGITS - len(MARK))
         file.seek(start)
@@ -170,7 +184,8 @@ def check_fits(state: object, model: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: not the checkpoint of a run, but a {type(state).__name__}; put back the run's own")
     weights, wanted = state.get("model"), model.state_dict()
-    if not isinstance(weights, Mapping) or type(state.get("num_steps")) is not int:
+    num_steps = state.get("num_steps")
+    if not isinstance(weights, Mapping) or type(num_steps) is not int or not 0 <= num_steps < 2**53:
         raise UserError(f"{path}: not the checkpoint of a run, it has no model or no num_steps; put back the run's own")
     for key in [*wanted, *weights]:
         one, other = (_shape(each, key) for each in (weights, wanted))

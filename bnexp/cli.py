@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 import sys
 import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
 from bnexp.errors import UserError
+from bnexp.foreign import printable
 
 COMMANDS = {
     "train": "train one model and log it to TensorBoard; -m trains every combination of several values",
@@ -18,7 +20,7 @@ COMMANDS = {
     "report": "the same verdict, tables and figure from run folders that are finished",
     "inspect": "a trained model looked at again: statistics of its norms, mistakes, feature maps",
     "summary": "a table of the model: layers, shapes, parameters and where norms sit",
-    "bench": "check every batch norm against float64, then time those that passed",
+    "bench": "time every batch norm that equals float64's (norms), or our loop beside others (loop)",
     "completion": "print the bash script that completes commands, groups and values",
 }
 GROUPS = ("model", "norm", "data", "optimizer", "schedule", "engine")
@@ -74,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "completion":
             return completion(rest)
+        if odd := [word for word in arguments or sys.argv if re.search("[\0\ud800-\udfff]", word)]:
+            raise UserError(f"{odd[0]}: not UTF-8 text; give what is meant by it another name")
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -83,18 +87,47 @@ def main(arguments: list[str] | None = None) -> int:
 
         return getattr(commands, command)(rest)
     except UserError as error:
-        print(f"bnexp: error: {error}", file=sys.stderr)
+        complain(error)
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
+            where = f"{error.filename}: " if error.filename else ""
+            complain(where + (error.strerror or str(error)))
+            return 1
         # Whoever read our output has gone, or its disk is full. What lies in run folders is not touched by that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"bnexp: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        complain(f"cannot write the output: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         print("bnexp: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):  # a value looked up only now
+            from bnexp.explain import explain
+
+            complain(explain(error, " ".join(rest)))
+            return 2
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if isinstance(error, MemoryError) or re.search("allocate memory|[Oo]verflow", what):
+            complain(f"too large for the memory here ({what}); try something smaller")
+        else:
+            complain(f"{what}; the traceback is in {keep_traceback(error)}")
+        return 1
+
+
+def complain(what: object) -> None:
+    print(f"bnexp: error: {printable(what)}", file=sys.stderr)
+
+
+def keep_traceback(error: Exception) -> str:
+    """Write down for whoever mends it where an error came from, in a file of which the name is returned."""
+    import tempfile
+    import traceback
+
+    options = {"prefix": "bnexp-", "suffix": ".txt", "delete": False, "errors": "backslashreplace"}
+    with tempfile.NamedTemporaryFile("w", **options) as file:
+        traceback.print_exception(error, file=file)
+    return file.name
 
 
 def nearest(word: str, known) -> str:

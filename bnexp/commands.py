@@ -1,6 +1,7 @@
 """The commands that train or look at a model: Hydra composes, ``build`` builds, ``loop`` drives."""
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -21,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnexp import config
 from bnexp.cli import GROUPS, choices, conf_dir
-from bnexp.errors import UserError
+from bnexp.errors import RunFailed, UserError
 from bnexp.explain import explained
+from bnexp.foreign import read_yaml
 
 if TYPE_CHECKING:
-    from bnexp.loop import Journal
+    from bnexp.loop import Journal, Plan
     from bnexp.run import Run
 
 
@@ -33,9 +35,12 @@ def train(arguments: list[str]) -> int:
     """``bnexp train``: one run, from the command line to its folder, whose path is the last line printed."""
     flags = {word for word in arguments if word.startswith("-")}
     if flags and flags <= {"-m", "--multirun"} and not any(word.startswith("hydra/sweeper=") for word in arguments):
-        from bnexp import multirun
+        with quick_imports():
+            from bnexp import multirun
 
         return multirun.train([word for word in arguments if word not in flags])
+    if any(word.startswith("--experimental-rerun") for word in arguments):
+        raise UserError("--experimental-rerun: reads a file that can hold code; bnexp rerun RUN does without")
     caught: list[BaseException] = []
 
     def task(cfg: DictConfig) -> None:
@@ -52,8 +57,9 @@ def train(arguments: list[str]) -> int:
 
 def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Check, build, claim a folder, train; prints the folder's path last, even when interrupted."""
-    from bnexp import build, resuming
-    from bnexp.folder import claim, claim_new, taken
+    with quick_imports():
+        from bnexp import build, resuming
+        from bnexp.folder import claim, claim_new, taken
 
     if cfg.resume and resuming.is_begun(cfg):
         resuming.go_on_as(cfg)
@@ -88,10 +94,16 @@ def advise(cfg: DictConfig, run: "Run") -> None:
 def finish(cfg: DictConfig, run: "Run", journal: "Journal") -> None:
     """Drive the run to its end; the last line on stdout is its folder."""
     from bnexp import build, loop, progress
+    from bnexp.folder import STATUS
 
     shown = progress.make_progress(run_name(cfg), quiet=cfg.quiet)
     try:
         loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+    except UserError:
+        raise
+    except Exception as error:
+        what, kept = f"{type(error).__name__}: {error}", journal.folder / STATUS
+        raise RunFailed(f"the run failed at step {run.num_steps}: {what}; the traceback is in {kept}") from error
     finally:
         print(journal.folder, flush=True)
 
@@ -100,18 +112,31 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
     """Where the run is recorded; if ``folder`` holds a checkpoint, ``run`` goes on from there."""
     from bnexp import build, checkpoint
     from bnexp.folder import Status
-    from bnexp.loop import Journal, merit
+    from bnexp.journal import Journal, merit
     from bnexp.writer import Writer, read_lines
 
     state = checkpoint.load(folder, run.device, run.model, mend=True)
     if state is not None:
-        run.load_state_dict(state)
+        with fitting(folder / checkpoint.NAME):
+            run.load_state_dict(state)
     status = Status(folder, build.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
     earlier = read_lines(folder) if cfg.keep == "best" else []
     best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
     return Journal(writer, status, folder, cfg.keep, best)
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Have what a checkpoint's contents make fail, in one of many ways, told as :class:`UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{path}: not the checkpoint of this run ({type(error).__name__}: {error})"
+        raise UserError(f"{what}; put back the run's own") from error
 
 
 def resume(arguments: list[str]) -> int:
@@ -125,12 +150,15 @@ def stored_config(folder: Path) -> DictConfig:
     """The config of a run folder, as typed and as strict as one from the command line."""
     from bnexp.folder import CONFIG
 
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of one")
-    with explained():
-        stored = OmegaConf.load(folder / CONFIG)
-        # Where the run wrote and whom its author trusted are no business of whoever takes it up.
-        kept = OmegaConf.masked_copy(stored, [key for key in stored if key not in ("out", "quiet", "allow", "resume")])
+    try:
+        stored = read_yaml(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
+    # Where the run wrote and whom its author trusted are no business of whoever takes it up.
+    kept = {key: value for key, value in stored.items() if key not in ("out", "quiet", "allow", "resume", "replicas")}
+    with explained([str(folder / CONFIG)]):
         cfg = OmegaConf.merge(OmegaConf.structured(config.Train), kept)
     OmegaConf.set_struct(cfg, True)
     return cfg
@@ -170,7 +198,8 @@ def compare(arguments: list[str]) -> int:
         return 0
     if flags := [word for word in arguments if word.startswith("-")]:
         raise UserError(f"{flags[0]}: compare takes settings only, several values need no flag: norm=none,library")
-    from bnexp import multirun
+    with quick_imports():
+        from bnexp import multirun
 
     return multirun.compare(arguments)
 
@@ -195,6 +224,11 @@ def report(arguments: list[str]) -> int:
     shape = parser.add_mutually_exclusive_group()
     for name in FORMATS:
         shape.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=f"print {name} only")
+
+    def refuse(message: str) -> None:
+        raise UserError(f"report: {message}; bnexp report --help shows what it takes")
+
+    parser.error = refuse
     given = parser.parse_args(arguments)
     make_report(
         given.paths, best_over=given.best_over, baseline=given.baseline, out=given.out, format=given.format
@@ -222,23 +256,32 @@ def inspect(arguments: list[str]) -> int:
     question = inspection.parse(arguments)
     cfg = stored_config(question.folder)
     change(cfg, question.overrides, "inspect")
+    cfg.engine = OmegaConf.structured(config.Train).engine  # nothing is trained: a graph's run can be seen on a CPU
     build.check(cfg, free=False)
     source = build.part(cfg, "data")()
     model = build.meta_model(cfg, source)
     inspection.check_layers(question.layers, [layer.name for layer in list_layers(model, source.in_shape)])
     state = checkpoint.load(question.folder, build.find_device(cfg.device), model)
     run = build.build(cfg)
-    run.model.load_state_dict(state["model"])
+    with fitting(question.folder / checkpoint.NAME):
+        run.model.load_state_dict(state["model"])
     run.num_steps = state["num_steps"]
     inspection.inspect(run, question)
     return 0
 
 
 def bench(arguments: list[str]) -> int:
-    """``bnexp bench norms``: every implementation of batch norm in ``conf/norm``, parity first, then speed."""
-    from bnexp import bench as benchmark
+    """``bnexp bench norms`` and ``bnexp bench loop``."""
+    from bnexp.bench.arguments import kind_of
 
-    settings = benchmark.parse(arguments)
+    return {"norms": bench_norms, "loop": bench_loop}[kind_of(arguments)](arguments)
+
+
+def bench_norms(arguments: list[str]) -> int:
+    """Every implementation of batch norm in ``conf/norm``, parity first, then speed."""
+    from bnexp.bench import norms as benchmark
+
+    asked = benchmark.parse(arguments)
     from bnexp import build
     from bnexp.norms.base import BatchNormBase
 
@@ -247,7 +290,28 @@ def bench(arguments: list[str]) -> int:
         name: norm for name, norm in norms.items()
         if isinstance(norm.func, type) and issubclass(norm.func, BatchNormBase) and norm.func.implements_batch_norm
     }  # fmt: skip
-    benchmark.run(ours, settings, build.find_device(settings.device))
+    benchmark.run(ours, asked, build.find_device(asked.device))
+    return 0
+
+
+def bench_loop(arguments: list[str]) -> int:
+    """What an epoch of ours takes beside loops written by hand, and what a start and a sweep take."""
+    from bnexp.bench import loop_settings
+
+    asked = loop_settings.parse(arguments, {group: choices(group) for group in ("model", "engine")})
+    from bnexp import build
+    from bnexp.bench import loop as benchmark
+    from bnexp.data.dataset import Dataset
+
+    datasets: dict[str, Dataset] = {}
+
+    def make(overrides: Sequence[str]) -> tuple["Run", "Plan"]:
+        cfg = composed(overrides)
+        build.check(cfg)
+        run = build.build(cfg, datasets)
+        return run, build.plan_of(cfg, run.batches.steps_per_epoch)
+
+    benchmark.run(make, asked, build.find_device(asked.device), choices("probe"))
     return 0
 
 
@@ -263,6 +327,21 @@ def run_hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
     with explained(arguments):
         decorate(task)()
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Around what imports torch: its million objects all stay, and looking for garbage among them, then and at the
+    end of the process, takes a quarter of the time that the import takes."""
+    is_first = "torch" not in sys.modules and gc.isenabled()
+    if is_first:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if is_first:
+            gc.freeze()
+            gc.enable()
 
 
 @contextmanager

@@ -1,10 +1,16 @@
 """Several runs in lockstep: every run takes step k before any takes k + 1, and the differences are seen live."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from time import perf_counter
 
-from bnexp.loop import Interrupted, Journal, Plan, deferred_signals, follow
+from bnexp.errors import StorageError
+from bnexp.journal import Journal
+from bnexp.loop import Plan, follow
 from bnexp.run import Run
+from bnexp.signals import HURRY, Interrupted, OutOfPatience, deferred_signals
 
 
 @dataclass
@@ -30,6 +36,8 @@ class Contestant:
         """One step; a run that fails ends here, and its journal says why."""
         try:
             self.latest |= next(self.steps, {})
+        except StorageError as error:
+            print(f"bnexp: error: {error}", file=sys.stderr)
         except Exception:
             assert self.ended["status"] == "failed"
 
@@ -40,16 +48,24 @@ def lockstep(contestants: Sequence[Contestant]) -> Iterator[int]:
     Those that are behind, because they go on from an earlier checkpoint, go first. Ctrl-C ends every run
     with a checkpoint and raises KeyboardInterrupt.
     """
-    with deferred_signals() as asked:
-        while running := [each for each in contestants if each.is_running]:
-            step = min(each.run.num_steps for each in running)
-            for each in running:
-                if each.run.num_steps == step:
-                    each.step()
+    try:
+        with deferred_signals() as asked:
+            while running := [each for each in contestants if each.is_running]:
+                step = min(each.run.num_steps for each in running)
+                with suppress(OutOfPatience):  # which ended the run whose turn it was
+                    for each in running:
+                        is_late = asked and perf_counter() - asked[0] > HURRY and not each.run.is_ahead
+                        if each.run.num_steps == step and not is_late:
+                            each.step()
+                if asked:
+                    interrupt(contestants)
+                if any(each.run.num_steps > step for each in running):  # after its last step a run only ends
+                    yield step + 1
             if asked:
-                interrupt(contestants)
-            if any(each.run.num_steps > step for each in running):  # after its last step a run only comes to its end
-                yield step + 1
+                raise Interrupted
+    finally:
+        for each in contestants:
+            each.steps.close()
 
 
 def interrupt(contestants: Sequence[Contestant]) -> None:
@@ -60,6 +76,8 @@ def interrupt(contestants: Sequence[Contestant]) -> None:
                 each.steps.throw(Interrupted())
             except Interrupted:
                 continue
+            except StorageError as error:
+                print(f"bnexp: error: {error}", file=sys.stderr)
     raise Interrupted
 
 

@@ -44,6 +44,7 @@ class Train:
     checkpoint_every: Any = None  # steps between checkpoints, or seconds, as 60s; every epoch by default
     keep: str = "last"  # which checkpoints: last, best (best.pt too) or all (checkpoint-STEP.pt too)
 
+    replicas: int = 1  # of the runs of train -m and compare, as many at most are computed as one (small models)
     sweep_order: str = "product"  # of the lists that -m and compare are given: product or zip
     out: str | None = None  # the run's folder; a new one under outputs/ by default
     resume: bool = False  # go on with the run in out, if there is one

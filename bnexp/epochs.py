@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from bnexp.records import RunRecord
@@ -26,7 +27,7 @@ def _table(title: str, tags: Sequence[str], variants: Sequence[Variant]) -> Tabl
     title += " set, mean over seeds"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ["epoch", *(f"{each.label}: loss / accuracy{' / s' * seconds}" for each in variants)]:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     columns = [epoch_rows(variant.runs, tag) for variant in variants]
     for epoch in sorted({epoch for column in columns for epoch in column}):
         cells = []
@@ -47,11 +48,11 @@ def epoch_rows(runs: Sequence[RunRecord], split: str) -> dict[float, tuple[float
     for run in runs:
         curves = run.curves
         ends = next((curves[f"loss/{each}"][0] for each in ("valid", "test", split) if f"loss/{each}" in curves), [])
-        epoch, seconds = (dict(zip(*curves[key], strict=True)) for key in ("epoch", "seconds"))
+        epoch, seconds = (dict(zip(*curves.get(key, ((), ())), strict=True)) for key in ("epoch", "seconds"))
         row, before = {}, 0
         for end in ends:
             loss, accuracy = (_between(curves.get(f"{kind}/{split}"), before, end) for kind in ("loss", "accuracy"))
-            if loss is not None and accuracy is not None:
+            if loss is not None and accuracy is not None and end in epoch.keys() & seconds.keys():
                 row[round(epoch[end], 3)] = (loss, accuracy, seconds[end] - seconds.get(before, 0.0))
             before = end
         rows.append(row)

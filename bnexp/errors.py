@@ -16,6 +16,12 @@ class StorageError(UserError):
     exit_code = 1
 
 
+class RunFailed(UserError):
+    """A run that had started ended by an error that is nobody's input; its ``status.json`` holds the traceback."""
+
+    exit_code = 1
+
+
 class OutOfMemory(UserError):
     """The device, or the machine, had no memory left for what a run needs."""
 

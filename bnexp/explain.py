@@ -13,6 +13,8 @@ from yaml import YAMLError
 from bnexp.cli import GROUPS, choices, nearest
 from bnexp.errors import UserError
 
+PLAIN = (ValueError, ArithmeticError, RecursionError)  # which they raise too, for numbers and for many brackets
+
 
 @contextmanager
 def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
@@ -21,7 +23,7 @@ def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra raises plain ones too
+    except (HydraException, OmegaConfBaseException, YAMLError, *PLAIN) as error:
         raise UserError(explain(error, " ".join(arguments) or "the overrides")) from error
 
 
@@ -52,9 +54,12 @@ def explain(error: Exception, given: str) -> str:
         if key == "study":
             return "study: is no setting but a command of its own: bnexp study NAME"
         return f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all"
-    if found := re.search(r"Error merging override ([^=]+)=(.*)\nValue .* could not be converted to (\w+)", text):
-        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[3], found[3])
-        return f"{found[1]}={found[2]}: {kind} is expected"
+    if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)\s+full_key: (\S+)", text):
+        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[2], found[2])
+        return f"{found[3]}={found[1]}: {kind} is expected"
+    if found := re.search(r"LexerNoViableAltException: (.*)", text):
+        name, _, value = found[1].partition("=")
+        return f"{found[1]}: holds characters that are read only in quotes; write it as '{name}=\"{value}\"'"
     if found := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", text):
         return f"{found[1]}: not a setting; write it as name=value"
     if found := re.search(r"(?:no viable alternative|mismatched|extraneous|token recognition).*", text):

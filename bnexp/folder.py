@@ -4,6 +4,7 @@
     events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -19,22 +20,52 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bnexp.errors import UserError
+from bnexp.errors import StorageError, UserError
+from bnexp.foreign import UNPRINTABLE, number, printable, read_json
 
 CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
 PROBES = "probes.jsonl"
+OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # how names of what a run writes begin
+STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake of readings alone
 DONE = ("finished", "diverged")  # results; every other status leaves something to do
+REMEDIES = {
+    errno.EDQUOT: "free some space or ask for a larger quota",
+    errno.EROFS: "make it writable again",
+    errno.EACCES: "make it writable again",
+    errno.EPERM: "make it writable again",
+    errno.EIO: "see to its disk",
+}  # else free some space
 
 
 def check_free(path: Path) -> None:
     """Refuse, before any work, a folder that holds a run or cannot be written."""
-    if any((path / name).exists() for name in (CONFIG, STATUS)):
+    check_own(path)
+    try:
+        is_run = any((path / name).exists() for name in (CONFIG, STATUS))
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
+    if is_run:
+        if is_taken(path):
+            raise in_other_hands(path)
         raise UserError(f"out={path}: already holds a run, which is never overwritten; choose another folder")
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UserError(f"out={path}: {existing} is a file; choose a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"out={path}: {existing} cannot be written to; choose another folder")
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder in which writing a run's files would reach somebody else's, or wait for ever.
+
+    It may have come from a stranger, who can have put links and pipes where these files are written.
+    """
+    if UNPRINTABLE.search(str(folder)):
+        raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        is_file = not path.is_symlink() and path.is_file()
+        if path.name.lstrip(".").startswith(OWN) and not is_file:
+            raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file of its own; remove it")
 
 
 def claim(path: Path, config: str) -> Path:
@@ -53,20 +84,21 @@ def claim(path: Path, config: str) -> Path:
 def write_new(path: Path, text: str) -> bool:
     """Make a file with its whole content in one move, unless it exists; returns whether it was made."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text)
+    with writing(path):
         try:
-            os.link(scratch, path)
+            scratch.write_text(text)
+            try:
+                os.link(scratch, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                with open(path, "x") as file:
+                    file.write(text)
+            return True
         except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            with open(path, "x") as file:
-                file.write(text)
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        scratch.unlink(missing_ok=True)
+            return False
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def claim_new(parent: Path, name: str, config: str) -> Path:
@@ -85,19 +117,77 @@ def claim_new(parent: Path, name: str, config: str) -> Path:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have an OSError raised inside name ``path``: a failed write names nothing, and a failed move another file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        del error.filename2
+        raise
+
+
+def not_written(error: OSError, folder: Path) -> str:
+    """Which file of the run in ``folder`` could not be written, why, and what to do."""
+    file, why = error.filename or folder, error.strerror or str(error)
+    remedy = REMEDIES.get(error.errno, "free some space")
+    return (
+        f"{file} could not be written: {why}; what was written before stays readable in {folder}; {remedy}, "
+        f"then go on with bnexp resume {folder}"
+    )
+
+
+@contextmanager
 def taken(folder: Path) -> Iterator[bool]:
     """Hold a run's lock, if no living process does; yields whether it is ours.
 
-    The operating system lets go of it when the process ends, however it ends.
+    The operating system lets go of it when the process ends, however it ends. A file of the folder that cannot be
+    written while it is held is told as :class:`StorageError`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    check_own(folder)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "a") as file:
+            try:
+                with writing(folder / LOCK):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+    except OSError as error:
+        if error.filename is None or folder not in (Path(error.filename), *Path(error.filename).parents):
+            raise
+        raise StorageError(not_written(error, folder)) from error
+
+
+def in_other_hands(folder: Path) -> UserError:
+    """That a living process is at work on the run in ``folder``."""
+    return UserError(f"{folder}: {holder(folder)} is at work on this run; wait for it, or stop it first")
+
+
+def holder(folder: Path) -> str:
+    """Who is at work on the run, as far as its status tells: it may not have written its own yet."""
+    status = read_status(folder)
+    if status.get("status") != "running" or not is_alive(status.get("host"), status.get("pid")):
+        return "another process"
+    heard = max(0, time.time() - status.get("heartbeat", 0))
+    return f"process {status['pid']} on {printable(status['host'])} (last heard of {heard:.0f} s ago)"
+
+
+def is_alive(host: object, pid: object) -> bool:
+    """Whether there is such a process; one of another host, which cannot be asked, is believed to live."""
+    if not isinstance(pid, int) or host is None:
+        return False
+    try:
+        if host == socket.gethostname():
+            os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def is_taken(folder: Path) -> bool:
@@ -122,11 +212,14 @@ def finite(value: Any) -> Any:
 def write_json(path: Path, content: dict) -> None:
     """Replace ``path`` in one move, so that a reader sees the old or the new and never half of one."""
     scratch = path.with_name(f".{path.name}.new")  # whoever writes holds the run's lock
-    try:
-        scratch.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            scratch.unlink(missing_ok=True)  # what lies there may be a link
+            with open(scratch, "x") as file:
+                file.write(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -135,18 +228,32 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         scratch = folder / f".{name}.{os.getpid()}"
         try:
-            scratch.write_bytes(content)
+            with open(scratch, "xb") as file:
+                file.write(content)
             os.replace(scratch, folder / name)
         finally:
             scratch.unlink(missing_ok=True)
 
 
+def load_status(folder: Path) -> dict:
+    """``status.json``; ValueError for what no run has written, FileNotFoundError where there is none."""
+    status = {"status": None, "step": 0, "metrics": {}, "overrides": []} | read_json(folder / STATUS)
+    for name, kind in {"status": str, "step": int, "metrics": dict, "overrides": list}.items():
+        if not isinstance(status[name], kind):
+            raise ValueError(f"{STATUS}: its {name} is {printable(status[name], 30)}, which no run has written")
+    for name in {"seconds", "started", "heartbeat"} & status.keys():
+        status[name] = number(status[name], f"{STATUS}: {name}")
+    return status | {"overrides": list(map(printable, status["overrides"]))}
+
+
 def read_status(folder: Path) -> dict:
     """``status.json``, or {} where there is none yet."""
     try:
-        return json.loads((folder / STATUS).read_text())
+        return load_status(folder)
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {error}; delete {STATUS}, and what is left to do is done") from error
 
 
 class Status:
@@ -160,9 +267,9 @@ class Status:
         earlier = read_status(folder) if goes_on else {}
         self.content = {
             "status": "running",
-            "step": 0,
-            "epoch": 0.0,
-            "seconds": 0.0,
+            "step": earlier.get("step", 0),
+            "epoch": earlier.get("epoch", 0.0),
+            "seconds": earlier.get("seconds", 0.0),
             "metrics": earlier.get("metrics", {}),
             "device": device,
             "versions": versions(),
@@ -172,12 +279,19 @@ class Status:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
+        self.written = 0.0
         self.update()
 
     def update(self, metrics: dict[str, float] | None = None, **fields: Any) -> None:
+        """Write ``fields`` down at once; with ``metrics``, a reading, only if the last writing is long enough ago.
+
+        Readings come many a second, and each stands in metrics.jsonl already.
+        """
         self.content["metrics"] |= metrics or {}
         self.content |= {"heartbeat": time.time(), **fields}
-        write_json(self.path, self.content)
+        if metrics is None or time.monotonic() - self.written >= STATUS_EVERY:
+            write_json(self.path, self.content)
+            self.written = time.monotonic()
 
 
 @cache

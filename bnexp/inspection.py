@@ -1,7 +1,6 @@
 """The inspection of a run that has a checkpoint: what may be asked, what is printed, what is written down."""
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +13,9 @@ from rich.console import Console
 from bnexp import checkpoint, featuremaps, findings
 from bnexp.diagnosis import Diagnosis, diagnose
 from bnexp.errors import UserError
-from bnexp.folder import CONFIG, STATUS, write_files
+from bnexp.folder import CONFIG, STATUS, load_status, write_files
+from bnexp.foreign import printable
+from bnexp.records import run_folders
 from bnexp.run import Run
 from bnexp.summary import summary_table
 
@@ -52,6 +53,8 @@ def parse(arguments: Sequence[str]) -> Question:
     given = parser.parse_args([word for word in arguments if not is_override(word)])
     folder = find_run(Path(given.run))
     out = folder / "inspect" if given.out is None else Path(given.out)
+    if given.out is None and out.is_symlink():
+        raise UserError(f"{out}: a link to another place, where nothing is written; remove it or choose with --out DIR")
     check_out(out)
     layers = None if given.layers is None else list(dict.fromkeys(name.strip() for name in given.layers.split(",")))
     return Question(folder, read_images(given.images), layers, out, list(filter(is_override, arguments)))
@@ -65,7 +68,7 @@ def find_run(path: Path) -> Path:
             raise UserError(f"{path}: a file; give the folder that it lies in, {path.parent}")
         raise UserError(f"{path}: no such folder; give {holds}")
     if not (path / CONFIG).is_file():
-        runs = sorted(each.parent for each in path.glob(f"**/{checkpoint.NAME}") if (each.parent / CONFIG).is_file())
+        runs = [each for each in run_folders(path) if (each / CONFIG).is_file() and (each / checkpoint.NAME).is_file()]
         if runs:
             many = "a run" if len(runs) == 1 else f"{len(runs)} runs"
             raise UserError(f"{path}: holds {many} and is none itself; give the folder of one, such as {runs[0]}")
@@ -112,10 +115,9 @@ def check_layers(wanted: Sequence[str] | None, known: Collection[str]) -> None:
 def read_state(folder: Path) -> dict:
     """The run's status as far as it can be read."""
     try:
-        status = json.loads((folder / STATUS).read_bytes())
+        return load_status(folder)
     except (OSError, ValueError):
         return {}
-    return status if isinstance(status, dict) else {}
 
 
 def inspect(run: Run, question: Question, console: Console | None = None) -> Diagnosis:
@@ -157,18 +159,17 @@ def inspect(run: Run, question: Question, console: Console | None = None) -> Dia
         raise cannot_write(question.out, error) from error
     if not shows_pictures:
         console.print()
-    console.print(f"written to {question.out}: {', '.join(files)}", soft_wrap=True, **plain)
+    console.print(f"written to {printable(question.out)}: {', '.join(files)}", soft_wrap=True, **plain)
     return found
 
 
 def opening(run: Run, folder: Path, status: dict, found: Diagnosis) -> Iterator[str]:
     """What is looked at, and what must be known before the numbers are read."""
-    ended, step = status.get("status", "of unknown status"), status.get("step")
-    step = step if isinstance(step, int) else run.num_steps
+    ended, step = printable(status.get("status", "of unknown status"), 40), status.get("step", run.num_steps)
     weights = f"weights of step {run.num_steps:,} (epoch {run.epoch:.3g}) on {run.device}"
-    yield f"{folder}: {ended} at step {step:,}, {weights}"
+    yield f"{printable(folder)}: {ended} at step {step:,}, {weights}"
     if ended == "diverged":
-        since = status.get("diverged_step", step)
+        since = printable(status.get("diverged_step", step), 40)
         yield f"The loss is not finite since step {since}; what follows is about the last checkpoint."
     if found.split != "test":
         yield f"There are no test images, so the {found.split} images are looked at instead."

@@ -1,28 +1,22 @@
 """Drives a run from its first step to its last: readings on schedule, evaluation, checkpoints, a clean end."""
 
-import math
-import signal
-import traceback
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from bnexp import checkpoint
-from bnexp.device import memory_explained, naming_exceptions, prefer_repeatable
-from bnexp.errors import StorageError, UserError
-from bnexp.folder import Status
+from bnexp.device import naming_exceptions, prefer_repeatable
+from bnexp.journal import Diverged, Journal, recorded
 from bnexp.meter import Measured
 from bnexp.probes.base import Probe, same_chance
 from bnexp.progress import NullProgress
 from bnexp.readings import Reading, Scalar
 from bnexp.run import Run, first_non_finite
-from bnexp.writer import NullWriter, Writer
+from bnexp.signals import Interrupted, deferred_signals
 
 KEEP = ("last", "best", "all")  # which checkpoints stay: the last two always
+LONG = 0.1  # seconds; a look that takes longer may have to be broken off by somebody who wants the run to stop
 
 
 @dataclass(frozen=True)
@@ -46,76 +40,10 @@ class Plan:
             return seconds_since >= self.checkpoint_seconds
         return step % self.checkpoint_every == 0
 
-
-class Diverged(Exception):
-    """The loss stopped being finite: a result, not a fault."""
-
-    def __init__(self, step: int, last_finite_loss: float | None) -> None:
-        super().__init__(f"the loss is not finite since step {step}")
-        self.step = step
-        self.last_finite_loss = last_finite_loss
-
-
-class Journal:
-    """Where a run is recorded: readings, status and checkpoints in one folder, or nowhere (``folder=None``).
-
-    ``keep=best`` keeps the best weights too, in best.pt, ``all`` every checkpoint, as checkpoint-STEP.pt. ``best`` is
-    the :func:`merit` that a run which goes on has come to before.
-    """
-
-    def __init__(
-        self,
-        writer: Writer | NullWriter,
-        status: Status | None = None,
-        folder: Path | None = None,
-        keep: str = "last",
-        best: float = -math.inf,
-    ):
-        self.writer = writer
-        self.status = status
-        self.folder = folder
-        self.keep = keep
-        self.best = best
-
-    def write(self, run: Run, readings: list[Reading]) -> dict[str, float]:
-        metrics = self.writer.write(run.num_steps, run.epoch, run.seconds, readings)
-        self._update(run, metrics=metrics)
-        if self.folder is not None and self.keep == "best":
-            self._save_best(run, metrics)
-        return metrics
-
-    def save(self, run: Run) -> None:
-        if self.folder is not None:
-            path = checkpoint.save(run.state_dict(), self.folder)
-            if self.keep == "all":
-                checkpoint.also_call(path, self.folder / f"checkpoint-{run.num_steps}.pt")
-
-    def _save_best(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Keep these weights if no reading was as good, before any checkpoint that takes this reading for granted."""
-        if (found := merit(metrics, len(run.dataset.valid) > 0)) > self.best:
-            checkpoint.write(run.state_dict(), self.folder / checkpoint.BEST)
-            self.best = found
-
-    def end(self, run: Run, status: str, **fields: object) -> None:
-        """Write how the run ended. Should even that fail, what was written before stays as it is."""
-        try:
-            self._update(run, status=status, **fields)
-        finally:
-            self.writer.close(success=status != "failed")
-
-    def _update(self, run: Run, **fields: object) -> None:
-        if self.status is not None:
-            where = {"step": run.num_steps, "epoch": run.epoch, "seconds": run.seconds}
-            self.status.update(**where, non_finite_gradients=run.num_bad_gradients, **fields)
-
-
-def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
-    """How good a reading is, more is better: the accuracy on validation images or, where there are none, the
-    training loss since the reading before, negated; -inf for what was not read."""
-    value = metrics.get("accuracy/valid" if has_valid else "loss/train")
-    if value is None or not math.isfinite(value):
-        return -math.inf
-    return value if has_valid else -value
+    def looks(self, step: int, total_steps: int) -> tuple[str, ...]:
+        """How the run is looked at after ``step``."""
+        evaluation = ("evaluation",) if step % self.eval_every == 0 or step == total_steps else ()
+        return evaluation + tuple(type(each).__name__ for each in self.probes if each.is_due(step, total_steps))
 
 
 def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]]:
@@ -135,6 +63,7 @@ def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]
             naming_exceptions(run.step)
         else:
             run.step()
+        began, origin = began - run.seconds_elsewhere, origin - run.seconds_elsewhere  # of folded runs
         step, is_last = run.num_steps, run.num_steps == run.total_steps
         saves = is_last or plan.wants_checkpoint(step, perf_counter() - saved)
         readings: list[Reading] = []
@@ -218,7 +147,8 @@ def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:
 def drive(run: Run, plan: Plan, journal: Journal, progress: NullProgress) -> str:
     """Train to the end and return how it ended: ``finished`` or ``diverged``.
 
-    Ctrl-C and SIGTERM wait for the end of the step, then leave a checkpoint and raise KeyboardInterrupt.
+    Ctrl-C and SIGTERM wait for the end of the step, then leave a checkpoint and raise KeyboardInterrupt. They do not
+    wait long for an evaluation or a probe: then the checkpoint is of the step before.
     """
     ended: dict[str, str] = {}
     steps = follow(run, plan, journal, ended)
@@ -229,6 +159,8 @@ def drive(run: Run, plan: Plan, journal: Journal, progress: NullProgress) -> str
                 progress.update(run, metrics)
                 if asked:
                     steps.throw(Interrupted())
+        if asked:  # at the very end of this run; others may come after it
+            raise Interrupted
     finally:
         steps.close()
         progress.end(run, ended["status"])
@@ -242,64 +174,23 @@ def follow(
 
     Divergence ends it quietly. To interrupt it between two steps, throw :class:`Interrupted` into it.
     """
+    steps = recorded_steps(run, plan, journal, ended)
+    next(steps)  # from here on nothing that happens to it goes unrecorded
+    return steps
+
+
+def recorded_steps(
+    run: Run, plan: Plan, journal: Journal, ended: dict[str, str]
+) -> Generator[dict[str, float], None, None]:
+    """Nothing, then the items of :func:`advance`."""
     with recorded(run, journal, ended):
-        yield from advance(run, plan, journal)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Asked to stop, and stopped between two steps, where a checkpoint can be taken."""
-
-
-@contextmanager
-def recorded(run: Run, journal: Journal, ended: dict[str, str]) -> Iterator[None]:
-    """Write down how what happens inside ends; only divergence is not passed on."""
-    try:
-        with memory_explained(run.device, type(run.model).__name__, run.batches.batch_size):
-            yield
-        ended["status"] = "finished"
-        journal.end(run, "finished")
-    except Diverged as error:
-        ended["status"] = "diverged"
-        journal.end(run, "diverged", diverged_step=error.step, last_finite_loss=error.last_finite_loss)
-    except (KeyboardInterrupt, GeneratorExit) as error:
-        ended["status"] = "interrupted"
-        if isinstance(error, Interrupted):
-            journal.save(run)
-        journal.end(run, "interrupted")
-        raise
-    except Exception as error:
-        ended["status"] = "failed"
-        reason = (str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}").splitlines()[0]
-        try:
-            journal.end(run, "failed", error=reason, traceback=traceback.format_exc())
-        except OSError as second:
-            error.add_note(f"and the status could not be written: {second}")
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"the run stopped at step {run.num_steps} because it could not be written down: {error}; what was "
-                f"written before stays readable in {journal.folder}; free some space, then go on with "
-                f"bnexp resume {journal.folder}"
-            ) from error
-        raise
-
-
-@contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of breaking off a step; a second Ctrl-C breaks off at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only a main thread may; elsewhere signals go where they went
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield {}
+        began, quick = perf_counter(), {()}
+        for metrics in advance(run, plan, journal):
+            if perf_counter() - began < LONG:
+                quick.add(plan.looks(run.num_steps, run.total_steps))
+            # Here and not when the next step begins, which may have been taken in another run's turn by then.
+            is_quick = plan.looks(run.num_steps + 1, run.total_steps) in quick
+            journal.remember(None if is_quick else run)
+            yield metrics
+            began = perf_counter()

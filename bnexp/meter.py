@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COUNT_AT = 32  # steps, whose logits are kept until then
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -37,6 +39,7 @@ class Meter:
         self.clear()
 
     def clear(self) -> None:
+        self.uncounted: list[tuple[Tensor, Tensor]] = []  # logits and labels
         self.losses: list[Tensor] = []
         self.hits: list[Tensor] = []
         self.found: list[Tensor] = []
@@ -45,12 +48,22 @@ class Meter:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
         """One step's loss (), logits (B, classes) and labels (B,); ``found`` is 1 if its gradient was not finite."""
         self.losses.append(loss)
-        self.hits.append((logits.argmax(1) == labels).sum())
+        self.uncounted.append((logits, labels))
         self.found.append(found)
         self.sizes.append(len(labels))
+        if len(self.uncounted) == COUNT_AT:
+            self.count_hits()
+
+    def count_hits(self) -> None:
+        """Count for several steps at once what each got right; two operations a step would be felt in small models."""
+        if self.uncounted:
+            logits, labels = map(torch.cat, zip(*self.uncounted, strict=True))
+            self.hits.append((logits.argmax(1) == labels).sum())
+            self.uncounted = []
 
     def read(self) -> Measured:
         """What was measured; then start anew. The one place in training where the host waits for the device."""
+        self.count_hits()
         losses = torch.stack(self.losses).tolist()
         found = torch.stack(self.found).tolist()
         num_bad = sum(bad > 0 and math.isfinite(loss) for bad, loss in zip(found, losses, strict=True))
@@ -63,10 +76,13 @@ class Meter:
         return not self.losses or bool(torch.stack(self.losses).isfinite().all())
 
     def state_dict(self) -> dict:
-        tensors = {"losses": self.losses, "hits": self.hits, "found": self.found}
+        self.count_hits()
+        hits = [torch.stack(self.hits).sum()] if self.hits else []
+        tensors = {"losses": self.losses, "hits": hits, "found": self.found}
         return {name: [each.clone() for each in kept] for name, kept in tensors.items()} | {"sizes": list(self.sizes)}
 
     def load_state_dict(self, state: dict) -> None:
+        self.clear()
         self.losses, self.hits = list(state["losses"]), list(state["hits"])
         self.found = list(state.get("found", [torch.zeros_like(loss) for loss in self.losses]))  # older ones have none
         self.sizes = list(state["sizes"])

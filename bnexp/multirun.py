@@ -4,31 +4,30 @@ import re
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from bnexp import build, loop, progress
-from bnexp.commands import advise, composed, open_journal, session
+from bnexp import build, progress
+from bnexp.commands import composed, session
 from bnexp.compare import COLUMNS, Contestant, lockstep, standings
 from bnexp.data.dataset import Dataset
-from bnexp.errors import StorageError, UserError
+from bnexp.errors import UserError
 from bnexp.explain import explained
 from bnexp.figure import PANELS, curve
-from bnexp.folder import CONFIG, DONE, STATUS, Status, is_taken, read_status, taken, write_new
+from bnexp.folder import DONE, STATUS, holder, in_other_hands, is_taken, read_status, taken
+from bnexp.foreign import as_file_name
+from bnexp.job import LAST, fail, open_job, run_job
 from bnexp.readings import Band
 from bnexp.records import read_runs
+from bnexp.replicas import check_sweep, fold_all, tell_alone, together
 from bnexp.report import report, show_sweep
 from bnexp.run import Run
 from bnexp.sweep import Grid, Job, default_folder, expand, open_folder
@@ -44,7 +43,7 @@ def train(arguments: Sequence[str]) -> int:
         folder, jobs, configs = prepare(grid, "sweep")
         quiet = next(iter(configs.values())).quiet
         try:
-            failed = launch(grid, folder, jobs)
+            failed = run_all(grid, folder, jobs, configs)
         finally:
             if not quiet and any(written_at(job.folder) for job in jobs):
                 show_sweep(folder)
@@ -63,14 +62,30 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfi
     for name, point in zip(grid.names, grid.points, strict=True):
         try:
             configs[name] = composed(point)
-            build.check(configs[name])
+            build.check(configs[name], many=True)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(grid.names) > 1 else str(error)) from error
+    check_sweep(grid, configs)
     folder = open_folder(grid, default_folder(kind), configs)
     return folder, grid.jobs(folder), configs
 
 
-def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
+def run_all(grid: Grid, folder: Path, jobs: Sequence[Job], configs: dict[str, DictConfig]) -> bool:
+    """Do every job that is not done, fold after fold and the rest by the launcher; returns whether any failed."""
+    failed = False
+    if next(iter(configs.values())).replicas > 1:
+        groups = together([job for job in jobs if read_status(job.folder).get("status") not in DONE], configs)
+        tell_alone(groups, configs)
+        for members in groups:
+            if len(members) > 1:
+                with ExitStack() as locks:
+                    take_all(members, locks)
+                    failed |= race(members, configs, members[0].variant, configs[members[0].name].quiet)
+        jobs = [members[0] for members in groups if len(members) == 1]
+    return bool(launch(grid, folder, jobs, quiet=next(iter(configs.values())).quiet)) or failed
+
+
+def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> list[str]:
     """Hand jobs to the launcher until none is left to do or in anybody's hands; returns the names that failed."""
     cfg = hydra_config(grid, folder)
     with explained(grid.hydra):
@@ -80,6 +95,7 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
             config=cfg,
         )
     before = {job: written_at(job.folder) for job in jobs}
+    waits = False
     failed: set[Job] = set()  # since we began, here or elsewhere; what failed earlier is tried again
     while True:
         statuses = {job: read_status(job.folder).get("status") for job in jobs}
@@ -89,14 +105,27 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job]) -> list[str]:
             return [job.name for job in failed if statuses[job] not in DONE]
         free = [job for job in left if not is_taken(job.folder)]
         if free:
-            results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
+            try:
+                results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
+            finally:
+                LAST.clear()
             for job, result in zip(free, results, strict=True):
-                if (ended := outcome(result)) == "failed":
+                if (ended := result.return_value) == "failed":
                     failed.add(job)
                 elif ended in DONE and read_status(job.folder).get("status") not in DONE:
                     raise RuntimeError(f"{job.folder}: its job is {ended}, but not there")  # or we would go on for ever
+            waits = False
         else:
+            if not waits and not quiet:
+                tell_wait(left)
+            waits = True
             time.sleep(0.5)  # another process is at work on them; should it die, they are ours
+
+
+def tell_wait(jobs: Sequence[Job]) -> None:
+    """Say on stderr whom we wait for."""
+    shown = ", ".join(f"{job.name} ({holder(job.folder)})" for job in jobs[:4]) + ", ..." * (len(jobs) > 4)
+    print(f"bnexp: waiting for the jobs in other hands, to be done here should theirs die: {shown}", file=sys.stderr)
 
 
 def hydra_config(grid: Grid, folder: Path) -> DictConfig:
@@ -104,15 +133,6 @@ def hydra_config(grid: Grid, folder: Path) -> DictConfig:
     fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
     with explained(grid.hydra):
         return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
-
-
-def outcome(result: JobReturn) -> str:
-    """What :func:`run_job` returned; it raises only what it could not write down, because the disk is full, say."""
-    try:
-        return result.return_value
-    except OSError as error:
-        print(f"bnexp: error: {error}", file=sys.stderr)
-        return "failed"
 
 
 def written_at(folder: Path) -> int:
@@ -162,7 +182,7 @@ def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
     """Hold every run's lock until ``locks`` are let go."""
     for job in jobs:
         if not locks.enter_context(taken(job.folder)):
-            raise UserError(f"{job.folder}: another process is at work on this run; wait for it")
+            raise in_other_hands(job.folder)
 
 
 def conclude(
@@ -198,6 +218,7 @@ def race(jobs: Sequence[Job], configs: dict[str, DictConfig], baseline: str, qui
     """Take up every job that is not done and drive them in lockstep; returns whether any failed."""
     datasets: dict[str, Dataset] = {}
     contestants, failed = [], False
+    runs: dict[Job, Run] = {}
     for job in sorted(jobs, key=lambda job: job.variant != baseline):
         if read_status(job.folder).get("status") in DONE:
             continue
@@ -211,66 +232,16 @@ def race(jobs: Sequence[Job], configs: dict[str, DictConfig], baseline: str, qui
             continue
         plan = build.plan_of(cfg, run.batches.steps_per_epoch)
         contestants.append(Contestant(job.variant, cfg.seed, run, journal, plan))
+        runs[job] = run
+    folds = fold_all(runs, configs)
     with progress.LiveTable(COLUMNS, quiet=quiet) as table:
         for step in lockstep(contestants):
+            for fold in folds:
+                fold.leave(each.run for each in contestants if not each.is_running)
             last = max(contestants, key=lambda each: each.run.total_steps).run.total_steps
             is_milestone = step == last or step % contestants[0].plan.eval_every == 0
             table.update(step, last, is_milestone, lambda: standings(contestants))
     return failed or any(each.ended["status"] == "failed" for each in contestants)
-
-
-def open_job(
-    cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
-) -> tuple[Run, loop.Journal]:
-    """The run of a job whose folder is ours, at its last checkpoint if there is one, and its journal."""
-    write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
-    run = build.build(cfg, datasets)
-    advise(cfg, run)
-    return run, open_journal(cfg, run, overrides, Path(cfg.out))
-
-
-def run_job(cfg: DictConfig) -> str:
-    """One job, in whichever process the launcher runs it; returns its status, ``taken`` if another process has it."""
-    hydra_cfg = HydraConfig.get()
-    overrides = [word for word in hydra_cfg.overrides.task if not word.startswith("out=")]
-    is_alone = hydra_cfg.launcher._target_.endswith("BasicLauncher")
-    folder = Path(cfg.out)
-    with taken(folder) as mine:
-        if not mine:
-            return "taken"
-        status = read_status(folder).get("status")
-        if status in DONE:
-            return status
-        if not is_alone:
-            spread(cfg, hydra_cfg.job.num)
-        try:
-            run, journal = open_job(cfg, overrides)
-        except Exception as error:
-            return fail(folder, overrides, error)
-        shown = progress.make_progress(folder.name, quiet=cfg.quiet, in_sweep=True)
-        try:
-            return loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
-        except StorageError as error:
-            print(f"bnexp: error: {error}", file=sys.stderr)
-            return "failed"
-        except Exception:
-            return "failed"  # and the journal says why
-
-
-def spread(cfg: DictConfig, number: int) -> None:
-    """Jobs side by side get one CPU thread each, or the GPUs in turn."""
-    if cfg.threads == "auto":
-        cfg.threads = "1"
-    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
-        cfg.device = f"cuda:{number % torch.cuda.device_count()}"
-
-
-def fail(folder: Path, overrides: Sequence[str], error: Exception) -> str:
-    """Write down a job that did not even start."""
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    status = Status(folder, "none", list(overrides))
-    status.update(status="failed", error=reason.splitlines()[0], traceback=traceback.format_exc())
-    return "failed"
 
 
 def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
@@ -283,5 +254,5 @@ def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
             (step, Band(tag, mean, low, high)) for tag in tags
             for step, mean, low, high in zip(*curve(variant, tag), strict=True)
         ]  # fmt: skip
-        write_bands(bands, variant.label, rows)
+        write_bands(bands, as_file_name(variant.label), rows)
     write_layout(bands, tags)

@@ -13,7 +13,7 @@ import numpy as np
 from bnexp import page
 from bnexp.figure import clip, look, style
 from bnexp.records import RunRecord
-from bnexp.variants import Variant
+from bnexp.variants import Variant, flatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,8 +200,7 @@ def _layers(tags: Iterable[str], ending: str = "") -> list[str]:
 
 def _units(runs: Iterable[RunRecord]) -> str:
     """What of a layer the probe looked at."""
-    options = [(run.config.get("probe") or {}).get("activations") or {} for run in runs]
-    units = [each.get("unit") for each in options]
+    units = [flatten({"probes": run.config.get("probe")}).get("probes.activations.unit") for run in runs]
     return "all units" if set(units) == {None} else f"unit {' or '.join(dict.fromkeys(map(str, units)))}"
 
 

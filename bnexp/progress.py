@@ -56,7 +56,7 @@ class LiveProgress(NullProgress):
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=16), TaskProgressColumn(),
             TimeRemainingColumn(compact=True), TextColumn("{task.fields[state]}"),
-            console=console, refresh_per_second=5, transient=True,
+            console=console, refresh_per_second=3, transient=True,
         )  # fmt: skip
 
     def start(self, run: Run) -> None:

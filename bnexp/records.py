@@ -3,7 +3,6 @@
 A run that is not over, failed or is damaged is left out by name, never silently.
 """
 
-import json
 import math
 import os
 import socket
@@ -16,9 +15,11 @@ from pathlib import Path
 
 from bnexp import stats
 from bnexp.errors import UserError
-from bnexp.folder import is_taken
+from bnexp.folder import is_taken, load_status
+from bnexp.foreign import number, printable, read_lines, read_yaml
 
 Pair = tuple["RunRecord", "RunRecord"]  # the variant's run and the baseline's, of one seed
+DEEPEST = 50  # folders in each other that are looked into
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def read_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[RunRecord], list
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give a run's folder or one with runs below it")
-        folders = _run_folders(path)
+        folders = run_folders(path)
         if not folders:
             raise UserError(f"{path}: no run in it (a folder with config.yaml and status.json); give one")
         read = [_read(folder) for folder in folders]
@@ -131,39 +132,45 @@ def read_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[RunRecord], list
     return records, [each for each in results.values() if isinstance(each, Problem)]
 
 
-def _run_folders(folder: Path) -> list[Path]:
-    entries = {entry.name: entry for entry in os.scandir(folder)}
+def run_folders(folder: Path, depth: int = 0) -> list[Path]:
+    """Every run at or below ``folder``, whatever became of it; links are not followed."""
+    try:
+        entries = {entry.name: entry for entry in os.scandir(folder)}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     if "status.json" in entries:
         return [folder]
+    if depth == DEEPEST:
+        raise UserError(f"{folder}: more than {DEEPEST} folders in each other; give the folder of the runs itself")
     inner = [each.name for each in entries.values() if each.is_dir(follow_symlinks=False)]
     inner = [name for name in inner if not name.startswith(".")]  # .hydra holds another config.yaml
-    below = [run for name in sorted(inner) for run in _run_folders(folder / name)]
+    below = [run for name in sorted(inner) for run in run_folders(folder / name, depth + 1)]
     return below or ([folder] if "config.yaml" in entries else [])
 
 
 def _read(folder: Path) -> RunRecord | Problem:
     overrides: tuple[str, ...] = ()
     try:
-        status = json.loads((folder / "status.json").read_bytes())
-        kind, overrides = status["status"], tuple(status.get("overrides") or ())
+        status = load_status(folder)
+        kind, overrides = printable(status["status"], 40), tuple(status["overrides"])
         if kind not in ("finished", "diverged"):
             if kind == "running":
                 kind, reason = _running(folder, status)
-                if kind == "dead" and json.loads((folder / "status.json").read_bytes()) != status:
+                if kind == "dead" and load_status(folder)["status"] != "running":
                     return _read(folder)  # it came to its end while we looked
             else:
                 reason = status.get("error") or f"{kind} at step {status.get('step', 0)}"
-            return Problem(folder, kind, " ".join(str(reason).split()), overrides)
-        config = _load_yaml((folder / "config.yaml").read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("config.yaml holds no settings")
+            return Problem(folder, kind, printable(" ".join(str(reason).split()), 1000), overrides)
+        config = read_yaml(folder / "config.yaml")
+        if not isinstance(config.get("seed"), int | str | None):
+            raise ValueError("config.yaml: seed is neither a number nor text")
         curves = _curves(folder / "metrics.jsonl", required=kind == "finished")
         started = status.get("started", (folder / "status.json").stat().st_mtime)
-        return RunRecord(folder, config, status, curves, float(started))
+        return RunRecord(folder, config, status, curves, started)
     except FileNotFoundError as error:
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return Problem(folder, "damaged", f"unreadable: {' '.join(str(error).split())[:200]}", overrides)
+    except (OSError, ValueError) as error:
+        return Problem(folder, "damaged", f"unreadable: {printable(' '.join(str(error).split()), 200)}", overrides)
 
 
 def _running(folder: Path, status: dict) -> tuple[str, str]:
@@ -177,46 +184,41 @@ def _running(folder: Path, status: dict) -> tuple[str, str]:
     return "dead", f"died at step {step}; bnexp resume {folder} goes on"
 
 
-def _load_yaml(text: bytes):
-    import yaml
-
-    try:
-        return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # C: ten times as fast
-    except yaml.YAMLError as error:
-        raise ValueError(f"config.yaml: {error}") from error
-
-
 def _curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float]]]:
-    """Every tag's steps and values, null as NaN; a last line cut short is dropped."""
+    """Every tag's steps and values, null as NaN."""
     if not required and not path.exists():
         return {}
-    rows = _rows(path)
-    if required and not rows:
-        raise ValueError("metrics.jsonl holds no reading")
     points: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in rows:
-        step = row["step"]
+    is_empty = True
+    for row in read_lines(path):
+        is_empty, step = False, row["step"]
         for tag, value in row.items():
             if "/" in tag or tag in ("epoch", "seconds"):
-                points[tag][step] = math.nan if value is None else float(value)
-    return {tag: tuple(map(list, zip(*sorted(curve.items()), strict=True))) for tag, curve in points.items()}
+                points[tag][step] = value if type(value) is float else number(value, f"{path.name}: {tag} at {step}")
+    if required and is_empty:
+        raise ValueError("metrics.jsonl holds no reading")
+    return {printable(tag): tuple(map(list, zip(*sorted(curve.items()), strict=True))) for tag, curve in points.items()}
 
 
 def _histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[int]]]]:
     found: dict[str, dict[int, tuple[list[float], list[int]]]] = defaultdict(dict)
     try:
-        for row in _rows(path) if path.exists() else ():
+        for row in read_lines(path) if path.exists() else ():
             if "edges" in row:  # tables have a head instead
-                found[row["tag"]][row["step"]] = (row["edges"], row["counts"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+                found[printable(row.get("tag"))][row["step"]] = _bins(row, f"{path.name}: line of step {row['step']}")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error}); without it the run's histograms are missing") from error
     return {tag: [(step, *both) for step, both in sorted(looks.items())] for tag, looks in found.items()}
 
 
-def _rows(path: Path) -> list[dict]:
-    """The objects of a file that has one per line; a last line cut short is dropped."""
-    lines = path.read_bytes().splitlines()
-    try:
-        return json.loads(b"[" + b",".join(lines) + b"]")
-    except ValueError:
-        return json.loads(b"[" + b",".join(lines[:-1]) + b"]")
+def _bins(row: dict, where: str) -> tuple[list[float], list[int]]:
+    """The edges of a histogram's bins, ascending, and what was counted in each."""
+    edges, counts = row["edges"], row.get("counts")
+    if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
+        raise ValueError(f"{where}: no histogram, which has a count between every two edges")
+    edges, counts = ([number(each, where) for each in column] for column in (edges, counts))
+    if not all(map(math.isfinite, edges)) or not all(low < high for low, high in zip(edges, edges[1:], strict=False)):
+        raise ValueError(f"{where}: edges of bins that do not ascend")
+    if not all(0 <= each < math.inf for each in counts) or not sum(counts):
+        raise ValueError(f"{where}: counts that cannot be")
+    return edges, counts

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from rich.text import Text
 from bnexp import stats
 from bnexp.errors import UserError
 from bnexp.folder import write_files
+from bnexp.foreign import printable, read
 from bnexp.records import METRICS, TARGETS, Metric, Problem, RunRecord, read_runs
 from bnexp.variants import Variant, into_variants, named
 from bnexp.verdict import Comparison, SpeedUp, compare, show_p
@@ -57,7 +59,7 @@ def report(
     if format is None:
         print_comparison(console, comparison)
         if figure is not None:
-            console.print(f"figure: {figure}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"figure: {printable(figure)}", markup=False, highlight=False, soft_wrap=True)
     else:
         text = {"json": dump_json, "csv": to_csv, "markdown": to_markdown}[format](comparison)
         console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True, emoji=False)
@@ -166,7 +168,7 @@ def _speed_cells(speed: SpeedUp) -> list[str]:
 
 
 def _remarks(comparison: Comparison) -> list[str]:
-    left_out = [f"left out, {each.status}: {each.path} ({each.reason})" for each in comparison.left_out]
+    left_out = [f"left out, {each.status}: {printable(each.path)} ({each.reason})" for each in comparison.left_out]
     if left_out:
         left_out.insert(0, f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out.")
     return comparison.notes + left_out
@@ -192,12 +194,12 @@ def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Gr
         table.add_column(name.replace("accuracy,", "acc."), justify="right")
     for variant in variants:
         cells = [mean_cell(metric, metric.mean(variant.runs)) for metric in shown]
-        seconds = stats.mean([float(run.status.get("seconds") or 0) for run in variant.runs])
+        seconds = stats.mean([run.status.get("seconds", 0.0) for run in variant.runs])
         taken = "-" if seconds.mean is None else f"{seconds.mean:.1f}"
         lost = _lost(variant, any_lost)
         table.add_row(escape(variant.label), str(len(variant.runs)), *lost, *cells, taken)
     lines = [
-        Text(f"{each.status}: {' '.join(each.overrides)}: {each.reason} ({each.path / 'status.json'})")
+        Text(printable(f"{each.status}: {' '.join(each.overrides)}: {each.reason} ({each.path / 'status.json'})"))
         for each in [*problems, *superseded]
     ]
     return Group(*([table] if variants else []), *lines)
@@ -288,7 +290,8 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """``text`` in Markdown, where names from a run's folder must be no link, no picture and no HTML."""
+    return re.sub(r"[\\`|]|<(?=[\w/!])|](?=\()", r"\\\g<0>", text).replace("\n", " ")
 
 
 def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
@@ -307,7 +310,10 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
     files["comparison.json"] = dump_json(comparison).encode()
     files["comparison.md"] = to_markdown(comparison, "comparison.png", titles).encode()
     try:
-        before = (folder / "comparison.md").read_bytes() if (folder / "comparison.md").exists() else b""
+        try:
+            before = read(folder / "comparison.md", 2**24)
+        except (FileNotFoundError, ValueError):  # none, or none of ours
+            before = b""
         write_files(folder, files)
         for name in probe_figure.TITLES:
             if name not in probed and f"]({name}.png)".encode() in before:

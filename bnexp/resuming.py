@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from bnexp import build
 from bnexp.commands import finish, open_journal, stored_config
 from bnexp.errors import UserError
-from bnexp.folder import CONFIG, DONE, read_status, taken
+from bnexp.folder import CONFIG, DONE, in_other_hands, read_status, taken
 from bnexp.sweep import flat
 
 FREE_TO_CHANGE = ("out", "quiet", "allow", "resume")  # between two starts of one run; none of them changes its files
@@ -51,7 +51,7 @@ def go_on(cfg: DictConfig, folder: Path) -> str | None:
     """
     with taken(folder) as mine:
         if not mine:
-            raise UserError(f"{folder}: another process is at work on this run; wait for it")
+            raise in_other_hands(folder)
         status = read_status(folder)
         if status.get("status") in DONE:
             return status["status"]

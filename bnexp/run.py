@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,8 @@ class Run:
         self.num_bad_gradients = 0  # steps whose loss was finite and whose gradient was not, as far as was read
         self.seconds = 0.0  # spent on this run, kept by whoever drives it
         self.setup_seconds = 0.0  # what the engine took to get ready, not yet read
+        self.seconds_elsewhere = 0.0  # of the last step: worked in other runs' turns for this one, less the reverse
+        self.is_ahead = False  # its weights have taken a step, in another run's turn, that it has not counted yet
         self.take_step = engine(self) if engine else self.eager_step
 
     @property
@@ -177,12 +180,17 @@ def first_non_finite(losses: list[float]) -> int | None:
 
 def find_non_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """A 1 in float32 on their device if any of their gradients holds an infinite number or none at all, else a 0."""
-    by_kind: dict[torch.dtype, list[Tensor]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            by_kind.setdefault(p.grad.dtype, []).append(p.grad)
-    device = next(iter(by_kind.values()))[0].device if by_kind else None
-    found, one = torch.zeros((), device=device), torch.ones((), device=device)
-    for gradients in by_kind.values():  # the pass that torch's own loss scaler makes, here with a factor of 1
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    device = gradients[0].device if gradients else torch.device("cpu")
+    found = torch.zeros((), device=device)
+    for kind in {gradient.dtype for gradient in gradients}:
+        alike = [gradient for gradient in gradients if gradient.dtype == kind]
+        # The pass that torch's own loss scaler makes, here with a factor of 1.
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one_on(device))
     return found
+
+
+@cache
+def one_on(device: torch.device) -> Tensor:
+    """1.0, made once."""
+    return torch.ones((), device=device)

@@ -1,13 +1,15 @@
 """``bnexp study``: a published claim as one yaml, run like a comparison and held against what it should show."""
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
@@ -22,14 +24,17 @@ from bnexp.errors import UserError
 from bnexp.expectations import Expectation, Finding, judge
 from bnexp.explain import explained
 from bnexp.folder import write_json
-from bnexp.multirun import conclude, hydra_config, launch, prepare, race, read_grid, take_all
+from bnexp.foreign import read_yaml
+from bnexp.multirun import conclude, hydra_config, prepare, race, read_grid, run_all, take_all
 from bnexp.records import RunRecord, read_runs
 from bnexp.sweep import Grid, Job
+from bnexp.targets import fits
 from bnexp.variants import into_variants, named
 
 UNEXPECTED = 3  # the exit code of a study whose runs are fine and whose expectations are not
 FORMS = ("quick", "full")
 HOW = ("compare", "sweep")
+THE_USERS = ("out", "allow", "resume")  # settings that a study has no say in
 USAGE = """\
 usage: bnexp study [NAME [quick=true | full=true] [setting=value] [variants.ROLE=override] [out=DIR]]
 
@@ -69,8 +74,12 @@ class Study:
 
     def expectations(self) -> list[Expectation]:
         """Raises :class:`UserError` for what cannot be meant."""
-        found = []
+        found, hints = [], get_type_hints(Expectation)
         for each in self.expect:
+            for key, value in each.items():
+                pairs = value.values() if key == "where" and isinstance(value, dict) else ()
+                if not fits(value, hints.get(key, Any)) or not all(len(pair) == 2 for pair in pairs):
+                    raise UserError(f"expect {each}: {key} cannot be {value}; see bnexp/expectations.py")
             try:
                 found.append(Expectation(**each))
             except TypeError as error:
@@ -124,7 +133,7 @@ def run_jobs(
 ) -> bool:
     """In lockstep or one after the other; whether any failed."""
     if chosen.how == "sweep":
-        return bool(launch(grid, folder, jobs))
+        return run_all(grid, folder, jobs, configs)
     take_all(jobs, locks)
     return race(jobs, configs, jobs[0].variant, next(iter(configs.values())).quiet)
 
@@ -132,12 +141,38 @@ def run_jobs(
 def load(name: str) -> Study:
     """The study of this name in ``conf/study``, or in a yaml file of the user's own."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
-    if not path.is_file():
+    try:
+        content = read_yaml(path)
+    except FileNotFoundError:
         known = choices("study")
         near = nearest(name, known)
-        raise UserError(f"study {name}: there is no such study{near}; choose one of {', '.join(known)}")
+        raise UserError(f"study {name}: there is no such study{near}; choose one of {', '.join(known)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"study {name}: cannot be read ({error}); correct the file") from error
     with explained([name]):
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), OmegaConf.load(path)))
+        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), content))
+        check_words(study)
+        for form in study.forms.values():
+            check_words(form)
+    return study
+
+
+def check_words(study: Study | Form) -> None:
+    """Raise :class:`UserError` for what a study may not say, because it can be a stranger's.
+
+    Where files are written, whom to trust and what Hydra starts is for the person at the keyboard to say.
+    """
+    words = [*study.settings, *(f"{key}=0" for key in study.sweep or {})]
+    for role, own in (study.variants or {}).items():
+        if not re.fullmatch(r"\w[\w.+-]{,59}", role):
+            raise UserError(f"variants.{role}: cannot name a folder; use letters, digits, and then _ . + - too")
+        words += own if isinstance(own, list) else [own]
+    if odd := [word for word in words if not isinstance(word, str)]:
+        raise UserError(f"{odd[0]}: no setting; write it as text, name=value")
+    for override in OverridesParser.create().parse_overrides(words):
+        key = override.key_or_group
+        if key in THE_USERS or key.startswith("hydra"):
+            raise UserError(f"{override.input_line}: no study may say that; give it on the command line if you want it")
 
 
 def choose(study: Study, arguments: Sequence[str]) -> tuple[Study, list[str]]:

@@ -28,6 +28,11 @@ CALLS = {
     "schedule": ((0, 0), {}), "engine": ((0,), {}), "probe": ((), {}),
 }  # fmt: skip
 
+WORDS = {
+    float: ("a number", "numbers"), int: ("a whole number", "whole numbers"), bool: ("true or false", "true or false"),
+    str: ("text", "texts"), types.NoneType: ("null", "nulls"),
+}  # fmt: skip
+
 
 def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
     """The class or function that ``_target_`` names, if it is one that a config may name.
@@ -49,7 +54,7 @@ def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., 
     module_name, _, name = path.rpartition(".")
     try:
         target = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing a module can fail in any way
         raise UserError(f"{group}._target_={path}: cannot be found ({error})") from error
     lives = getattr(target, "__module__", None) or ""
     is_ours = (lives + ".").startswith(home + ".") and (group != "data" or isinstance(target, type))
@@ -85,8 +90,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             known = ", ".join(k for k in accepted if k in options) or "none"
             raise UserError(f"{label}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
         if not fits(value, hints.get(key, Any)):
-            given = f", not {type(value).__name__}" if not isinstance(value, list) else ""
-            raise UserError(f"{label}.{key}={value}: {_type_name(hints[key])} expected{given}")
+            raise UserError(f"{label}.{key}={value}: {_in_words(hints[key])} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}
     try:
@@ -115,6 +119,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (str, bool):
         return isinstance(value, hint)
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
     if inspect.isclass(origin) and issubclass(origin, Sequence):
         items = get_args(hint)
         if origin is tuple and ... not in items:
@@ -123,9 +129,12 @@ def fits(value: Any, hint: Any) -> bool:
     return hint is not torch.Tensor
 
 
-def _type_name(hint: Any) -> str:
+def _in_words(hint: Any, many: int = 0) -> str:
+    """``a number``, or with ``many`` ``numbers``, for float."""
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in get_args(hint) if option is not torch.Tensor)
+        return " or ".join(_in_words(option, many) for option in get_args(hint) if option is not torch.Tensor)
     if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
-        return "list of " + ", ".join(_type_name(item) for item in get_args(hint) if item is not ...)
-    return getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
+        items = get_args(hint)
+        count = f"{len(items)} " if get_origin(hint) is tuple and ... not in items else ""
+        return f"a list of {count}{_in_words(items[0], many=1)}" if items else "a list"
+    return WORDS.get(hint, (getattr(hint, "__name__", str(hint)),) * 2)[many]

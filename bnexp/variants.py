@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bnexp.errors import UserError
+from bnexp.foreign import printable
 from bnexp.records import TARGETS, Problem, RunRecord
 
 # The seed, and what decides where files go or how often one looks, but not what is trained. The device and
-# the engine are missing on purpose: they round differently, so the table says when they differ.
+# the engine are missing on purpose: they round differently, so the table says when they differ. So may replicas, but
+# which of a variant's runs are computed as one, and which alone, is chance.
 HOUSEKEEPING = frozenset((
     "seed", "out", "quiet", "threads", "deterministic", "allow", "log_every", "eval_train", "eval_test",
-    "checkpoint_every", "keep", "probe", "resume", "sweep_order",
+    "checkpoint_every", "keep", "probe", "resume", "replicas", "sweep_order",
 ))  # fmt: skip
+LONGEST_LABEL = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _labels(parts: list[dict], names: list[dict]) -> list[str]:
             str(value) if key in groups else f"{short(key) if ends[short(key)] == 1 else key}={plain(value)}"
             for key, value in part.items()
         ]
-        label = " ".join(words) or groups.get("norm", "all runs")
+        label = printable(" ".join(words) or groups.get("norm", "all runs"), LONGEST_LABEL)
         while label in labels:
             label += "'"
         labels.append(label)
@@ -159,7 +162,7 @@ def short(key: str) -> str:
 
 def plain(value) -> str:
     """A setting's value as one would type it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def find_key(records: Sequence[RunRecord], wanted: str) -> str:

@@ -7,18 +7,21 @@ histograms and tables, one line each. The events are the same for TensorBoard, a
 import io
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import SummaryWriter, summary
 
-from bnexp.folder import METRICS, PROBES, finite
+from bnexp.folder import METRICS, PROBES, finite, writing
+from bnexp.foreign import MOST_LINE
 from bnexp.readings import Band, Histogram, Image, Reading, Scalar, Table
 
 
@@ -50,10 +53,16 @@ class Writer:
 
     def describe(self, config: str, hparams: Mapping[str, bool | int | float | str], group: str) -> None:
         """The resolved config as text, and HParams in this very run, its seeds averaged under ``group``."""
-        self.events.add(summary=summary.text("config", f"```yaml\n{config}\n```"))
+        self.events.add(summary=text("config", f"```yaml\n{config}\n```"))
         # No list of what to show: of several TensorBoard takes the first run's, and would miss norm.eps if that is
         # of norm=none. Left alone it gathers the settings of all runs and puts first what differs.
         self.events.add(summary=summary_v2.hparams_pb(dict(hparams), trial_id=group))
+
+    def sync(self) -> None:
+        """Have all lines on the disk."""
+        for lines in (self.metrics, self.probes):
+            if lines is not None:
+                lines.sync()
 
     def close(self, success: bool) -> None:
         """Say how the run ended, and let go of the files; once is enough."""
@@ -73,24 +82,26 @@ class Lines:
     """A file of one JSON object per line, in the order of their steps, that goes on after ``step``."""
 
     def __init__(self, path: Path, step: int) -> None:
+        self.path = path
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self._drop_after(path, step)
+        with writing(path):
+            self._drop_after(path, step)
 
     def _drop_after(self, path: Path, step: int) -> None:
         """Forget what was written after ``step``, by a process that died before its next checkpoint."""
         keep = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError):
-                break
-            keep += len(line)
+        with open(path, "rb") as file, suppress(ValueError, KeyError, TypeError, RecursionError):
+            while (line := file.readline(MOST_LINE)) and json.loads(line)["step"] <= step:
+                keep += len(line)
         os.truncate(path, keep)
 
     def add(self, *rows: dict) -> None:
-        """Write a line for each of ``rows``, numbers that JSON does not know as null."""
+        """Write a line for each of ``rows``, numbers that JSON does not know as null, all of them or none."""
         append(self.file, b"".join(json.dumps(finite(row), allow_nan=False).encode() + b"\n" for row in rows))
+
+    def sync(self) -> None:
+        with writing(self.path):
+            os.fsync(self.file.fileno())
 
 
 def read_lines(folder: Path) -> list[dict]:
@@ -102,7 +113,11 @@ class EventFile:
     """TensorBoard's file of a run. Written at once and in this thread, so that a full disk is heard of here."""
 
     def __init__(self, folder: Path) -> None:
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads a run's files in the order of their names, whatever clock or machine they are from.
+        earlier = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)", path.name) for path in folder.iterdir())
+        latest = max((float(found[1]) for found in earlier if found), default=0.0)
+        now = max(time.time(), latest + 1e-5)
+        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
         self.file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 (open as long as the run)
         self.add(file_version="brain.Event:2")
 
@@ -115,12 +130,13 @@ class EventFile:
 def append(file: io.FileIO, data: bytes) -> None:
     """All of ``data`` or nothing: what does not fit on the disk any more is taken back, and the file stays whole."""
     before = os.fstat(file.fileno()).st_size
-    try:
-        while data:
-            data = data[file.write(data) :]
-    except OSError:
-        os.ftruncate(file.fileno(), before)
-        raise
+    with writing(file.name):
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            os.ftruncate(file.fileno(), before)
+            raise
 
 
 def scalars(readings: Iterable[Reading]) -> dict[str, float]:
@@ -144,7 +160,7 @@ def as_summary(reading: Histogram | Image | Table) -> Summary:
     if isinstance(reading, Table):
         rows = [reading.head, ["---"] * len(reading.head), *reading.rows]
         lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-        return summary.text(reading.tag, "\n".join(lines))
+        return text(reading.tag, "\n".join(lines))
     from PIL import Image as Picture  # here, because most runs have no use for it
 
     png = io.BytesIO()
@@ -154,6 +170,11 @@ def as_summary(reading: Histogram | Image | Table) -> Summary:
         height=height, width=width, colorspace=channels[0] if channels else 1, encoded_image_string=png.getvalue()
     )
     return Summary(value=[Summary.Value(tag=reading.tag, image=image)])
+
+
+def text(tag: str, markdown: str) -> Summary:
+    """``markdown`` under the tag that TensorBoard's other writers would give it."""
+    return text_pb(f"{tag}/text_summary", [markdown])
 
 
 def histogram_proto(reading: Histogram) -> HistogramProto:
@@ -177,23 +198,32 @@ class NullWriter:
     def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
         return scalars(readings)
 
+    def sync(self) -> None:
+        pass
+
     def close(self, success: bool) -> None:
         pass
 
 
 def write_bands(folder: Path, label: str, bands: Iterable[tuple[int, Band]]) -> None:
     """One TensorBoard run for a variant: ``TAG/mean``, ``TAG/lower`` and ``TAG/upper`` over (step, band)s."""
-    with SummaryWriter(str(folder / label)) as events:
+    (folder / label).mkdir(parents=True)
+    events = EventFile(folder / label)
+    with events.file:
         for step, band in bands:
-            for name in ("mean", "lower", "upper"):
-                events.add_scalar(f"{band.tag}/{name}", getattr(band, name), step)
+            lines = {f"{band.tag}/{name}": getattr(band, name) for name in ("mean", "lower", "upper")}
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in lines.items()]
+            events.add(step=step, summary=Summary(value=values))
 
 
 def write_layout(folder: Path, tags: Sequence[str]) -> None:
     """Ask TensorBoard's custom-scalars page to draw the bands of ``tags`` as margin charts."""
+    from torch.utils.tensorboard import summary  # here, because it imports TensorFlow where there is one
+
     charts: dict[str, dict] = {}
     for tag in tags:
         band = [f"{tag}/{name}" for name in ("mean", "lower", "upper")]
         charts.setdefault(tag.partition("/")[0], {})[tag] = ["Margin", band]
-    with SummaryWriter(str(folder)) as events:
-        events.add_custom_scalars(charts)
+    events = EventFile(folder)
+    with events.file:
+        events.add(summary=summary.custom_scalars(charts))

@@ -11,7 +11,8 @@ from bnexp import build, checkpoint
 from bnexp.commands import composed
 from bnexp.errors import UserError
 from bnexp.folder import Status
-from bnexp.loop import Journal, Plan, drive, merit
+from bnexp.journal import Journal, merit
+from bnexp.loop import Plan, drive
 from bnexp.progress import NullProgress
 from bnexp.run import Run
 from bnexp.variants import HOUSEKEEPING

@@ -51,7 +51,7 @@ def refused(bnexp, capsys, tmp_path):
         (["train", "lrr=3"], "lrr", ["did you mean optimizer.lr?", "train --help"]),
         (["train", "optimizer.lrr=3"], "optimizer.lrr", ["did you mean optimizer.lr?"]),
         (["train", "optimiser=adam"], "optimiser", ["did you mean optimizer?"]),
-        (["train", "optimizer.lr=abc"], "optimizer.lr=abc", ["float expected"]),
+        (["train", "optimizer.lr=abc"], "optimizer.lr=abc", ["a number is expected"]),
         (["train", "epochs=0"], "epochs=0", ["1 or more"]),
         (["train", "epochs=many"], "epochs=many", ["whole number"]),
         (["train", "epochs=1.5"], "epochs=1.5", ["whole number"]),

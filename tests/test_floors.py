@@ -12,14 +12,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bnexp"
 FLOORS = (
-    "errors readings stats distributed",
+    "errors readings stats distributed foreign signals",
     "norms kernels models data optim",
-    "run meter device engines checkpoint folder",
+    "run meter device engines fold checkpoint folder",
     "writer progress probes",
     "loop compare report records bench parity shapes timing summary variants verdict figure advice expectations epochs"
-    " probe_figure page inspection diagnosis findings featuremaps"
-    " benchnorms benchloop benchrivals benchturns benchgoals startup",
-    "cli config build targets commands explain sweep multirun studies resuming __main__",
+    " probe_figure page inspection diagnosis findings featuremaps journal",
+    "cli config build replicas targets commands explain sweep threads job multirun studies resuming __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PARTS = FLOORS[1].split()
@@ -31,8 +30,8 @@ DOORS = {
     "omegaconf": FLOORS[5].split(),
     "tensorboard": ["writer"],
     "torch.utils.tensorboard": ["writer"],
-    "rich": ["progress", "report", "bench", "benchnorms", "benchloop", "benchgoals", "summary", "commands", "multirun",
-             "studies", "epochs", "inspection", "findings", "featuremaps"],
+    "rich": ["progress", "report", "bench", "summary", "commands", "multirun", "studies", "epochs",
+             "inspection", "findings", "featuremaps"],
     "triton": ["kernels"],
     "matplotlib": ["figure", "probe_figure", "page", "report", "featuremaps"],
 }

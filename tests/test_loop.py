@@ -513,11 +513,13 @@ def test_a_disk_full_while_a_checkpoint_is_written_is_told_and_not_what_torch_ma
     monkeypatch.setattr(checkpoint, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False)
     with pytest.raises(StorageError, match="stopped at step 2 .* No space left on device"):
         drive(run, plan, journal, NullProgress())
-    assert read_status(tmp_path)["error"] == "OSError: [Errno 28] No space left on device"
+    path = tmp_path / "checkpoint.pt"
+    assert read_status(tmp_path)["error"] == f"OSError: [Errno 28] No space left on device: '{path}'"
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
 
 
 def test_a_disk_without_room_for_the_status_either_still_ends_with_the_message(tmp_path, monkeypatch):
+    monkeypatch.setattr("bnexp.folder.STATUS_EVERY", 0.0)
     run, plan = built("steps=6", "data.limit=64", "log_every=1")
     journal = Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path)
     update, calls = Status.update, []

@@ -5,20 +5,19 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from test_kill import WARM
+from faults import Place, Warm, misdrawn
 from test_loop import CLOCKED, different
 from test_probes import SHRUNK, probing
 from test_report import write_run
 
 from bnexp import checkpoint
+from bnexp.errors import UserError
 from bnexp.folder import is_taken, read_status, taken
 from bnexp.records import read_runs
 
@@ -27,7 +26,7 @@ CPU = torch.device("cpu")
 BASE = ("train", "data.size=16", "data.limit=64", "batch_size=16", "steps=11", "log_every=2", "checkpoint_every=3",
         "threads=1", "quiet=true", *probing(2, ["activations", "gradients", "statistics"]))  # fmt: skip
 MOMENTUM = ("optimizer=sgd", "optimizer.lr=0.01", "optimizer.momentum=0.9")
-# Every model, norm, optimizer and schedule at least once; fused waits for Triton's interpreter and computes as library.
+# Every model, norm, optimizer and schedule at least once; fused computes in Triton's interpreter where there is no GPU.
 RUNS = [
     ("model=mlp", "norm=scratch", *MOMENTUM, "schedule=cosine", "data.augment=crop_flip"),
     ("model=lenet", "norm=library", "optimizer=adam", "schedule=onecycle"),
@@ -36,30 +35,23 @@ RUNS = [
     ("model=mlp", "norm=none", "optimizer=adam", "precision=fp16", "keep=best"),
     ("model=lenet", "norm=renorm", "norm.warmup_steps=3", *MOMENTUM, "schedule.warmup_steps=5", "keep=all"),
     ("model=mlp", "norm=library", "norm.momentum=null", "optimizer=adamw", "classes_per_batch=5"),
+    ("model=mlp", "norm=fused", "optimizer=adam"),
 ]
 # Before the status is moved into place for the n-th time (first at the start, then at each reading), within a line,
 # before the checkpoint is, and before the one before it gets its name.
 PLACES = [
-    ("os.rename", ".status.json", 6), ("half a line", "metrics.jsonl", 1), ("os.rename", ".checkpoint.pt", 3),
-    ("os.rename", ".checkpoint.previous.pt", 2), ("os.rename", ".checkpoint.pt", 4), ("os.rename", ".status.json", 3),
-    ("os.link", "/checkpoint.pt", 1),
+    Place("rename", ".status.json", 6), Place("write", "metrics.jsonl", 1, "killed halfway"),
+    Place("rename", ".checkpoint.pt", 3), Place("rename", ".checkpoint.previous.pt", 2),
+    Place("rename", ".checkpoint.pt", 4), Place("remove", ".checkpoint.pt", 2), Place("link", "/checkpoint.pt", 1),
+    Place("write", ".checkpoint.pt", 9, "killed halfway"),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """``warm(arguments, where=None) -> exit code`` of a forked child that kills itself at ``where``."""
-    program = [sys.executable, "-c", WARM]
-    folder = tmp_path_factory.mktemp("warm")
-    with subprocess.Popen(program, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        print(json.dumps([*BASE, *RUNS[0]]), file=process.stdin, flush=True)
-
-        def call(arguments, where=None) -> int:
-            print(json.dumps([arguments, None, where]), file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        yield call
-        process.stdin.close()
+    """See :class:`faults.Warm`."""
+    with closing(Warm([*BASE, *RUNS[0], "steps=1", "out=warm"], tmp_path_factory.mktemp("warm"))) as process:
+        yield process
 
 
 def lines(folder, name="metrics.jsonl"):
@@ -69,27 +61,31 @@ def lines(folder, name="metrics.jsonl"):
     return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
 
 
-@pytest.mark.parametrize("overrides, where", list(zip(RUNS, PLACES, strict=True)), ids=str)
-def test_a_run_that_was_killed_ends_as_if_undisturbed_bit_for_bit(overrides, where, warm, tmp_path):
+def assert_same(folder, whole):
+    """The run in ``folder`` has ended as the undisturbed one in ``whole``, times aside, and TensorBoard shows it."""
+    assert read_status(folder)["status"] == read_status(whole)["status"] == "finished"
+    assert lines(folder) == lines(whole)
+    assert misdrawn(folder) == {}
+    assert (folder / "probes.jsonl").read_bytes() == (whole / "probes.jsonl").read_bytes()
+    names = [{path.name for path in each.glob("*.pt")} - {checkpoint.PREVIOUS} for each in (folder, whole)]
+    assert names[0] == names[1] and not list(folder.glob(".*.new"))
+    for name in names[0]:
+        found = [checkpoint.read(each / name, CPU) for each in (folder, whole)]
+        assert different(*found, ignore=["seconds"]) == [], name
+
+
+@pytest.mark.parametrize("overrides, place", list(zip(RUNS, PLACES, strict=True)), ids=str)
+def test_a_run_that_was_killed_ends_as_if_undisturbed_bit_for_bit(overrides, place, warm, tmp_path):
     small = SHRUNK[overrides[0].removeprefix("model=")]
     arguments = [*BASE, *overrides, *small, "resume=true"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert warm([*arguments, f"out={whole}"]) == 0
-    assert warm([*arguments, f"out={killed}"], where) == -9, f"nobody came by at {where}"
+    assert warm([*arguments, f"out={killed}"], place=place) == -9, f"nobody came by at {place}"
     before = checkpoint.load(killed, CPU)
     assert read_status(killed)["status"] == "running" and (before is None or 0 < before["num_steps"] < 11)
     assert [each.status for each in read_runs([killed])[1]] == ["dead"]
     assert warm([*arguments, f"out={killed}"]) == 0
-    ended = [checkpoint.load(folder, CPU) for folder in (whole, killed)]
-    assert different(*ended, ignore=["seconds"]) == []
-    assert lines(killed) == lines(whole)
-    assert [line["step"] for line in lines(killed)] == sorted({line["step"] for line in lines(killed)})
-    assert (killed / "probes.jsonl").read_bytes() == (whole / "probes.jsonl").read_bytes()
-    names = [{path.name for path in folder.glob("*.pt")} for folder in (whole, killed)]
-    assert names[0] == names[1] and not list(killed.glob(".*.new"))
-    for name in names[0] - set(("checkpoint.pt", "checkpoint.previous.pt")):
-        found = [checkpoint.read(folder / name, CPU) for folder in (whole, killed)]
-        assert different(*found, ignore=["seconds"]) == [], name
+    assert_same(killed, whole)
 
 
 # ---------------------------------------------------------------- the same command again
@@ -162,7 +158,8 @@ def test_a_run_in_other_hands_is_left_to_them(again, tmp_path):
     interrupted(tmp_path / "run")
     with taken(tmp_path / "run"):
         code, _, err = again()
-    assert code == 2 and "run: another process is at work on this run" in err
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    assert code == 2 and f"run: {me} (last heard of " in err and "is at work on this run; wait for it" in err
 
 
 def test_a_run_just_begun_that_somebody_else_took_up_at_once_is_left_to_them(bnexp, capsys, tmp_path, monkeypatch):
@@ -255,10 +252,10 @@ def test_to_look_whether_a_run_is_held_changes_nothing_and_waits_for_nobody(tmp_
     assert not is_taken(tmp_path), "and a pipe nobody writes to is not waited for"
 
 
-def test_a_lock_that_names_another_file_leaves_that_as_it_is(tmp_path):
+def test_a_lock_that_names_another_file_is_refused_and_leaves_that_as_it_is(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "run").mkdir()
     Path(tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
-    with taken(tmp_path / "run") as mine:
-        assert mine
+    with pytest.raises(UserError, match=r"run/\.lock: a link"), taken(tmp_path / "run"):
+        pass
     assert (tmp_path / "precious").read_text() == "mine"

@@ -39,7 +39,7 @@ class Digits:
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Grey levels 0 to 16 as (1797, 64), row by row, and which digit each is, (1797,); float64 both.
+    """Grey levels 0 to 16 in float64 (1797, 64), row by row, and which digit each is (1797,).
 
     Read from the file that ``load_digits`` reads, because importing scikit-learn takes longer than training starts.
     """

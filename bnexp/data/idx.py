@@ -1,6 +1,7 @@
 """The idx format of the MNIST family: a magic number, the sizes, then one byte per value; often gzipped."""
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from bnexp.errors import UserError
+
+MOST_BYTES = 2**28  # five times MNIST; a small gzipped file can hold as much as fills the memory
 
 
 def find_idx(folder: Path, name: str) -> Path | None:
@@ -24,11 +27,14 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MOST_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise damaged(path, f"it cannot be unzipped ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if len(content) > MOST_BYTES:
+        raise damaged(path, f"it holds more than {MOST_BYTES:,} bytes")
     start = 4 + 4 * num_dims
     if len(content) < start or content[:4] != bytes((0, 0, 8, num_dims)):
         raise damaged(path, f"it does not begin as an idx file of {num_dims} dimensions does")

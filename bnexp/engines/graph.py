@@ -78,6 +78,10 @@ class StaticMeter(Meter):
         self.next = Counter(device)
         super().__init__()
 
+    def clear(self) -> None:
+        super().clear()
+        self.next.put(0)
+
     def record(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
         """What :meth:`Meter.add` takes, into the next place; on the device alone."""
         values = {"losses": loss, "hits": (logits.argmax(1) == labels).sum(), "found": found}

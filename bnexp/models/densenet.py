@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 
 Norm = Callable[..., nn.Module]
+MOST_LAYERS = 500  # a stranger's config must not build for ever
 
 
 class DenseLayer(nn.Module):
@@ -116,3 +117,5 @@ def check_options(growth: int, blocks: Sequence[int], stem_width: int) -> None:
         raise UserError(
             f"model.blocks={blocks}: every block needs a positive whole number of layers, as in [4,4,4,4]"
         )
+    if sum(blocks) > MOST_LAYERS:
+        raise UserError(f"model.blocks={blocks}: {sum(blocks):,} layers, more than {MOST_LAYERS:,}; give fewer")

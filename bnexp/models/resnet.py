@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 
+MOST_BLOCKS = 1000  # a stranger's config must not build for ever
 
 class Residual(nn.Module):
     """activation(norm(conv3x3(activation(norm(conv3x3(x))))) + shortcut(x)), the first convolution strided.
@@ -103,3 +104,5 @@ def check_options(stem: str, blocks: Sequence[int], widths: Sequence[int]) -> No
             f"model.blocks={blocks} has {len(blocks)} stages and model.widths={widths} has {len(widths)}; "
             "give both the same length"
         )
+    if sum(blocks) > MOST_BLOCKS:
+        raise UserError(f"model.blocks={blocks}: {sum(blocks):,} blocks, more than {MOST_BLOCKS:,}; give fewer")

@@ -1,0 +1,116 @@
+"""One job of a sweep, in whichever process a launcher runs it, beside what it shares with the jobs around it."""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from bnexp import build, loop, progress, sweep
+from bnexp.commands import advise, open_journal
+from bnexp.data.dataset import Dataset
+from bnexp.errors import StorageError, UserError
+from bnexp.folder import CONFIG, DONE, Status, not_written, read_status, taken, write_new
+from bnexp.run import Run
+
+LAST: dict[str, Dataset] = {}  # of the job before in this process
+
+
+def run_job(cfg: DictConfig) -> str:
+    """One job, in whichever process the launcher runs it; returns its status, ``taken`` if another process has it."""
+    try:
+        return run_ours(cfg)
+    except StorageError as error:
+        print(f"bnexp: error: {error}", file=sys.stderr)
+        return "failed"
+
+
+def run_ours(cfg: DictConfig) -> str:
+    """:func:`run_job`, unless nothing at all can be written down."""
+    hydra_cfg = HydraConfig.get()
+    overrides = [word for word in hydra_cfg.overrides.task if not word.startswith("out=")]
+    is_alone = hydra_cfg.launcher._target_.endswith("BasicLauncher")
+    folder = Path(cfg.out)
+    with taken(folder) as mine:
+        if not mine:
+            return "taken"
+        status = read_status(folder).get("status")
+        if status in DONE:
+            return status
+        if not is_alone:
+            gc.freeze()  # all that was imported stays: a worker trains and ends sooner if nobody looks through it
+            spread(cfg, hydra_cfg)
+        try:
+            run, journal = open_job(cfg, overrides, kept(cfg))
+        except Exception as error:
+            return fail(folder, overrides, error)
+        shown = progress.make_progress(folder.name, quiet=cfg.quiet, in_sweep=True)
+        try:
+            return loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+        except StorageError:
+            raise
+        except Exception:
+            return "failed"  # and the journal says why
+
+
+def open_job(
+    cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
+) -> tuple[Run, loop.Journal]:
+    """The run of a job whose folder is ours, at its last checkpoint if there is one, and its journal."""
+    write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    run = build.build(cfg, datasets)
+    advise(cfg, run)
+    return run, open_journal(cfg, run, overrides, Path(cfg.out))
+
+
+def kept(cfg: DictConfig) -> dict[str, Dataset]:
+    """The dataset of the job before, if this one's is the same: a sweep loads it once. Any other is let go of first."""
+    key = build.data_key(cfg, build.find_device(cfg.device))
+    for other in LAST.keys() - {key}:
+        del LAST[other]
+    return LAST
+
+
+def spread(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
+    """Jobs side by side take the GPUs in turn, and share the usable cores."""
+    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
+        cfg.device = f"cuda:{hydra_cfg.job.num % torch.cuda.device_count()}"
+    if cfg.threads == "auto":
+        cfg.threads = str(share_of(cfg, hydra_cfg.launcher))
+
+
+def share_of(cfg: DictConfig, launcher: DictConfig) -> int:
+    """What ``threads=auto`` is for one of several jobs side by side: no more than its share of the usable cores.
+
+    One for launchers that do not say how many jobs run at a time (joblib does: ``n_jobs``, counted back from all cores
+    if negative).
+    """
+    if "n_jobs" not in launcher:
+        return 1
+    num_cores, asked = len(os.sched_getaffinity(0)), launcher.n_jobs or 1
+    num_jobs = len(json.loads((Path(cfg.out).parent / sweep.NAME).read_text())["jobs"])
+    at_most = num_cores // min(num_jobs, asked if asked > 0 else max(1, num_cores + 1 + asked))
+    if at_most < 2:
+        return 1
+    source = build.part(cfg, "data")()
+    model = build.make_model(cfg, source)
+    return build.count_threads(cfg, model, source.in_shape, build.find_device(cfg.device), at_most)
+
+
+def fail(folder: Path, overrides: Sequence[str], error: Exception) -> str:
+    """Write down a job that did not even start."""
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    try:
+        status = Status(folder, "none", list(overrides))
+        status.update(status="failed", error=reason.splitlines()[0], traceback=traceback.format_exc())
+    except OSError as second:
+        error.add_note(f"and the status could not be written: {second}")
+    if isinstance(error, OSError):
+        print(f"bnexp: error: {not_written(error, folder)}", file=sys.stderr)
+    return "failed"

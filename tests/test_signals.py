@@ -1,0 +1,246 @@
+"""Asked to stop, once or twice, at any moment: how soon, what is left behind, and that it goes on from there."""
+
+import os
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from faults import Place, faulty
+from test_compare import contestant
+from test_faults import LEFT_OPEN, RUN, traced
+from test_resume import assert_same
+from test_sweep import SWEEP, numbers, statuses, step_that
+
+from bnexp import checkpoint, journal, multirun, signals
+from bnexp.compare import lockstep
+from bnexp.folder import read_status, taken, write_json
+from bnexp.run import Run
+from bnexp.signals import OutOfPatience, deferred_signals
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return traced(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """As if 3 seconds were 0.3."""
+    monkeypatch.setattr(signals, "PATIENCE", 0.3)
+
+
+def timed(call, *arguments):
+    """The seconds it took, and what came of it."""
+    began = time.perf_counter()
+    result = call(*arguments)
+    return time.perf_counter() - began, result
+
+
+# ---------------------------------------------------------------- asked once
+
+
+def stuck(number, monkeypatch, at, seed=0):
+    """Have the evaluation after step ``at`` ask for the end and then go on for a minute, once."""
+    evaluate, left = Run.evaluate, [number]
+
+    def never_ends(run, *arguments):
+        if run.num_steps == at and run.batches._orders.initial_seed() == seed and left:
+            os.kill(os.getpid(), left.pop())
+            time.sleep(60)
+        return evaluate(run, *arguments)
+
+    monkeypatch.setattr(Run, "evaluate", never_ends)
+
+
+@pytest.mark.parametrize("patience", [0.3, pytest.param(signals.PATIENCE, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_long_evaluation_is_broken_off_and_the_checkpoint_is_of_the_step_before(
+    number, patience, undisturbed, bnexp, tmp_path, monkeypatch, capfd
+):  # fmt: skip
+    monkeypatch.setattr(signals, "PATIENCE", patience)
+    whole, _ = undisturbed
+    command = (*RUN, "checkpoint_every=100", "out=run")
+    with pytest.MonkeyPatch.context() as patch:
+        stuck(number, patch, at=4)
+        seconds, code = timed(bnexp, *command)
+    assert code == 130 and seconds < 5
+    assert (read_status(Path("run"))["status"], checkpoint.load(Path("run"), CPU)["num_steps"]) == ("interrupted", 3)
+    capfd.readouterr()
+    assert bnexp("report", "run") == 2
+    assert "run interrupted: interrupted at step 4" in capfd.readouterr().err
+    assert bnexp(*command) == 0
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_that_is_evaluated_quickly_is_not_copied_beforehand(bnexp, monkeypatch):
+    copied = []
+    monkeypatch.setattr(journal, "copied", lambda state: copied.append(state["num_steps"]))
+    monkeypatch.setattr("bnexp.loop.LONG", 0.0)
+    command = (*[word for word in RUN if not word.startswith("probe")], "eval_every=2", "checkpoint_every=100")
+    assert bnexp(*command, "out=slow") == 0
+    assert copied == [1, 3, 5], "before each step that is evaluated"
+    copied.clear()
+    monkeypatch.setattr("bnexp.loop.LONG", 60.0)
+    assert bnexp(*command, "out=quick") == 0
+    assert copied == [1], "until it is known how long that takes"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.usefixtures("impatient")
+def test_sweeps_and_comparisons_do_not_wait_for_a_long_evaluation_either(command, bnexp, capfd):
+    arguments = ["train", "-m", *SWEEP] if command == "train" else ["compare", *SWEEP]
+    arguments += ["checkpoint_every=100", "out=sweep"]
+    with pytest.MonkeyPatch.context() as patch:
+        stuck(signal.SIGTERM, patch, at=5, seed=1)
+        seconds, code = timed(bnexp, *arguments, "quiet=true")
+    assert code == 130 and seconds < 5
+    assert "Traceback" not in capfd.readouterr().err
+    ended = {"none-s0": "finished", "none-s1": "interrupted"}
+    if command == "compare":
+        ended = dict.fromkeys(["none-s0", "none-s1", "scratch-s0", "scratch-s1"], "interrupted")
+    assert statuses(Path("sweep")) == ended
+    steps = {name: checkpoint.load(Path("sweep", name), CPU)["num_steps"] for name in ended}
+    assert steps["none-s1"] == 4 and all(step in (4, 5, 30) for step in steps.values()), steps
+    assert bnexp("report", "sweep") == (0 if command == "train" else 2)
+    assert bnexp(*arguments, "quiet=true") == 0
+    assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=whole") == 0
+    assert numbers(Path("sweep")) == numbers(Path("whole"))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_checkpoint_that_takes_long_is_waited_for_and_written_once(bnexp, monkeypatch):
+    save_into, steps = checkpoint.save_into, []
+
+    def slow(file, state):
+        steps.append(state["num_steps"])
+        if steps == [2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(2 * signals.PATIENCE)
+        save_into(file, state)
+
+    monkeypatch.setattr(checkpoint, "save_into", slow)
+    command = (*RUN, "keep=last", "out=run")
+    assert bnexp(*command) == 130
+    assert steps == [2] and checkpoint.load(Path("run"), CPU)["num_steps"] == 2
+    assert read_status(Path("run"))["status"] == "interrupted"
+    assert bnexp(*command) == 0 and steps == [2, 4, 6]
+
+
+def test_what_is_asked_in_the_very_last_moment_of_a_job_ends_the_sweep(bnexp, monkeypatch):
+    end = journal.Journal.end
+
+    def asked(self, run, status, **fields):
+        os.kill(os.getpid(), signal.SIGINT)
+        end(self, run, status, **fields)
+
+    monkeypatch.setattr(journal.Journal, "end", asked)
+    assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=sweep") == 130
+    assert statuses(Path("sweep")) == {"none-s0": "finished"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_patience_has_an_end_where_it_began_and_the_handlers_are_put_back():
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.getsignal(each) for each in names]
+    with pytest.raises(OutOfPatience), deferred_signals() as asked:
+        for _ in range(3):  # only Ctrl-C can be more urgent
+            os.kill(os.getpid(), signal.SIGTERM)
+        seconds, _ = timed(pytest.raises, OutOfPatience, time.sleep, 10)
+        assert 0.2 < seconds < 5 and len(asked) == 1
+        raise OutOfPatience
+    assert [signal.getsignal(each) for each in names] == before
+    with deferred_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2 * signals.PATIENCE)  # nothing is raised after the end
+
+
+# ---------------------------------------------------------------- asked twice
+
+
+def asked_at(number, how, undisturbed, bnexp, tmp_path, capfd):
+    """Ask RUN for the end when it touches a file for the ``number``-th time, and go on."""
+    whole, _ = undisturbed
+    folder = tmp_path / f"run-{number}"
+    command = (*RUN, f"out={folder}")
+    capfd.readouterr()
+    with faulty(Place("any", folder.name, number, how)):
+        code = bnexp(*command)
+    out, err = capfd.readouterr()
+    assert (code, err) == (130, "bnexp: interrupted\n")
+    is_begun = (folder / "status.json").exists()
+    if is_begun:
+        assert read_status(folder)["status"] in ("interrupted", "running", "finished")
+        assert bnexp("report", str(folder)) in (0, 2)
+        assert "Traceback" not in capfd.readouterr().err
+    assert bnexp(*command) == 0
+    assert capfd.readouterr().err == ""
+    assert_same(folder, whole)
+
+
+@LEFT_OPEN
+def test_a_second_ctrl_c_leaves_a_folder_that_can_be_read_and_gone_on_with(undisturbed, bnexp, tmp_path, capfd):
+    for i, number in enumerate(range(3, len(undisturbed[1]), 15)):
+        asked_at(number, ["asked twice", "asked"][i % 2], undisturbed, bnexp, tmp_path, capfd)
+
+
+@LEFT_OPEN
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["asked twice", "asked"])
+def test_so_it_does_at_every_touch_of_a_file(how, undisturbed, bnexp, tmp_path, capfd):
+    for number in range(1, len(undisturbed[1]) + 1):
+        asked_at(number, how, undisturbed, bnexp, tmp_path, capfd)
+    with capfd.disabled():
+        print(f"a run survived being {how} at {len(undisturbed[1])} places")
+
+
+def test_a_second_ctrl_c_in_a_comparison_ends_every_run_at_once(bnexp):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        step_that(twice, patch, at=16, seed=0)
+        assert bnexp("compare", *SWEEP, "quiet=true", "out=compare") == 130
+    assert set(statuses(Path("compare")).values()) == {"interrupted"}
+    steps = {checkpoint.load(path.parent, CPU)["num_steps"] for path in Path("compare").glob("*/config.yaml")}
+    assert steps == {15}, "none is later than the last that was due"
+
+
+def test_runs_in_lockstep_are_ended_by_whoever_drives_them_and_not_when_they_are_forgotten():
+    runs = [contestant([], name, 9) for name in "abc"]
+
+    def breaks_off():
+        raise KeyboardInterrupt
+
+    runs[1].run.step = breaks_off
+    with pytest.raises(KeyboardInterrupt):
+        list(lockstep(runs))
+    assert [each.ended for each in runs] == [{"status": "interrupted"}] * 3
+
+
+# ---------------------------------------------------------------- others at work
+
+
+def test_a_sweep_that_waits_for_another_process_says_for_whom_once(bnexp, capfd, monkeypatch):
+    assert bnexp("train", "-m", *SWEEP, "steps=2", "quiet=true", "out=sweep") == 0
+    folder, naps, locks = Path("sweep/none-s1"), [], ExitStack()
+    write_json(folder / "status.json", read_status(folder) | {"status": "running"})
+    locks.enter_context(taken(folder))
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            locks.close()
+
+    monkeypatch.setattr(multirun.time, "sleep", nap)
+    capfd.readouterr()
+    assert bnexp("train", "-m", *SWEEP, "steps=2", "quiet=false", "out=sweep") == 0
+    me = f"none-s1 (process {os.getpid()} on {socket.gethostname()} (last heard of "
+    told = [line for line in capfd.readouterr().err.splitlines() if "waiting" in line]
+    assert len(told) == 1 and me in told[0]
