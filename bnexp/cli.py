@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import textwrap
-from importlib.metadata import version
 from pathlib import Path
 
 from bnexp.errors import UserError
@@ -71,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if command in ("--version", "-V"):
+        from importlib.metadata import version  # takes as long as all else here together
+
         print(f"bnexp {version('bnexp')}")
         return 0
     try:

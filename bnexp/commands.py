@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -322,6 +323,13 @@ def complete() -> None:
 
 def run_hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     """Give the command line to Hydra: overrides, -m, --cfg, --help and whatever else it knows."""
+    flags = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise UserError(f"train: {message}; bnexp train --help shows what it takes")
+
+    flags.error = refuse
+    flags.parse_args(arguments)  # Hydra does it again, and would print all that it knows
     sys.argv = ["bnexp train", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them and exiting with 1
     decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")

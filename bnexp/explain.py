@@ -58,7 +58,9 @@ def explain(error: Exception, given: str) -> str:
         kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[2], found[2])
         return f"{found[3]}={found[1]}: {kind} is expected"
     if found := re.search(r"LexerNoViableAltException: (.*)", text):
-        name, _, value = found[1].partition("=")
+        name, equals, value = found[1].partition("=")
+        if not equals:
+            return f"{name}: not a setting; write it as name=value"
         return f"{found[1]}: holds characters that are read only in quotes; write it as '{name}=\"{value}\"'"
     if found := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", text):
         return f"{found[1]}: not a setting; write it as name=value"

@@ -39,8 +39,8 @@ REMEDIES = {
 
 def check_free(path: Path) -> None:
     """Refuse, before any work, a folder that holds a run or cannot be written."""
-    check_own(path)
     try:
+        check_own(path)
         is_run = any((path / name).exists() for name in (CONFIG, STATUS))
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # a name that is too long, say
@@ -228,6 +228,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         scratch = folder / f".{name}.{os.getpid()}"
         try:
+            scratch.unlink(missing_ok=True)
             with open(scratch, "xb") as file:
                 file.write(content)
             os.replace(scratch, folder / name)

@@ -2,10 +2,15 @@
 
 import gc
 import json
+import math
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,24 +23,53 @@ from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError, UserError
 from bnexp.folder import CONFIG, DONE, Status, not_written, read_status, taken, write_new
 from bnexp.run import Run
+from bnexp.signals import PATIENCE
 
 LAST: dict[str, Dataset] = {}  # of the job before in this process
+asked_at = -math.inf  # when this process, one of several side by side, was asked to stop
 
 
 def run_job(cfg: DictConfig) -> str:
-    """One job, in whichever process the launcher runs it; returns its status, ``taken`` if another process has it."""
+    """One job, in whichever process the launcher runs it; returns its status, ``taken`` if another process has it.
+
+    Side by side with others to be asked to stop is a status too, of this job and of those that would come next: if it
+    were raised, the launcher would end the others before they have written a checkpoint.
+    """
+    global asked_at
+    is_alone = HydraConfig.get().launcher._target_.endswith("BasicLauncher")
     try:
-        return run_ours(cfg)
+        if not is_alone:
+            watch_parent()
+        return run_ours(cfg, is_alone) if time.monotonic() - asked_at > 10 else "interrupted"
+    except KeyboardInterrupt:
+        if is_alone:
+            raise
+        asked_at = time.monotonic()
+        return "interrupted"
     except StorageError as error:
         print(f"bnexp: error: {error}", file=sys.stderr)
         return "failed"
 
 
-def run_ours(cfg: DictConfig) -> str:
-    """:func:`run_job`, unless nothing at all can be written down."""
+@cache
+def watch_parent() -> None:
+    """Have this process asked to stop when the one that started it is gone: nobody else would."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while True:
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)  # and when it has nothing left to write down, this ends it
+                time.sleep(2 * PATIENCE)
+            time.sleep(0.5)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_ours(cfg: DictConfig, is_alone: bool) -> str:
+    """:func:`run_job`, unless it is asked to stop or nothing at all can be written down."""
     hydra_cfg = HydraConfig.get()
     overrides = [word for word in hydra_cfg.overrides.task if not word.startswith("out=")]
-    is_alone = hydra_cfg.launcher._target_.endswith("BasicLauncher")
     folder = Path(cfg.out)
     with taken(folder) as mine:
         if not mine:

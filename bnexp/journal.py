@@ -60,6 +60,7 @@ class Journal:
     def save(self, run: Run) -> None:
         """Write a checkpoint, unless there is one of this step."""
         if self.folder is not None and self.saved != run.num_steps:
+            self._update(run)  # with the readings that this checkpoint takes for granted
             self._save(run.state_dict())
 
     def _save(self, state: dict) -> None:

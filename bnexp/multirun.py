@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from hydra._internal.callbacks import Callbacks
@@ -30,6 +30,7 @@ from bnexp.records import read_runs
 from bnexp.replicas import check_sweep, fold_all, tell_alone, together
 from bnexp.report import report, show_sweep
 from bnexp.run import Run
+from bnexp.signals import Interrupted, deferred_signals
 from bnexp.sweep import Grid, Job, default_folder, expand, open_folder
 from bnexp.variants import HOUSEKEEPING, Variant, find_key, into_variants, named
 from bnexp.writer import write_bands, write_layout
@@ -94,6 +95,7 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> lis
             task_function=run_job,
             config=cfg,
         )
+    is_alone = cfg.hydra.launcher._target_.endswith("BasicLauncher")
     before = {job: written_at(job.folder) for job in jobs}
     waits = False
     failed: set[Job] = set()  # since we began, here or elsewhere; what failed earlier is tried again
@@ -106,12 +108,16 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> lis
         free = [job for job in left if not is_taken(job.folder)]
         if free:
             try:
-                results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
+                # Those who work side by side are asked too, by the same Ctrl-C, and write their checkpoints meanwhile.
+                with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
+                    results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
             finally:
                 LAST.clear()
             for job, result in zip(free, results, strict=True):
                 if (ended := result.return_value) == "failed":
                     failed.add(job)
+                elif ended == "interrupted" or asked:
+                    raise Interrupted
                 elif ended in DONE and read_status(job.folder).get("status") not in DONE:
                     raise RuntimeError(f"{job.folder}: its job is {ended}, but not there")  # or we would go on for ever
             waits = False

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-PATIENCE = 3.0  # seconds for what is under way when somebody asks; the checkpoint comes on top
+PATIENCE = 2.0  # seconds for what is under way when somebody asks; the checkpoint comes on top
 HURRY = 1.0  # seconds after which nothing more is begun
 
 
@@ -21,10 +21,11 @@ _is_patient = False
 
 
 @contextmanager
-def deferred_signals() -> Iterator[list[float]]:
+def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
     """Note when SIGINT or SIGTERM comes instead of breaking off a step; a second Ctrl-C breaks off at once.
 
-    What is not over ``PATIENCE`` seconds later is broken off by :class:`OutOfPatience`, but never a checkpoint.
+    What is not over ``PATIENCE`` seconds later, or so much ``longer``, is broken off by :class:`OutOfPatience`, but
+    never a checkpoint.
     """
     asked: list[float] = []
 
@@ -35,7 +36,7 @@ def deferred_signals() -> Iterator[list[float]]:
             signal.setitimer(signal.ITIMER_REAL, 0.05)
         elif not asked:
             asked.append(perf_counter())
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE + longer)
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 

@@ -1,5 +1,6 @@
 """A run survives being killed anywhere, and a disk that takes nothing more, with not a bit lost."""
 
+import gc
 import json
 import os
 import random
@@ -28,12 +29,6 @@ from bnexp.writer import Writer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _status_at_every_reading(monkeypatch):
-    """So that there are many moments at which it can fail."""
-    monkeypatch.setattr("bnexp.folder.STATUS_EVERY", 0.0)
-
-
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """See :class:`faults.Warm`."""
@@ -41,15 +36,23 @@ def warm(tmp_path_factory):
         yield process
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_status():
+    """Each one is written in this process, so that as much is done to files however long it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnexp.folder.STATUS_EVERY", 0.0)
+        yield
+
+
 # ---------------------------------------------------------------- killed anywhere
 
 INSIDE = [  # a checkpoint, its name, a line, an event, a status
     Place("write", ".checkpoint.pt", 3, "killed halfway"), Place("rename", ".checkpoint.pt", 2),
     Place("write", "metrics.jsonl", 2, "killed halfway"), Place("write", "events", 7, "killed halfway"),
-    Place("write", ".status.json", 4, "killed halfway"), Place("fsync", "metrics.jsonl", 2),
+    Place("write", ".status.json", 4, "killed halfway"), Place("remove", ".checkpoint.pt", 4),
     Place("link", "/checkpoint.pt", 2), Place("write", "probes.jsonl", 2, "killed halfway"),
 ]  # fmt: skip
-NUM_TOUCHES = 150  # of files, about, from the start of such a run to its end
+NUM_TOUCHES = 140  # of files, about, from the start of such a run to its end
 
 
 def somewhere(folder):
@@ -90,6 +93,17 @@ def test_a_run_killed_anywhere_again_and_again_ends_as_if_undisturbed(num_kills,
     print(f"single runs survived {killed.total()} kills: {dict(killed)}")
 
 
+def test_a_run_killed_after_its_last_checkpoint_has_its_last_readings_in_its_status_too(undisturbed, bnexp, tmp_path):
+    """They need not have been written there when they were taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnexp.folder.STATUS_EVERY", 3600.0)
+        patch.setattr("bnexp.journal.Journal.end", lambda self, *_, **__: self.writer.close(True))  # no further
+        assert bnexp(*RUN, "out=run") == 0
+    assert read_status(tmp_path / "run")["status"] == "running"
+    assert bnexp(*RUN, "out=run") == 0
+    assert_same(tmp_path / "run", undisturbed[0])
+
+
 def is_told_dead(folder):
     """Reports name the run as dead, unless it had come to its end before."""
     records, problems = read_runs([folder])
@@ -102,7 +116,7 @@ RUN = ("train", "model=mlp", "model.hidden=[6,5]", "norm=scratch", "data.size=8"
        "steps=6", "log_every=1", "checkpoint_every=2", "keep=best", "threads=1", "quiet=true",
        "resume=true", *probing(2, ["activations", "gradients", "statistics", "shapes"]))  # fmt: skip
 HOWS = ["ENOSPC", "EROFS", "EDQUOT", "ENOSPC from then on", "EROFS from then on"]
-# The command ends at once then, and what it had open with it.
+# The command ends at once then, and what it had open with it: at the latest by gc.collect().
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:unclosed file")
 WHY = {
     "ENOSPC": ("No space left on device", "free some space"),
@@ -180,6 +194,7 @@ def test_a_disk_that_takes_nothing_more_is_told_by_file_and_loses_nothing(undist
         places = dict(zip([numbers_of_one[j] for j in (0, len(numbers_of_one) // 2, -1)], hows[i % 2], strict=True))
         for number, how in places.items():
             suffer(Place("any", "", number, how), undisturbed, bnexp, tmp_path, capfd)
+    gc.collect()
 
 
 def test_no_checkpoint_is_on_the_disk_before_the_readings_that_it_takes_for_granted(undisturbed):
@@ -198,6 +213,7 @@ def test_so_it_is_at_every_touch_of_a_file(how, undisturbed, bnexp, tmp_path, ca
     found = Counter()
     for number in range(1, len(undisturbed[1]) + 1):
         found[suffer(Place("any", "", number, how), undisturbed, bnexp, tmp_path, capfd)] += 1
+    gc.collect()
     with capfd.disabled():
         print(f"a run survived {found.total()} faults ({how}): {dict(found)}")
 

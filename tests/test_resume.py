@@ -18,7 +18,7 @@ from test_report import write_run
 
 from bnexp import checkpoint
 from bnexp.errors import UserError
-from bnexp.folder import is_taken, read_status, taken
+from bnexp.folder import Status, is_taken, read_status, taken
 from bnexp.records import read_runs
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ RUNS = [
 # Before the status is moved into place for the n-th time (first at the start, then at each reading), within a line,
 # before the checkpoint is, and before the one before it gets its name.
 PLACES = [
-    Place("rename", ".status.json", 6), Place("write", "metrics.jsonl", 1, "killed halfway"),
+    Place("rename", ".status.json", 4), Place("write", "metrics.jsonl", 1, "killed halfway"),
     Place("rename", ".checkpoint.pt", 3), Place("rename", ".checkpoint.previous.pt", 2),
     Place("rename", ".checkpoint.pt", 4), Place("remove", ".checkpoint.pt", 2), Place("link", "/checkpoint.pt", 1),
     Place("write", ".checkpoint.pt", 9, "killed halfway"),
@@ -56,14 +56,19 @@ def warm(tmp_path_factory):
 
 def lines(folder, name="metrics.jsonl"):
     """What was read, without what the clock decides."""
-    clocks = (*CLOCKED, "time/probes")
     rows = map(json.loads, (folder / name).read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in clocks} for row in rows]
+    return [{key: value for key, value in row.items() if not is_clock(key)} for row in rows]
+
+
+def is_clock(key):
+    return key in (*CLOCKED, "time/probes")
 
 
 def assert_same(folder, whole):
     """The run in ``folder`` has ended as the undisturbed one in ``whole``, times aside, and TensorBoard shows it."""
-    assert read_status(folder)["status"] == read_status(whole)["status"] == "finished"
+    ended = [read_status(each) for each in (folder, whole)]
+    assert [each["status"] for each in ended] == ["finished"] * 2
+    assert len({json.dumps({k: v for k, v in each["metrics"].items() if not is_clock(k)}) for each in ended}) == 1
     assert lines(folder) == lines(whole)
     assert misdrawn(folder) == {}
     assert (folder / "probes.jsonl").read_bytes() == (whole / "probes.jsonl").read_bytes()
@@ -206,9 +211,13 @@ def test_a_damaged_checkpoint_leaves_the_one_before_which_ends_alike(again, tmp_
 
 def test_a_status_says_whose_it_is_and_when_it_was_last_heard_of(train):
     began = time.time()
-    status = read_status(train(*TINY))
+    folder = train(*TINY)
+    status = read_status(folder)
     assert (status["host"], status["pid"]) == (socket.gethostname(), os.getpid())
     assert began <= status["started"] <= status["heartbeat"] <= time.time()
+    Status(folder, "cpu", [], goes_on=True)  # whoever dies now has come as far as before
+    again = read_status(folder)
+    assert again["status"] == "running" and all(again[key] == status[key] for key in ("step", "started", "metrics"))
 
 
 def test_a_run_that_nobody_holds_is_dead_one_that_is_held_runs_and_elsewhere_nobody_knows(tmp_path):

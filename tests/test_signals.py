@@ -1,5 +1,6 @@
 """Asked to stop, once or twice, at any moment: how soon, what is left behind, and that it goes on from there."""
 
+import gc
 import os
 import signal
 import socket
@@ -24,6 +25,14 @@ from bnexp.signals import OutOfPatience, deferred_signals
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def every_status():
+    """Each one is written, so that as much is done to files however long it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnexp.folder.STATUS_EVERY", 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return traced(tmp_path_factory.mktemp("undisturbed"))
@@ -31,7 +40,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """As if 3 seconds were 0.3."""
+    """As if 2 seconds were 0.3."""
     monkeypatch.setattr(signals, "PATIENCE", 0.3)
 
 
@@ -187,6 +196,7 @@ def asked_at(number, how, undisturbed, bnexp, tmp_path, capfd):
 def test_a_second_ctrl_c_leaves_a_folder_that_can_be_read_and_gone_on_with(undisturbed, bnexp, tmp_path, capfd):
     for i, number in enumerate(range(3, len(undisturbed[1]), 15)):
         asked_at(number, ["asked twice", "asked"][i % 2], undisturbed, bnexp, tmp_path, capfd)
+    gc.collect()
 
 
 @LEFT_OPEN
@@ -195,6 +205,7 @@ def test_a_second_ctrl_c_leaves_a_folder_that_can_be_read_and_gone_on_with(undis
 def test_so_it_does_at_every_touch_of_a_file(how, undisturbed, bnexp, tmp_path, capfd):
     for number in range(1, len(undisturbed[1]) + 1):
         asked_at(number, how, undisturbed, bnexp, tmp_path, capfd)
+    gc.collect()
     with capfd.disabled():
         print(f"a run survived being {how} at {len(undisturbed[1])} places")
 
