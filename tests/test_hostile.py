@@ -132,7 +132,7 @@ CONFIGS = {
     "nested tables": (lambda _: "{a: " * 20_000, "nested deeper"),
     "nested lists": (lambda _: "- " * 40_000, "nested deeper"),
     "10 MB of text": (lambda text: f"{text}x: {'a' * 10_000_000}\n", f"{MOST_YAML:,} bytes"),
-    "an object": (lambda text: f"{text}x: !!python/object/apply:os.system [touch outside/pwned]\n", "what no setting is"),
+    "an object": (lambda text: f"{text}x: !!python/object/apply:os.system [touch outside/bad]\n", "what no setting is"),
     "the environment": (config("seed", "${oc.env:SECRET}"), "seed: holds ${"),
     "the environment in text": (config("device", '"${oc.env:SECRET}"'), "device: holds ${"),
     "a target from the environment": (config("_target_", "${oc.env:SECRET}"), "_target_: holds ${"),

@@ -4,6 +4,8 @@ import gc
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +20,8 @@ from test_sweep import SWEEP, numbers, statuses, step_that
 
 from bnexp import checkpoint, journal, multirun, signals
 from bnexp.compare import lockstep
-from bnexp.folder import read_status, taken, write_json
+from bnexp.folder import is_taken, read_status, taken, write_json
+from bnexp.records import read_runs
 from bnexp.run import Run
 from bnexp.signals import OutOfPatience, deferred_signals
 
@@ -139,6 +142,36 @@ def test_a_checkpoint_that_takes_long_is_waited_for_and_written_once(bnexp, monk
     assert steps == [2] and checkpoint.load(Path("run"), CPU)["num_steps"] == 2
     assert read_status(Path("run"))["status"] == "interrupted"
     assert bnexp(*command) == 0 and steps == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "number, whom",
+    [(signal.SIGINT, "all"), *[pytest.param(*each, marks=pytest.mark.long) for each in (
+        (signal.SIGTERM, "all"), (signal.SIGKILL, "parent"), (signal.SIGTERM, "parent"),
+    )]],
+)  # fmt: skip
+def test_of_jobs_side_by_side_each_leaves_a_checkpoint(number, whom, tmp_path):
+    """Ctrl-C reaches all processes. Who loses his parent is asked by that; who is killed by it is told as dead."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the joblib launcher of Hydra is not installed")
+    slow = ["steps=100000" if word.startswith("steps=") else word for word in SWEEP]
+    command = [sys.executable, "-m", "bnexp", "train", "-m", *slow, "quiet=true", "out=sweep", "hydra/launcher=joblib"]
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "hydra.launcher.n_jobs=2"], cwd=tmp_path, start_new_session=True, **nowhere)
+    begun = {}
+    while len(begun) < 2:
+        assert process.poll() is None
+        begun = {path.parent.name: path.parent for path in tmp_path.glob("sweep/*/checkpoint.pt")}
+        time.sleep(0.01)
+    (os.killpg if whom == "all" else os.kill)(process.pid, number)
+    seconds, _ = timed(process.wait)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130) and seconds < 5
+    while any(is_taken(folder) for folder in begun.values()):
+        time.sleep(0.01)
+    ended = "dead" if (number, whom) == (signal.SIGTERM, "parent") else "interrupted"
+    assert [each.status for each in read_runs([tmp_path / "sweep"])[1]] == [ended] * 2
+    for folder in begun.values():
+        step = checkpoint.load(folder, CPU)["num_steps"]
+        assert step == read_status(folder)["step"] if ended == "interrupted" else step % 3 == 0
 
 
 def test_what_is_asked_in_the_very_last_moment_of_a_job_ends_the_sweep(bnexp, monkeypatch):
