@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.folder import writing
+from bnexp.files import writing
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
 MARK, NUM_DIGITS = b"sha256 ", 64

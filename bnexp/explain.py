@@ -13,8 +13,6 @@ from yaml import YAMLError
 from bnexp.cli import GROUPS, choices, nearest
 from bnexp.errors import UserError
 
-PLAIN = (ValueError, ArithmeticError, RecursionError)  # which they raise too, for numbers and for many brackets
-
 
 @contextmanager
 def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
@@ -23,7 +21,7 @@ def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, *PLAIN) as error:
+    except Exception as error:  # of their own kinds and of many others
         raise UserError(explain(error, " ".join(arguments) or "the overrides")) from error
 
 
@@ -66,6 +64,8 @@ def explain(error: Exception, given: str) -> str:
         return f"{found[1]}: not a setting; write it as name=value"
     if found := re.search(r"(?:no viable alternative|mismatched|extraneous|token recognition).*", text):
         return f"cannot read {given}: {found[0]}; quote values that hold spaces, commas or brackets"
+    if not isinstance(error, (HydraException, OmegaConfBaseException, YAMLError, ValueError)):
+        text = f"{type(error).__name__}: {text}"
     text = " ".join(line.strip() for line in text.strip().splitlines() if line.strip())
     return text if any(word in text for word in given.split()) else f"cannot use {given}: {text}"
 

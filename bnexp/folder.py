@@ -4,10 +4,7 @@
     events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
 """
 
-import errno
 import fcntl
-import json
-import math
 import os
 import platform
 import socket
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bnexp.errors import StorageError, UserError
+from bnexp.files import not_written, write_json, write_new, writing
 from bnexp.foreign import UNPRINTABLE, number, printable, read_json
 
 CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
@@ -28,13 +26,6 @@ PROBES = "probes.jsonl"
 OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # how names of what a run writes begin
 STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake of readings alone
 DONE = ("finished", "diverged")  # results; every other status leaves something to do
-REMEDIES = {
-    errno.EDQUOT: "free some space or ask for a larger quota",
-    errno.EROFS: "make it writable again",
-    errno.EACCES: "make it writable again",
-    errno.EPERM: "make it writable again",
-    errno.EIO: "see to its disk",
-}  # else free some space
 
 
 def check_free(path: Path) -> None:
@@ -81,26 +72,6 @@ def claim(path: Path, config: str) -> Path:
     return path
 
 
-def write_new(path: Path, text: str) -> bool:
-    """Make a file with its whole content in one move, unless it exists; returns whether it was made."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        try:
-            scratch.write_text(text)
-            try:
-                os.link(scratch, path)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                with open(path, "x") as file:
-                    file.write(text)
-            return True
-        except FileExistsError:
-            return False
-        finally:
-            scratch.unlink(missing_ok=True)
-
-
 def claim_new(parent: Path, name: str, config: str) -> Path:
     """A new folder ``parent/name``, or ``parent/name-2``, ... if others were first; atomic."""
     suffix = 1
@@ -114,27 +85,6 @@ def claim_new(parent: Path, name: str, config: str) -> Path:
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
         return claim(path, config)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Have an OSError raised inside name ``path``: a failed write names nothing, and a failed move another file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        del error.filename2
-        raise
-
-
-def not_written(error: OSError, folder: Path) -> str:
-    """Which file of the run in ``folder`` could not be written, why, and what to do."""
-    file, why = error.filename or folder, error.strerror or str(error)
-    remedy = REMEDIES.get(error.errno, "free some space")
-    return (
-        f"{file} could not be written: {why}; what was written before stays readable in {folder}; {remedy}, "
-        f"then go on with bnexp resume {folder}"
-    )
 
 
 @contextmanager
@@ -200,40 +150,6 @@ def is_taken(folder: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def finite(value: Any) -> Any:
-    """``value`` with every float that JSON cannot hold replaced by None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Replace ``path`` in one move, so that a reader sees the old or the new and never half of one."""
-    scratch = path.with_name(f".{path.name}.new")  # whoever writes holds the run's lock
-    with writing(path):
-        try:
-            scratch.unlink(missing_ok=True)  # what lies there may be a link
-            with open(scratch, "x") as file:
-                file.write(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write every file into ``folder``, made if need be, each in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        scratch = folder / f".{name}.{os.getpid()}"
-        try:
-            scratch.unlink(missing_ok=True)
-            with open(scratch, "xb") as file:
-                file.write(content)
-            os.replace(scratch, folder / name)
-        finally:
-            scratch.unlink(missing_ok=True)
 
 
 def load_status(folder: Path) -> dict:

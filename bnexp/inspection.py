@@ -13,7 +13,8 @@ from rich.console import Console
 from bnexp import checkpoint, featuremaps, findings
 from bnexp.diagnosis import Diagnosis, diagnose
 from bnexp.errors import UserError
-from bnexp.folder import CONFIG, STATUS, load_status, write_files
+from bnexp.files import write_files
+from bnexp.folder import CONFIG, STATUS, load_status
 from bnexp.foreign import printable
 from bnexp.records import run_folders
 from bnexp.run import Run

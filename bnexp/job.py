@@ -21,7 +21,8 @@ from bnexp import build, loop, progress, sweep
 from bnexp.commands import advise, open_journal
 from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError, UserError
-from bnexp.folder import CONFIG, DONE, Status, not_written, read_status, taken, write_new
+from bnexp.files import not_written, write_new
+from bnexp.folder import CONFIG, DONE, Status, read_status, taken
 from bnexp.run import Run
 from bnexp.signals import PATIENCE
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from bnexp import checkpoint
 from bnexp.device import memory_explained
 from bnexp.errors import StorageError, UserError
-from bnexp.folder import DONE, Status, not_written
+from bnexp.files import not_written
+from bnexp.folder import DONE, Status
 from bnexp.readings import Reading
 from bnexp.run import Run
 from bnexp.signals import Interrupted, OutOfPatience, patience, take_time

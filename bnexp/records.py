@@ -168,6 +168,8 @@ def _read(folder: Path) -> RunRecord | Problem:
         started = status.get("started", (folder / "status.json").stat().st_mtime)
         return RunRecord(folder, config, status, curves, started)
     except FileNotFoundError as error:
+        if not any((folder / name).exists() for name in ("status.json", "metrics.jsonl")):  # it has only just begun
+            return Problem(folder, *_running(folder, {}))
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
     except (OSError, ValueError) as error:
         return Problem(folder, "damaged", f"unreadable: {printable(' '.join(str(error).split()), 200)}", overrides)

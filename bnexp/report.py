@@ -22,7 +22,7 @@ from rich.text import Text
 
 from bnexp import stats
 from bnexp.errors import UserError
-from bnexp.folder import write_files
+from bnexp.files import write_files
 from bnexp.foreign import printable, read
 from bnexp.records import METRICS, TARGETS, Metric, Problem, RunRecord, read_runs
 from bnexp.variants import Variant, into_variants, named

@@ -23,7 +23,7 @@ from bnexp.epochs import epoch_tables
 from bnexp.errors import UserError
 from bnexp.expectations import Expectation, Finding, judge
 from bnexp.explain import explained
-from bnexp.folder import write_json
+from bnexp.files import write_json
 from bnexp.foreign import read_yaml
 from bnexp.multirun import conclude, hydra_config, prepare, race, read_grid, run_all, take_all
 from bnexp.records import RunRecord, read_runs

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from bnexp.cli import GROUPS
 from bnexp.config import Train
 from bnexp.errors import UserError
-from bnexp.folder import check_free, finite, write_new
+from bnexp.files import finite, write_new
+from bnexp.folder import check_free
 from bnexp.foreign import read_json
 
 NAME, BANDS = "sweep.json", "bands"

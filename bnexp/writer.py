@@ -20,7 +20,8 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summ
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from bnexp.folder import METRICS, PROBES, finite, writing
+from bnexp.files import finite, writing
+from bnexp.folder import METRICS, PROBES
 from bnexp.foreign import MOST_LINE
 from bnexp.readings import Band, Histogram, Image, Reading, Scalar, Table
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "bnexp"
 FLOORS = (
     "errors readings stats distributed foreign signals",
     "norms kernels models data optim",
-    "run meter device engines fold checkpoint folder",
+    "run meter device engines fold checkpoint folder files",
     "writer progress probes",
     "loop compare report records bench parity shapes timing summary variants verdict figure advice expectations epochs"
     " probe_figure page inspection diagnosis findings featuremaps journal",

@@ -520,7 +520,7 @@ def test_a_disk_full_while_a_checkpoint_is_written_is_told_and_not_what_torch_ma
 
 def test_a_disk_without_room_for_the_status_either_still_ends_with_the_message(tmp_path, monkeypatch):
     monkeypatch.setattr("bnexp.folder.STATUS_EVERY", 0.0)
-    run, plan = built("steps=6", "data.limit=64", "log_every=1")
+    run, plan = built("steps=6", "data.limit=64", "log_every=1", "checkpoint_every=100")
     journal = Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path)
     update, calls = Status.update, []
 

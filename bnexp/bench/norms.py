@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnexp.bench import results
 from bnexp.bench.arguments import Form
-from bnexp.folder import finite
+from bnexp.files import finite
 from bnexp.shapes import PHASES, REFERENCE, SETS, SITES
 
 if TYPE_CHECKING:  # torch takes seconds to import, a misspelt setting is found before
