@@ -60,7 +60,7 @@ def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Check, build, claim a folder, train; prints the folder's path last, even when interrupted."""
     with quick_imports():
         from bnexp import build, resuming
-        from bnexp.folder import claim, claim_new, taken
+        from bnexp.folder import claim, claim_new, in_other_hands, taken
 
     if cfg.resume and resuming.is_begun(cfg):
         resuming.go_on_as(cfg)
@@ -72,7 +72,7 @@ def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
     folder = claim_new(day, run_name(cfg), text) if cfg.out is None else claim(Path(cfg.out), text)
     with taken(folder) as mine:
         if not mine:  # whoever goes on with runs may have been quicker
-            raise UserError(f"{folder}: another process is at work on this run; wait for it")
+            raise in_other_hands(folder)
         advise(cfg, run)
         finish(cfg, run, open_journal(cfg, run, overrides, folder))
 

@@ -94,8 +94,9 @@ def untrained(monkeypatch):
 
 
 @few_or(100, 6000)
-def test_any_overrides_come_to_a_decent_end(count, overrides, attack, untrained, run):  # noqa: F811
+def test_any_overrides_come_to_a_decent_end(count, overrides, attack, untrained, run, monkeypatch):  # noqa: F811
     run("finished")
+    monkeypatch.setenv("SECRET", "none")  # whoever types a command may look at the environment
     commands = (["train"], ["summary"], ["rerun", "run"], ["train", "-m"], ["compare", "norm=none,library"], INSPECT)
 
     @fuzz(count, command=st.sampled_from(commands), words=overrides)

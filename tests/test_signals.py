@@ -24,7 +24,7 @@ from bnexp.files import write_json
 from bnexp.folder import is_taken, read_status, taken
 from bnexp.records import read_runs
 from bnexp.run import Run
-from bnexp.signals import OutOfPatience, deferred_signals
+from bnexp.signals import Interrupted, OutOfPatience, deferred_signals
 
 CPU = torch.device("cpu")
 
@@ -154,7 +154,8 @@ def test_a_checkpoint_that_takes_long_is_waited_for_and_written_once(bnexp, monk
 def test_of_jobs_side_by_side_each_leaves_a_checkpoint(number, whom, tmp_path):
     """Ctrl-C reaches all processes. Who loses his parent is asked by that; who is killed by it is told as dead."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the joblib launcher of Hydra is not installed")
-    slow = [*SWEEP, "steps=100000", "checkpoint_every=10", "model.hidden=[1500,1500]"]  # 27 MB, written in 0.1 s
+    # The checkpoint of one is written at once, that of the other has 75 MB.
+    slow = [*SWEEP, "norm=none", "seed=0", "steps=100000", "checkpoint_every=10", "model.hidden=[8],[2500,2500]"]
     command = [sys.executable, "-m", "bnexp", "train", "-m", *slow, "quiet=true", "out=sweep", "hydra/launcher=joblib"]
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*command, "hydra.launcher.n_jobs=2"], cwd=tmp_path, start_new_session=True, **nowhere)
@@ -257,6 +258,26 @@ def test_a_second_ctrl_c_in_a_comparison_ends_every_run_at_once(bnexp):
     assert set(statuses(Path("compare")).values()) == {"interrupted"}
     steps = {checkpoint.load(path.parent, CPU)["num_steps"] for path in Path("compare").glob("*/config.yaml")}
     assert steps == {15}, "none is later than the last that was due"
+
+
+@pytest.mark.parametrize("is_ahead, steps", [(False, [4, 3]), (True, [4, 4])])
+def test_a_round_of_runs_in_lockstep_that_takes_long_is_left_where_it_is_unless_it_was_computed(
+    is_ahead, steps, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr("bnexp.compare.HURRY", 0.0)
+    runs = [contestant([], name, 9) for name in "ab"]
+    take = runs[0].run.step
+
+    def asked():
+        take()
+        if runs[0].run.num_steps == 4:
+            runs[1].run.is_ahead = is_ahead
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    runs[0].run.step = asked
+    with pytest.raises(Interrupted):
+        list(lockstep(runs))
+    assert [each.run.num_steps for each in runs] == steps
 
 
 def test_runs_in_lockstep_are_ended_by_whoever_drives_them_and_not_when_they_are_forgotten():
