@@ -231,7 +231,7 @@ def asked_at(number, how, undisturbed, bnexp, tmp_path, capfd):
 def test_a_second_ctrl_c_leaves_a_folder_that_can_be_read_and_gone_on_with(undisturbed, bnexp, tmp_path, capfd):
     touched = [(operation, kind(path)) for operation, path in undisturbed[1]]
     inside = touched.index(("write", "checkpoint.pt")) + 3  # where torch has something to say about it too
-    for i, number in enumerate([inside, *range(3, len(touched), 15)]):
+    for i, number in enumerate(dict.fromkeys([inside, *range(3, len(touched), 15)])):
         asked_at(number, ["asked twice", "asked"][i % 2], undisturbed, bnexp, tmp_path, capfd)
     gc.collect()
 
