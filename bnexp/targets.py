@@ -84,7 +84,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     for key, value in options.items():
         if key in ("_target_", "_partial_") or (group == "optimizer" and key in OURS):
             continue
-        if key.startswith("_") or _mentions_target(value):
+        if not isinstance(key, str) or key.startswith("_") or _mentions_target(value):
             raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
         if key not in accepted and not takes_any:
             known = ", ".join(k for k in accepted if k in options) or "none"
