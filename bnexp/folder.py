@@ -8,6 +8,7 @@ import fcntl
 import os
 import platform
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -54,9 +55,16 @@ def check_own(folder: Path) -> None:
     if UNPRINTABLE.search(str(folder)):
         raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        is_file = not path.is_symlink() and path.is_file()
-        if path.name.lstrip(".").startswith(OWN) and not is_file:
+        if path.name.lstrip(".").startswith(OWN) and not _is_file_or_gone(path):
             raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file of its own; remove it")
+
+
+def _is_file_or_gone(path: Path) -> bool:
+    """Whether ``path`` is a file itself, or nothing any more: who holds the run renames files while we look."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def claim(path: Path, config: str) -> Path:

@@ -22,8 +22,9 @@ from test_sweep import SWEEP, numbers, statuses
 
 from bnexp import checkpoint
 from bnexp.cli import main
+from bnexp.errors import UserError
 from bnexp.files import write_new
-from bnexp.folder import Status, read_status, taken
+from bnexp.folder import Status, check_own, read_status, taken
 from bnexp.readings import Scalar
 from bnexp.records import read_runs
 from bnexp.writer import Writer
@@ -287,6 +288,15 @@ def test_processes_that_die_beside_each_other_do_every_job_once(size, num_kills,
     for name in names:
         assert misdrawn(tmp_path / "sweep" / name) == {}
     print(f"{size} processes finished {len(names)} jobs once each in spite of {killed} kills")
+
+
+def test_a_file_that_is_renamed_while_we_look_is_no_stranger(tmp_path, monkeypatch):
+    """Who holds the run renames its checkpoint between our listing of the folder and our look at the file."""
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / ".checkpoint.pt.new"]))
+    check_own(tmp_path)
+    (tmp_path / ".checkpoint.pt.new").symlink_to("elsewhere")
+    with pytest.raises(UserError, match="a link, a pipe or a folder"):
+        check_own(tmp_path)
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "resume=true"], ["resume"], ["compare", "norm=none,library"]])
