@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +17,7 @@ from bnexp.bench import epochs, goals, loop, processes, startup
 from bnexp.bench.arguments import kind_of
 from bnexp.bench.epochs import Case, our_loop, training_only
 from bnexp.bench.folding import fold_rows
-from bnexp.bench.goals import GOALS, Goal, Row, goal_of, ratio
+from bnexp.bench.goals import GOALS, Goal, Row, goal_of, payback, ratio
 from bnexp.bench.loop_settings import Settings, parse
 from bnexp.bench.rivals import bare_loop, pictures, prepared, tutorial_loop
 from bnexp.bench.tables import spread
@@ -156,6 +158,30 @@ def test_what_an_epoch_has_once_is_not_multiplied():
     assert watch.single.clock > 0.25
 
 
+def test_getting_ready_is_won_back_by_faster_epochs_or_never():
+    slow, fast = (Row("epoch", "ours", "s", values, model="mlp") for values in ([3.0, 5.0, 4.0], [2.0, 5.0, 6.0]))
+    row = payback(replace(fast, engine="compile"), slow, extra=12.0)
+    assert (row.what, row.unit, row.engine, row.model) == ("ours, pays after", "epochs", "compile", "mlp")
+    assert row.values == [12.0, math.inf, math.inf]
+    assert row.as_dict("cpu") | {"median": None, "low": 12.0, "high": None} == row.as_dict("cpu")
+
+
+def test_a_first_turn_counts_as_getting_ready_beyond_what_a_turn_takes():
+    """Here 7 s, of which a turn is 1; an epoch is two turns, and with eager four seconds."""
+    case = Case("mlp", 16, (), goals.EPOCH // 32, "", 1)
+
+    def turns(*seconds):
+        watches = [Stopwatch(CPU) for _ in seconds]
+        for watch, each in zip(watches, seconds, strict=True):
+            watch.total = Time(each, each)
+        return watches
+
+    results = {("ours", "eager"): turns(2, 2), ("ours", "compile"): turns(1, 1)}
+    first, pays = epochs.readiness(case, {("ours", "compile"): 7.0}, results)
+    assert (first.what, first.values, pays.values) == ("ours, first turn", [7.0], [3.0, 3.0])
+    assert epochs.readiness(case, {("ours, scratch", "compile"): 7.0}, results)[1:] == [], "nothing to win it from"
+
+
 def test_a_ratio_is_taken_round_by_round():
     slow = Row("epoch", "slow", "s", [3.0, 40.0, 5.0], model="lenet", batch_size=256, engine="eager")
     fast = Row("epoch", "fast", "s", [1.0, 10.0, 2.0])
@@ -204,6 +230,8 @@ def test_numbers_are_shown_with_their_range_in_a_unit_that_fits():
     assert spread(Row("watching", "a look", "s", [0.0123])) == "12.3 ms"
     assert spread(Row("watching", "a look", "share", [0.01, 0.02, 0.03])) == "2.00% (1.00-3.00)"
     assert spread(Row("epoch", "ours", "x processor", [1.0, 1.0])) == "1.00x (1.00-1.00)"
+    assert spread(Row("engine", "ours", "epochs", [2.0, math.inf, 40.0])) == "40.0 epochs (2.00-never)"
+    assert spread(Row("engine", "ours", "epochs", [math.inf, math.inf, 40.0])) == "never (40.0-never)"
 
 
 # ---- the command ----

@@ -1,6 +1,7 @@
 """Seconds per epoch of our loop, per engine, beside the bare floor and the tutorial's loop: all in turns."""
 
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from bnexp.bench import goals
-from bnexp.bench.goals import DATA, EAGER, FLOOR, OURS, SCRATCH, SILENT, TUTORIAL, Row, ratio
+from bnexp.bench.goals import DATA, EAGER, FLOOR, OURS, SCRATCH, SILENT, TUTORIAL, Row, payback, ratio
 from bnexp.bench.processes import Tutorial
 from bnexp.bench.rivals import Loop, bare_loop, prepared, tutorial_loop
 from bnexp.bench.turns import Stopwatch, in_turns
@@ -141,15 +142,13 @@ def measure(
 ) -> tuple[list[Row], dict[tuple[str, str], str]]:
     """Rows of one case, and why some of the ``wanted`` (what, engine) are not among them."""
     torch.compiler.reset()  # or the cases before would count against the limit of recompilations
-    loops, skipped, rows = hand_written(make, case, tutorial), {}, []
+    loops, skipped, firsts = hand_written(make, case, tutorial), {}, {}
     for what, engine in wanted:
         try:
             loop = ours(make, case, what, engine)
-            began = perf_counter()
             if engine != EAGER:  # what it cannot compile or capture comes to light when it first tries
-                loop(Stopwatch(device))
-                seconds = [perf_counter() - began]
-                rows.append(Row("engine", f"{what}, first turn", "s", seconds, engine=engine, **_named(case)))
+                loop(watch := Stopwatch(device))
+                firsts[what, engine] = watch.total.clock
         except Exception as error:
             if engine == EAGER:
                 raise
@@ -163,7 +162,7 @@ def measure(
         return watch
 
     results = in_turns({key: partial(turn, loop) for key, loop in loops.items()}, rounds)
-    return rows + rows_of(case, results), skipped
+    return rows_of(case, results) + readiness(case, firsts, results), skipped
 
 
 def _named(case: Case) -> dict[str, Any]:
@@ -189,6 +188,23 @@ def rows_of(case: Case, results: Mapping[tuple[str, str], Sequence[Stopwatch]]) 
     for (what, engine), watches in results.items():
         if what == OURS:
             rows += _watching(case, engine, watches)
+    return rows
+
+
+def readiness(
+    case: Case, firsts: Mapping[tuple[str, str], float], results: Mapping[tuple[str, str], Sequence[Stopwatch]]
+) -> list[Row]:
+    """What the first turn with an engine took, and after how many epochs that is won back, if ever."""
+    rows = []
+    for (what, engine), seconds in firsts.items():
+        rows.append(Row("engine", f"{what}, first turn", "s", [seconds], engine=engine, **_named(case)))
+        if (what, EAGER) in results:
+            mine, eager = (
+                Row("epoch", what, "s", [watch.epoch(case.scale).clock for watch in results[key]], **_named(case))
+                for key in ((what, engine), (what, EAGER))
+            )
+            extra = seconds - statistics.median(watch.total.clock for watch in results[what, engine])
+            rows.append(payback(replace(mine, engine=engine), eager, extra))
     return rows
 
 

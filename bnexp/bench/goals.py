@@ -1,5 +1,6 @@
 """What was measured, a row for each kind, and how fast it has to be."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ TEMPLATE_START_S, TEMPLATE_SWEEP_S, TEMPLATE_IMPORT_S = 5.1, 47.6, 1.9
 class Row:
     """One kind of measurement, ``values`` in the order of the rounds; with ``over`` the ratio of two, round by round.
 
-    ``unit`` is s, MB, share (of the epoch), x (a ratio of times by the clock) or x processor (of processor time).
+    ``unit`` is s, MB, share (of the epoch), epochs (infinitely many: never), x (a ratio of times by the clock) or x
+    processor (of processor time).
     """
 
     part: str
@@ -35,10 +37,11 @@ class Row:
         return statistics.median(self.values)
 
     def as_dict(self, device: str) -> dict[str, Any]:
-        """The line of the CSV file; ``device`` is cpu or cuda."""
+        """The line of the CSV file; ``device`` is cpu or cuda. What is never reached is None."""
         keys = ("part", "model", "batch_size", "engine", "what", "over", "unit")
-        found = {key: getattr(self, key) for key in keys} | {"n": len(self.values), "median": self.median}
-        found |= {"low": min(self.values), "high": max(self.values), "goal": "", "verdict": ""}
+        found = {key: getattr(self, key) for key in keys} | {"n": len(self.values)}
+        found |= {"median": finite(self.median), "low": finite(min(self.values)), "high": finite(max(self.values))}
+        found |= {"goal": "", "verdict": ""}
         if goal := goal_of(self, device):
             found |= {"goal": str(goal), "verdict": goal.verdict(self)}
         return found
@@ -50,6 +53,19 @@ def ratio(mine: Row, other: Row) -> Row:
     unit = "x processor" if mine.unit == "s processor" else "x"
     fields = {"over": other.what, "model": mine.model, "batch_size": mine.batch_size}
     return Row(mine.part, mine.what, unit, values, engine=mine.engine or other.engine, **fields)
+
+
+def payback(mine: Row, eager: Row, extra: float) -> Row:
+    """After how many epochs ``extra`` seconds of getting ready are won back from the eager epochs, round by round."""
+    won = [slow - fast for fast, slow in zip(mine.values, eager.values, strict=True)]
+    values = [extra / each if each > 0 else math.inf for each in won]
+    fields = {"model": mine.model, "batch_size": mine.batch_size, "engine": mine.engine}
+    return Row("engine", f"{mine.what}, pays after", "epochs", values, **fields)
+
+
+def finite(value: float) -> float | None:
+    """``value`` as JSON can say it."""
+    return value if math.isfinite(value) else None
 
 
 class Goal(NamedTuple):

@@ -11,7 +11,7 @@ from rich.console import Console
 from bnexp.bench import results
 from bnexp.bench.epochs import Case, Make, looks, measure
 from bnexp.bench.folding import fold_rows
-from bnexp.bench.goals import EAGER, EPOCH, OURS, SCRATCH, SILENT, Row, goal_of
+from bnexp.bench.goals import EAGER, EPOCH, OURS, SCRATCH, SILENT, Row, finite, goal_of
 from bnexp.bench.loop_settings import SOURCES, Settings
 from bnexp.bench.processes import Tutorial
 from bnexp.bench.startup import memory_rows, start_rows, sweep_rows
@@ -160,5 +160,5 @@ class Session:
 def write(path: Path, about: Mapping[str, Any], rows: Sequence[Row], device: str) -> None:
     """``bench.json`` with every round and ``bench.csv`` with a line per kind of measurement."""
     lines = [row.as_dict(device) for row in rows]
-    content = [line | {"rounds": list(row.values)} for line, row in zip(lines, rows, strict=True)]
+    content = [line | {"rounds": list(map(finite, row.values))} for line, row in zip(lines, rows, strict=True)]
     results.write(path, {**about, "rows": content}, [line | results.where(about) for line in lines])

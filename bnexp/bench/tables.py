@@ -1,5 +1,6 @@
 """How the measurements of ``bnexp bench loop`` are shown: medians, ranges and ratios, beside the goals."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from bnexp.bench.results import table_of
 
 if TYPE_CHECKING:
     from rich.table import Table
-UNITS = {"s": (1, " s"), "MB": (1, " MB"), "share": (100, "%")}
+UNITS = {"s": (1, " s"), "MB": (1, " MB"), "share": (100, "%"), "epochs": (1, " epochs")}
 SMALL = ((1e-4, 1e6, " us"), (0.1, 1e3, " ms"))  # seconds below, how many of what
 
 
@@ -17,12 +18,15 @@ def spread(row: Row) -> str:
     scale, unit = UNITS.get(row.unit.partition(" ")[0], (1, "x"))
     if unit == " s":
         scale, unit = next(((factor, name) for limit, factor, name in SMALL if row.median < limit), (scale, unit))
+    unit = unit if row.median < math.inf else ""
     middle, low, high = (show(scale * value) for value in (row.median, min(row.values), max(row.values)))
     return f"{middle}{unit}" + (f" ({low}-{high})" if len(row.values) > 1 else "")
 
 
 def show(number: float) -> str:
-    """Three digits, and all of those before the point."""
+    """Three digits, and all of those before the point; infinitely many epochs are never over."""
+    if number == math.inf:
+        return "never"
     return f"{number:.0f}" if number >= 99.5 else f"{number:#.3g}".rstrip(".")
 
 
