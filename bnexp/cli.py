@@ -7,6 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from bnexp import process
 from bnexp.errors import UserError
 from bnexp.foreign import printable
 
@@ -82,8 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
-        # Two OpenMP threads that spin while they wait slow each other down as soon as anything else runs.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        process.settle()
         from bnexp import commands
 
         return getattr(commands, command)(rest)

@@ -23,6 +23,7 @@ from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError, UserError
 from bnexp.files import not_written, write_new
 from bnexp.folder import CONFIG, DONE, Status, read_status, taken
+from bnexp.process import keep_memory
 from bnexp.run import Run
 from bnexp.signals import PATIENCE
 
@@ -79,6 +80,7 @@ def run_ours(cfg: DictConfig, is_alone: bool) -> str:
         if status in DONE:
             return status
         if not is_alone:
+            keep_memory()
             gc.freeze()  # all that was imported stays: a worker trains and ends sooner if nobody looks through it
             spread(cfg, hydra_cfg)
         try:

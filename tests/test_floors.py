@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bnexp"
 FLOORS = (
-    "errors readings stats distributed foreign signals",
+    "errors readings stats distributed foreign signals process",
     "norms kernels models data optim",
     "run meter device engines fold checkpoint folder files",
     "writer progress probes",

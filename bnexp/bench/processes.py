@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from bnexp.bench.turns import Stopwatch, Time
+from bnexp.process import ENVIRONMENT
 
 if TYPE_CHECKING:
     from bnexp.bench.epochs import Case
@@ -90,8 +91,8 @@ class Tutorial:
     """
 
     def __init__(self, device: str, source: str) -> None:
-        # Ours makes OpenMP's threads sleep while they wait. Where the user does, this takes it from the tutorial too.
-        words = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
+        # What ours sets for itself. Where the user does, this takes it from the tutorial too.
+        words = {name: value for name, value in environment().items() if name not in ENVIRONMENT}
         asked = json.dumps({"device": device, "source": source, "began": 0.0})
         script = [sys.executable, "-c", BEGIN + TUTORIAL, asked]
         self.process = subprocess.Popen(script, env=words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
