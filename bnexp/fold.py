@@ -9,7 +9,7 @@ norm train about 1.5 times as fast as in turn, 32 of them 2 to 2.6 times, 8 LeNe
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import perf_counter
 
@@ -37,10 +37,13 @@ class Fold:
 
     A run that is not where the others are, because it goes on from an earlier checkpoint, goes by itself until all are
     level. A folded step that fails fails for all. ``run.seconds_elsewhere`` gives every run its share of a step's time.
+
+    ``stack_of`` makes the :class:`Stack` of runs that are level.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], stack_of: "Callable[[Sequence[Run]], Stack] | None" = None) -> None:
         self.runs = list(runs)
+        self.stack_of = stack_of or Stack
         self.stack: Stack | None = None
         self.taken: dict[Run, tuple[Tensor, ...]] = {}  # of runs that are ahead: what the step measured
         self.error: BaseException | None = None
@@ -70,7 +73,7 @@ class Fold:
         """The next step of all runs. Broken off, it leaves them ahead for good: batches drawn, weights anywhere."""
         try:
             if self.stack is None:
-                self.stack = Stack(self.runs)
+                self.stack = self.stack_of(self.runs)
             for run in self.runs:
                 run.is_ahead = True
             self.taken = dict(zip(self.stack.runs, self.stack.step(), strict=True))

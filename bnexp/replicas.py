@@ -2,17 +2,23 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp import build, fold
-from bnexp.config import Train
 from bnexp.errors import UserError
 from bnexp.probes.base import Probe
 from bnexp.run import Run
 from bnexp.sweep import Grid, Job
+
+STACKS = {
+    "bnexp.engines.eager.eager": "bnexp.fold.Stack",
+    "bnexp.engines.graph.captured": "bnexp.engines.graph_fold.CapturedStack",
+}  # for each engine's function what takes the step of a fold, with the engine's options
 
 
 def check_sweep(grid: Grid, configs: Mapping[str, DictConfig]) -> None:
@@ -37,10 +43,10 @@ def check_sweep(grid: Grid, configs: Mapping[str, DictConfig]) -> None:
 def check(cfg: DictConfig) -> None:
     """Raise :class:`UserError` if runs of this config cannot be folded."""
     given = f"replicas={cfg.replicas}"
-    if cfg.engine._target_ != OmegaConf.structured(Train).engine._target_:
+    if cfg.engine._target_ not in STACKS:
         raise UserError(
-            f"{given}: the engines capture or compile the step of one run, folded runs take theirs together; "
-            "leave out engine or replicas"
+            f"{given}: {cfg.engine._target_} makes the step of one run, folded runs take theirs together; "
+            "use engine=eager or engine=graph, or leave out replicas"
         )
     if cfg.precision != "fp32":
         reason = "autocast does not see what torch.vmap makes of a model's operations"
@@ -92,7 +98,17 @@ def fold_all(runs: Mapping[Job, Run], configs: Mapping[str, DictConfig]) -> list
     """Fold those of the runs, all of one sweep, that have one like them."""
     groups = together(list(runs), configs)
     tell_alone(groups, configs)
-    return [fold.Fold([runs[job] for job in members]) for members in groups if len(members) > 1]
+    return [
+        fold.Fold([runs[job] for job in members], stack_of(configs[members[0].name]))
+        for members in groups
+        if len(members) > 1
+    ]
+
+
+def stack_of(cfg: DictConfig) -> Callable[[Sequence[Run]], fold.Stack]:
+    """How runs of this config are stacked: so that their engine takes the step."""
+    kind = get_class(STACKS[cfg.engine._target_])
+    return partial(kind, **{key: value for key, value in cfg.engine.items() if not key.startswith("_")})
 
 
 def tell_alone(groups: Sequence[Sequence[Job]], configs: Mapping[str, DictConfig]) -> None:

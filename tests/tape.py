@@ -41,7 +41,7 @@ class Recording(Refusing):
 
 
 class Tape:
-    """What :class:`bnexp.engines.graph.CudaGraphs` is on a GPU. ``num_captures`` counts."""
+    """What :class:`bnexp.engines.capture.CudaGraphs` is on a GPU. ``num_captures`` counts."""
 
     def __init__(self):
         self.num_captures = 0

@@ -3,12 +3,13 @@
 import os
 import signal
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tape import Tape
 from test_loop import Synchronizations, different, flat
 from test_sweep import SMALL, numbers, statuses, step_that, table
 from torch import nn
@@ -17,11 +18,14 @@ from bnexp import build, fold, replicas
 from bnexp.cli import choices
 from bnexp.commands import composed
 from bnexp.compare import Contestant, lockstep
+from bnexp.engines.capture import tell
+from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
 from bnexp.fold import Fold, Stack
 from bnexp.folder import read_status
 from bnexp.journal import Journal
 from bnexp.loop import Plan
+from bnexp.optim import keep_rates_on
 from bnexp.run import Run
 from bnexp.sweep import Job
 from bnexp.writer import NullWriter
@@ -338,6 +342,90 @@ def test_nobody_is_written_down_who_is_further_than_he_knows():
     runs[1].state_dict()
 
 
+# ---------------------------------------------------------------- captured
+
+
+def captured_and_not(*overrides, rates=(1, 2, 1)):
+    """The same runs folded twice, the second time their step is captured; learning rates are tensors, as on a GPU."""
+    both = [members(*overrides, rates=rates, double=False) for _ in range(2)]
+    for run in both[0] + both[1]:
+        keep_rates_on(run.optimizer, torch.device("cpu"))
+    tape = Tape()
+    return *both, Fold(both[0]), Fold(both[1], partial(CapturedStack, warmup_steps=2, graphs=tape)), tape
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *((*MLP, f"norm={norm}", *OPTIONS.get(norm, ()), *ADAM) for norm in FOLDABLE),
+        (*MLP, *OPTIMIZERS["sgd"], "schedule=cosine", "schedule.warmup_steps=2", "data.augment=crop_flip"),
+        (*LENET, *OPTIMIZERS["adamw"], "schedule=onecycle"),
+    ],
+    ids=[*FOLDABLE, "augment", "lenet"],
+)
+def test_a_captured_fold_is_the_one_that_is_not_bit_for_bit(overrides):
+    """Into the third epoch of two full batches and a short one; runs of two learning rates."""
+    eager, replayed, _, _, tape = captured_and_not(*overrides)
+    for num_steps in (3, 1, 4):  # last a short batch, a full one, a full one
+        for one, two in zip(in_turn(eager, num_steps), in_turn(replayed, num_steps), strict=True):
+            assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+            assert one.meter.read() == two.meter.read()
+            assert one.evaluate(one.dataset.train) == two.evaluate(two.dataset.train)
+            for p, q in zip(one.parameters, two.parameters, strict=True):
+                assert torch.equal(p.grad, q.grad)
+    assert tape.num_captures == 2, "of a full batch and of the short one"
+    assert all(run.setup_seconds > 0 for run in replayed) and not any(run.setup_seconds for run in eager)
+
+
+def test_a_run_that_leaves_has_the_others_captured_anew():
+    eager, replayed, one, two, tape = captured_and_not(*MLP, *ADAM)
+    for folded, runs in ((one, eager), (two, replayed)):
+        in_turn(runs, 2)
+        folded.leave(runs[:1])
+        in_turn(runs[1:], 4)
+        in_turn(runs[:1], 1)  # by itself
+    assert tape.num_captures == 1 + 2
+    for each, other in zip(eager, replayed, strict=True):
+        assert different(each.state_dict(), other.state_dict(), ignore=["seconds"]) == []
+
+
+def test_a_captured_fold_goes_on_from_where_it_was_put_away():
+    whole, first, _, _, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
+    _, second, _, _, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
+    in_turn(whole, 9)
+    in_turn(first, 4)
+    in_turn(second, 2)  # captured already, and from elsewhere
+    for one, two in zip(first, second, strict=True):
+        two.load_state_dict(one.state_dict())
+    for one, two in zip(whole, in_turn(second, 5), strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+
+
+def test_a_fold_that_cannot_be_captured_says_why_once_and_goes_on(capsys):
+    tell.cache_clear()
+    eager, replayed, _, _, tape = captured_and_not(*MLP, "optimizer=adam", "optimizer.fused=false")
+    for one, two in zip(in_turn(eager, 4), in_turn(replayed, 4), strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+    assert capsys.readouterr().err.count("engine=graph: of the optimizers only") == 1 and tape.num_captures == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [MLP, LENET], ids=["mlp", "lenet"])
+def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        eager, replayed = (members(*size, *ADAM, "device=cuda", rates=(1, 2, 1), double=False) for _ in range(2))
+        Fold(eager)
+        Fold(replayed, CapturedStack)
+        in_turn(eager, 9)
+        in_turn(replayed, 9)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(eager, replayed, strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+
+
 # ---------------------------------------------------------------- who is folded with whom
 
 
@@ -377,7 +465,8 @@ TWO = ("train", "-m", *SMALL, "seed=0,1", "replicas=2", "out=sweep")
         ((*TWO, "replicas=1,2"), "replicas=1,2: belongs to the sweep as a whole; give one value"),
         (("compare", *SMALL, "seed=0,1", "replicas=1,2"), "compare: nothing varies but the seed"),
         ((*TWO, "hydra/launcher=joblib"), "replicas=2 and hydra/launcher=joblib: folded runs share one process"),
-        ((*TWO, "engine=compile"), "replicas=2: the engines capture or compile the step of one run"),
+        ((*TWO, "engine=compile"), "replicas=2: bnexp.engines.compile.compiled makes the step of one run"),
+        ((*TWO, "engine=graph"), "engine=graph: a CUDA graph needs a GPU"),
         ((*TWO, "precision=bf16"), "replicas=2 and precision=bf16: autocast does not see what torch.vmap makes of"),
         ((*TWO, "channels_last=true"), "replicas=2 and channels_last=true: what is stacked has one memory format"),
         ((*TWO, "probe=[shapes,gradients]"), "replicas=2 and probe=gradients: it compares a run before and after"),

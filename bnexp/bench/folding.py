@@ -1,4 +1,4 @@
-"""Many small runs as one (``replicas``) beside the same runs captured and one after the other."""
+"""Many small runs as one (``replicas``) beside the same runs one after the other, both captured."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from bnexp.bench.epochs import Case, Make, training_only
 from bnexp.bench.goals import FOLDED, Row, ratio
 from bnexp.bench.turns import Stopwatch, in_turns
+from bnexp.engines.graph_fold import CapturedStack
 from bnexp.fold import Fold
 from bnexp.run import Run
 
@@ -15,14 +16,14 @@ from bnexp.run import Run
 def fold_rows(
     make: Make, case: Case, rounds: int, device: torch.device, num_runs: int = 32, engine: str = "graph"
 ) -> list[Row]:
-    """Seconds until each of the runs has had an epoch: one after the other with ``engine``, and folded."""
+    """Seconds until each of the runs has had an epoch: one after the other with ``engine``, and folded, with it too."""
 
     def runs(engine: str) -> list[Run]:
         made = (make([*case.overrides, f"engine={engine}", f"seed={seed}"])[0] for seed in range(num_runs))
         return [training_only(run, case.num_steps) for run in made]
 
-    apart, together = runs(engine), runs("eager")
-    Fold(together)
+    apart, together = runs(engine), runs(engine)
+    Fold(together, CapturedStack if engine == "graph" else None)
 
     def epoch(groups: Sequence[Sequence[Run]]) -> float:
         """Each group in lockstep, one group after the other."""

@@ -4,16 +4,13 @@ Captured are the gathering of the batch, augmentation, forward, backward, the op
 meter. The host only counts along, shuffles once an epoch and reads what was measured. Evaluation has graphs of its own.
 """
 
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from time import perf_counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from bnexp.data.dataset import Split
+from bnexp.engines.capture import Counter, CudaGraphs, Replayed, check_warmup, tell, why_not
 from bnexp.errors import UserError
 from bnexp.meter import Measured, Meter
 from bnexp.run import Run
@@ -27,40 +24,14 @@ def require_device(device: torch.device) -> None:
 
 def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
     """Steps by :class:`Captured`; eager ones, and stderr says why, where a step cannot be captured."""
-    if type(warmup_steps) is not int or warmup_steps < 1:
-        raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
-    if reason := why_not(run):
-        return told(reason, run.eager_step)
-    return Captured(run, CudaGraphs(), warmup_steps).step
-
-
-def told(reason: str, step: Callable[[], None]) -> Callable[[], None]:
-    print(f"bnexp: warning: engine=graph: {reason}; going step by step as engine=eager does", file=sys.stderr)
-    return step
-
-
-def why_not(run: Run) -> str | None:
-    """What about the run is known not to be capturable, None if nothing is."""
-    if not all(group.get("fused") for group in run.optimizer.param_groups):
-        name = type(run.optimizer).__name__
-        return f"of the optimizers only SGD, Adam and AdamW with optimizer.fused=true can be captured, this is {name}"
+    check_warmup(warmup_steps)
+    reason = why_not(run.optimizer)
     if run.scaler.is_enabled():
-        return "the loss scaler of precision=fp16 asks the device at every step; precision=bf16 needs none"
-    return None
-
-
-class Counter:
-    """A number on the device that a captured step moves, and what the host knows it to be."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.zeros(1, dtype=torch.int64, device=device)
-        self.known = 0
-
-    def put(self, value: int) -> None:
-        """Set it, if it is not that already."""
-        if value != self.known:
-            self.tensor.fill_(value)
-            self.known = value
+        reason = "the loss scaler of precision=fp16 asks the device at every step; precision=bf16 needs none"
+    if reason:
+        tell(reason)
+        return run.eager_step
+    return Captured(run, CudaGraphs(), warmup_steps).step
 
 
 class StaticMeter(Meter):
@@ -115,142 +86,59 @@ class StaticMeter(Meter):
         return super().state_dict()
 
 
-class CudaGraphs:
-    """How CUDA captures: the seam at which a test can put in another recorder."""
-
-    @contextmanager
-    def warming_up(self) -> Iterator[None]:
-        """A side stream, as captures have, on which it is an error to wait for the device."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        before = torch.cuda.get_sync_debug_mode()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the debug mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                yield
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-        current.wait_stream(stream)
-
-    def capture(self, function: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record what ``function`` does and return what does it again; ``generators`` move on with every replay."""
-        graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            function()
-        return graph.replay
-
-
-class Captured:
-    """The steps of one run by replay, bit for bit those of the eager engine on the same device.
-
-    The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, which
-    comes with the second, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers);
-    all that they moved is put back. A short last batch has a graph of its own.
-    """
+class Captured(Replayed):
+    """The steps of one run by replay, bit for bit those of the eager engine on the same device."""
 
     def __init__(self, run: Run, graphs: CudaGraphs, warmup_steps: int) -> None:
-        self.run, self.graphs, self.warmup_steps = run, graphs, warmup_steps
-        run.meter = self.meter = StaticMeter(run.device)
-        run.tally = self.tally
+        super().__init__(graphs, warmup_steps, run.device, run.batches.batch_size, run.optimizer)
+        self.run = run
         self.order = torch.empty_like(run.batches.order)
-        self.places = torch.arange(run.batches.batch_size, device=run.device)
-        self.start, self.at = Counter(run.device), Counter(run.device)  # of the batch in the epoch; of the step
         self.drawn: Tensor | None = None  # the order that was last copied to ``order``
         self.rates: list[Tensor] = []
-        self.replays: dict[int, tuple[Callable[[], None], list[Tensor | None]]] = {}
+        self.meter = StaticMeter(run.device)
         self.tallies: dict[int, tuple[Split, Callable[[], None], list[Tensor]]] = {}
-        self.has_stepped = self.has_failed = False
 
     def step(self) -> None:
-        start, end = self.run.batches.advance()
-        size = end - start
-        self.put(start)
-        if not self.has_stepped or (size not in self.replays and not self.capture(size)):
-            self.device_step(size)
-        else:
-            replay, gradients = self.replays[size]
-            for p, gradient in zip(self.run.parameters, gradients, strict=True):
-                p.grad = gradient  # where this graph leaves it, for whoever looks
-            replay()
-        self.has_stepped = True
-        self.start.known += size
-        self.at.known += 1
-        self.meter.count(size)
-
-    def put(self, start: int) -> None:
-        """Have on the device what the host alone knows: a new epoch's order, and where a loaded run stands."""
         run = self.run
+        if run.meter is not self.meter:
+            self.take_hold()
+        start, end = run.batches.advance()
         if self.drawn is not run.batches.order:
             self.order.copy_(run.batches.order)
             self.drawn = run.batches.order
-        if not self.rates:
-            factors = [run.schedule(k, run.total_steps) for k in range(run.total_steps)]
-            for group in run.optimizer.param_groups:
-                rates = torch.tensor([group["base_lr"] * factor for factor in factors], device=run.device)
-                self.rates.append(rates.to(group["lr"].dtype))
-        self.start.put(start)
-        self.at.put(run.num_steps)
+        self.take(start, run.num_steps, end - start)
+        self.meter.count(end - start)
+        run.setup_seconds, self.setup_seconds = run.setup_seconds + self.setup_seconds, 0.0
+
+    def take_hold(self) -> None:
+        """Put what captured steps need in the place of the run's own; a run in a fold never comes here."""
+        run = self.run
+        self.meter.load_state_dict(run.meter.state_dict())
+        run.meter, run.tally = self.meter, self.tally
+        factors = [run.schedule(k, run.total_steps) for k in range(run.total_steps)]
+        for group in run.optimizer.param_groups:
+            rates = torch.tensor([group["base_lr"] * factor for factor in factors], device=run.device)
+            self.rates.append(rates.to(group["lr"].dtype))
 
     def device_step(self, size: int) -> None:
-        """A step of ``size`` images with nothing from the host in it: what is captured."""
         run = self.run
-        images, labels = run.batches.gather(self.order.index_select(0, self.start.tensor + self.places[:size]))
+        images, labels = run.batches.gather(self.order.index_select(0, self.picked(size)))
         for group, rates in zip(run.optimizer.param_groups, self.rates, strict=True):
             group["lr"].copy_(rates.index_select(0, self.at.tensor).view(()))
         loss, logits = run.loss(images, labels)
         found = run.descend(loss)
         self.meter.record(loss.detach(), logits.detach(), labels, found)
-        self.start.tensor.add_(size)
-        self.at.tensor.add_(1)
+        self.move_on(size)
 
-    def capture(self, size: int) -> bool:
-        """Capture steps of ``size`` images, moving nothing; False, said once, if that cannot be done."""
-        if self.has_failed:
-            return False
-        began = perf_counter()
-        run = self.run
-        asking = [group for group in run.optimizer.param_groups if "capturable" in group]
-        try:
-            for _ in range(self.warmup_steps):
-                with self.undone(), self.graphs.warming_up():
-                    self.device_step(size)
-            for group in asking:
-                group["capturable"] = True  # the kernel is the same
-            run.optimizer.zero_grad(set_to_none=True)
-            with self.undone():
-                replay = self.graphs.capture(lambda: self.device_step(size), [run.batches.generator])
-        except RuntimeError as error:
-            self.has_failed = True
-            told(f"the step cannot be captured ({str(error).strip().splitlines()[0]})", run.eager_step)
-            return False
-        finally:
-            for group in asking:
-                group["capturable"] = False
-        self.replays[size] = replay, [p.grad for p in run.parameters]
-        run.setup_seconds += perf_counter() - began
-        return True
+    def generators(self) -> list[torch.Generator]:
+        return [self.run.batches.generator]
 
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """Put everything back that a step moves: weights, buffers, the optimizer's state, generators, counters."""
-        run = self.run
-        state = [value for values in run.optimizer.state.values() for value in values.values()]
-        rates = [group["lr"] for group in run.optimizer.param_groups]
-        counters = [self.start.tensor, self.at.tensor, self.meter.next.tensor, *self.meter.buffers.values()]
-        moved = [*run.model.parameters(), *run.model.buffers(), *state, *rates, *counters]
-        moved = [tensor for tensor in moved if isinstance(tensor, Tensor)]
-        kept, drawn = [tensor.detach().clone() for tensor in moved], run.batches.generator.get_state()
-        try:
-            with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-                yield
-        finally:
-            run.batches.generator.set_state(drawn)
-            with torch.no_grad():
-                for tensor, value in zip(moved, kept, strict=True):
-                    tensor.copy_(value)
+    def learned(self) -> list[Tensor]:
+        return self.run.parameters
+
+    def moved(self) -> Iterable[Tensor]:
+        model = self.run.model
+        return *model.parameters(), *model.buffers(), self.meter.next.tensor, *self.meter.buffers.values()
 
     def tally(self, split: Split) -> tuple[Tensor, Tensor]:
         """:meth:`Run.tally_of` the run's model in evaluation mode, by a graph per split."""
