@@ -72,7 +72,7 @@ def explain(error: Exception, given: str) -> str:
 
 def nearest_setting(key: str) -> str:
     """`` (did you mean X?)`` among all settings of the default config, by the whole name or its last part."""
-    from bnexp.commands import composed
+    from bnexp.compose import composed
 
     cfg = OmegaConf.to_container(composed([]))
     known = [*cfg, *(f"{group}.{name}" for group in GROUPS for name in cfg[group] if not name.startswith("_"))]

@@ -16,8 +16,8 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from bnexp import build, progress
-from bnexp.commands import composed, session
 from bnexp.compare import COLUMNS, Contestant, lockstep, standings
+from bnexp.compose import composed, session
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.explain import explained

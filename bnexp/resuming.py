@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp import build
-from bnexp.commands import finish, open_journal, stored_config
+from bnexp.commands import finish, open_journal
+from bnexp.compose import stored_config
 from bnexp.errors import UserError
 from bnexp.folder import CONFIG, DONE, in_other_hands, read_status, taken
 from bnexp.sweep import flat

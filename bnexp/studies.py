@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from bnexp.cli import choices, conf_dir, nearest
-from bnexp.commands import session
+from bnexp.compose import session
 from bnexp.epochs import epoch_tables
 from bnexp.errors import UserError
 from bnexp.expectations import Expectation, Finding, judge

@@ -22,7 +22,7 @@ from bnexp.bench.loop_settings import Settings, parse
 from bnexp.bench.rivals import bare_loop, pictures, prepared, tutorial_loop
 from bnexp.bench.tables import spread
 from bnexp.bench.turns import Stopwatch, Time, in_turns
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.errors import UserError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 from bnexp import build
 from bnexp.cli import GROUPS, choices, conf_dir
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.errors import UserError
 from bnexp.optim import make_optimizer, parameter_groups, set_learning_rate
 

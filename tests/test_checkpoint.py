@@ -8,7 +8,7 @@ import torch
 from test_loop import built, different, flat, lines_of, toy
 
 from bnexp import build, checkpoint
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.errors import UserError
 from bnexp.folder import Status
 from bnexp.journal import Journal, merit

@@ -12,8 +12,8 @@ from test_sweep import NAMES, SMALL, SWEEP, numbers, snapshot, statuses, step_th
 
 from bnexp import build, multirun
 from bnexp.cli import main
-from bnexp.commands import composed
 from bnexp.compare import Contestant, lockstep, standings
+from bnexp.compose import composed
 from bnexp.folder import read_status
 from bnexp.loop import Interrupted, Journal, Plan
 from bnexp.run import Run

@@ -11,7 +11,7 @@ import torch
 from test_loop import lines_of, toy
 
 from bnexp import build, device
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.folder import read_status
 from bnexp.loop import Journal, Plan, drive
 from bnexp.progress import NullProgress

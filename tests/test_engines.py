@@ -9,7 +9,7 @@ from test_loop import different
 
 from bnexp import build
 from bnexp.cli import choices
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.engines.capture import tell
 from bnexp.engines.graph import Captured, captured
 from bnexp.optim import keep_rates_on

@@ -18,7 +18,7 @@ FLOORS = (
     "writer progress probes",
     "loop compare report records bench parity shapes timing summary variants verdict figure advice expectations epochs"
     " probe_figure page inspection diagnosis findings featuremaps journal",
-    "cli config build replicas targets commands explain sweep threads job multirun studies resuming __main__",
+    "cli config build compose replicas targets commands explain sweep threads job multirun studies resuming __main__",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 PARTS = FLOORS[1].split()

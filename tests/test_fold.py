@@ -16,8 +16,8 @@ from torch import nn
 
 from bnexp import build, fold, replicas
 from bnexp.cli import choices
-from bnexp.commands import composed
 from bnexp.compare import Contestant, lockstep
+from bnexp.compose import composed
 from bnexp.engines.capture import tell
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from test_hostile import INSPECT, OUT, REPORT, RESUME, attack, run, runs  # noqa: F401 (fixtures)
 
 from bnexp.cli import GROUPS, choices
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.errors import UserError
 from bnexp.records import read_runs
 from bnexp.sweep import flat

@@ -3,7 +3,7 @@
 import pytest
 
 from bnexp import build
-from bnexp.commands import composed
+from bnexp.compose import composed
 
 # Computed at a commit that measured everything by hand-written references, before there were engines. A change of the
 # initial weights, of the order of the images, of the preparation, of a schedule or of a norm moves the third decimal.

@@ -22,7 +22,7 @@ from torch import nn
 
 from bnexp import build, checkpoint, featuremaps, findings
 from bnexp.cli import main
-from bnexp.commands import stored_config
+from bnexp.compose import stored_config
 from bnexp.diagnosis import Diagnosis, NormStatistics, Score, batch_logits, batches_of, diagnose
 from bnexp.folder import read_status
 from bnexp.inspection import Question, inspect

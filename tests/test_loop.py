@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnexp import build, checkpoint
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
 from bnexp.errors import StorageError

@@ -11,7 +11,7 @@ from torch import nn
 
 from bnexp import build
 from bnexp.cli import choices
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.data.dataset import Split
 from bnexp.errors import UserError
 from bnexp.loop import Journal, advance, drive

@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from bnexp import job
-from bnexp.commands import composed, quick_imports
+from bnexp.compose import composed
 from bnexp.data import digits
 from bnexp.data.digits import Digits
 from bnexp.optim import without_compiler
+from bnexp.process import quick_imports
 from bnexp.sweep import NAME
 
 # What a run has no use for, and takes from 0.1 s to several to import.
@@ -24,9 +25,10 @@ HEAVY = {"IPython", "PIL", "joblib", "matplotlib", "pandas", "scipy", "sklearn",
 FIRST_STEP = """
 import gc, json, os, sys, time
 from bnexp import cli, commands
+from bnexp.process import quick_imports
 
 def patched(cfg, overrides):
-    with commands.quick_imports():
+    with quick_imports():
         from bnexp.run import Run
     step = Run.step
     def stepped(run):

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from bnexp import build, studies
 from bnexp.cli import choices
-from bnexp.commands import composed, session
+from bnexp.compose import composed, session
 
 TINY = """\
 title: A network that is trained knows more than one that is not

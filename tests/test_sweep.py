@@ -13,7 +13,7 @@ import pytest
 
 from bnexp import multirun
 from bnexp.cli import main
-from bnexp.commands import session
+from bnexp.compose import session
 from bnexp.folder import read_status
 from bnexp.run import Run
 

@@ -18,7 +18,7 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups, metadata
 
-from bnexp.commands import composed
+from bnexp.compose import composed
 from bnexp.errors import UserError
 from bnexp.folder import claim, claim_new, read_status
 from bnexp.readings import Histogram, Image, Scalar, Table

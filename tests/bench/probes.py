@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from bnexp import build  # noqa: E402
 from bnexp.cli import conf_dir  # noqa: E402
-from bnexp.commands import composed  # noqa: E402
+from bnexp.compose import composed  # noqa: E402
 from bnexp.folder import Status  # noqa: E402
 from bnexp.loop import Journal, drive  # noqa: E402
 from bnexp.progress import NullProgress  # noqa: E402
