@@ -1,10 +1,10 @@
 """The idx format of the MNIST family: a magic number, the sizes, then one byte per value; often gzipped."""
 
 import gzip
-import io
 import math
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -25,26 +25,36 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     Layout: bytes 0, 0, 8 (unsigned byte), number of dimensions; each size as a big-endian int32; the values.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            with gzip.open(io.BytesIO(content)) as file:
-                content = file.read(MOST_BYTES + 1)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header = file.read(4 + 4 * num_dims)
+            if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
+                raise damaged(path, f"it does not begin as an idx file of {num_dims} dimensions does")
+            shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
+            if math.prod(shape) > MOST_BYTES:
+                raise damaged(path, f"it announces {math.prod(shape):,} bytes, more than {MOST_BYTES:,}")
+            values = torch.empty(shape, dtype=torch.uint8)
+            num_bytes = fill(values, file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise damaged(path, f"it cannot be unzipped ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if len(content) > MOST_BYTES:
-        raise damaged(path, f"it holds more than {MOST_BYTES:,} bytes")
-    start = 4 + 4 * num_dims
-    if len(content) < start or content[:4] != bytes((0, 0, 8, num_dims)):
-        raise damaged(path, f"it does not begin as an idx file of {num_dims} dimensions does")
-    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-    if len(content) - start != math.prod(shape):
+    if num_bytes != values.numel():
         sizes = "x".join(map(str, shape))
-        num_bytes = len(content) - start
-        raise damaged(path, f"it announces {math.prod(shape)} bytes ({sizes}) and holds {num_bytes}")
-    # A bytearray, because torch wants memory that may be written to.
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
+        held = f"holds {num_bytes}" if num_bytes < values.numel() else "holds more"
+        raise damaged(path, f"it announces {values.numel()} bytes ({sizes}) and {held}")
+    return values
+
+
+def fill(values: Tensor, file: BinaryIO) -> int:
+    """Put the bytes that are left in ``file`` into ``values``; returns how many they are, one too many for more.
+
+    A MiB at a time and straight into their place: to touch new memory takes longer than to unzip.
+    """
+    place = memoryview(values.numpy()).cast("B") if values.numel() else memoryview(b"")
+    done = 0
+    while done < len(place) and (count := file.readinto(place[done : done + 2**20])):
+        done += count
+    return done + len(file.read(1))
 
 
 def damaged(path: Path, what: str) -> UserError:
