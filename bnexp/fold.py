@@ -247,12 +247,16 @@ def copy_values(model: nn.Module, state: dict, prefix: str, metadata: dict) -> N
 
 def draw(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
     """The next batch of each: images (runs, B, ...) and labels (runs, B)."""
-    if batches[0].dataset.augment == "none":
-        places = [each.advance() for each in batches]  # which may begin an epoch, with an order of its own
-        picked = torch.stack([each.order[start:end] for each, (start, end) in zip(batches, places, strict=True)])
-        images, labels = batches[0].gather(picked.flatten())  # of like data
+    places = [slice(*each.advance()) for each in batches]  # which may begin an epoch, with an order of its own
+    return gather(batches, torch.stack([each.order[place] for each, place in zip(batches, places, strict=True)]))
+
+
+def gather(batches: Sequence[Batches], picked: Tensor) -> tuple[Tensor, Tensor]:
+    """The images at the indices ``picked`` (runs, B) and their labels, each run's as its own batches prepare them."""
+    if batches[0].dataset.augment == "none":  # they have the same data
+        images, labels = batches[0].gather(picked.flatten())
         return images.unflatten(0, picked.shape), labels.view_as(picked)
-    images, labels = zip(*map(next, batches), strict=True)
+    images, labels = zip(*(each.gather(own) for each, own in zip(batches, picked, strict=True)), strict=True)
     return torch.stack(images), torch.stack(labels)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bnexp.engines.capture import CudaGraphs, Replayed, tell, why_not
-from bnexp.fold import Stack
+from bnexp.fold import Stack, gather
 from bnexp.run import Run
 
 
@@ -64,13 +64,7 @@ class ReplayedStack(Replayed):
         return list(zip(*(each.clone() for each in measured), strict=True))
 
     def device_step(self, size: int) -> tuple[Tensor, ...]:
-        picked = self.orders.index_select(1, self.picked(size))
-        if self.batches[0].dataset.augment == "none":
-            images, labels = self.batches[0].gather(picked.flatten())  # of like data
-            images, labels = images.unflatten(0, picked.shape), labels.view_as(picked)
-        else:  # every run by its own luck
-            drawn = [batches.gather(places) for batches, places in zip(self.batches, picked, strict=True)]
-            images, labels = map(torch.stack, zip(*drawn, strict=True))
+        images, labels = gather(self.batches, self.orders.index_select(1, self.picked(size)))
         torch._foreach_copy_(self.set_rates, list(self.rates.index_select(0, self.at.tensor).squeeze(0).unbind()))
         loss, logits, found = self.stack.descend(images, labels)
         self.move_on(size)
