@@ -5,6 +5,7 @@ What a step is, of one run or of many, say :mod:`bnexp.engines.graph` and :mod:`
 
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -80,7 +81,7 @@ class CudaGraphs:
         return graph.replay
 
 
-class Replayed:
+class Replayed(ABC):
     """Steps of one batch size that are captured once and replayed, bit for bit those that are not captured.
 
     The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, which
@@ -101,21 +102,21 @@ class Replayed:
         self.has_stepped = self.has_failed = False
         self.setup_seconds = 0.0
 
+    @abstractmethod
     def device_step(self, size: int) -> Any:
         """A step of ``size`` images with nothing from the host in it: what is captured, and what it returns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def generators(self) -> list[torch.Generator]:
         """Those that a step draws from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learned(self) -> list[Tensor]:
         """All that has a gradient after a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moved(self) -> Iterable[Tensor]:
         """All that a step changes, but for the generators and what :class:`Replayed` has of its own."""
-        raise NotImplementedError
 
     def take(self, start: int, at: int, size: int) -> Any:
         """Step ``at``, whose batch begins at ``start``. What it returns may be overwritten by the next."""
