@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,11 @@ def finite(value: Any) -> Any:
 def write_json(path: Path, content: dict) -> None:
     """Replace ``path`` in one move, so that a reader sees the old or the new and never half of one."""
     scratch = path.with_name(f".{path.name}.new")  # whoever writes holds the run's lock
-    with writing(path):
-        try:
-            scratch.unlink(missing_ok=True)  # what lies there may be a link
-            with open(scratch, "x") as file:
-                file.write(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+    with writing(path), removed_if_broken_off(scratch):
+        scratch.unlink(missing_ok=True)  # what lies there may be a link
+        with open(scratch, "x") as file:
+            file.write(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+        os.replace(scratch, path)
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -94,10 +91,19 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         scratch = folder / f".{name}.{os.getpid()}"
-        try:
+        with removed_if_broken_off(scratch):
             scratch.unlink(missing_ok=True)
             with open(scratch, "xb") as file:
                 file.write(content)
             os.replace(scratch, folder / name)
-        finally:
+
+
+@contextmanager
+def removed_if_broken_off(scratch: Path) -> Iterator[None]:
+    """Leave no half of a file behind. Once it has its name nothing is done any more that could fail."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the one that is on its way says more
             scratch.unlink(missing_ok=True)
+        raise

@@ -37,6 +37,14 @@ def every_status():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c_is_heard():
+    """Whoever starts the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return traced(tmp_path_factory.mktemp("undisturbed"))
