@@ -30,6 +30,38 @@ bnexp train model=resnet norm=scratch                the textbook batch norm in 
 bnexp train data=mnist optimizer=sgd optimizer.lr=0.1 schedule=cosine epochs=10
 bnexp summary model=densenet data.size=224           layers, shapes, parameters
 bnexp compare norm=none,library 'seed=range(5)'      does batch norm help, and how sure is that"""
+USAGE = {
+    "resume": """\
+usage: bnexp resume RUN
+
+Goes on with an interrupted run from its last checkpoint, in its own folder and with its own settings.
+bnexp train ... out=RUN resume=true begins the run if there is none yet, and else does the same.""",
+    "rerun": """\
+usage: bnexp rerun RUN [setting=value] ... [out=DIR]
+
+Trains once more with the settings of a run, but for those given, in a folder of its own.
+Settings are those of bnexp train --help.""",
+    "summary": """\
+usage: bnexp summary [model=NAME] [norm=NAME] [setting=value] ...
+
+Prints the layers of a model with their shapes and parameters, and where norms sit; reads no data and writes nothing.
+Settings are those of bnexp train --help.""",
+    "compare": """\
+usage: bnexp compare norm=none,library 'seed=range(5)' [setting=value] [baseline=norm=none] [out=DIR]
+
+Trains every combination in lockstep and says how each variant differs from the baseline, the first.
+Settings are those of bnexp train --help.""",
+    "study": """\
+usage: bnexp study [NAME [quick=true | full=true] [setting=value] [variants.ROLE=override] [out=DIR]]
+
+Without a name, lists the studies. A study trains its variants with at least three seeds, writes what compare writes,
+and ends with each expectation, the number found, and whether it holds; exit code 3 if one does not. NAME may
+also be a yaml file of your own.""",
+    "completion": """\
+usage: eval "$(bnexp completion)"
+
+Prints the bash script that completes commands, groups and values.""",
+}  # the other commands build theirs from what they take
 BASH = """\
 # bash completion for bnexp; load it with: eval "$(bnexp completion)"
 _bnexp() {
@@ -74,6 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
         from importlib.metadata import version  # takes as long as all else here together
 
         print(f"bnexp {version('bnexp')}")
+        return 0
+    if command in USAGE and {"-h", "--help"} & set(rest):
+        print(USAGE[command])
         return 0
     try:
         if command == "completion":

@@ -150,13 +150,6 @@ def rerun(arguments: list[str]) -> int:
 
 def compare(arguments: list[str]) -> int:
     """``bnexp compare``, see :func:`bnexp.multirun.compare`."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(
-            "usage: bnexp compare norm=none,library 'seed=range(5)' [setting=value] [baseline=norm=none] [out=DIR]\n\n"
-            "Trains every combination in lockstep and says how each variant differs from the baseline, the first.\n"
-            "Settings are those of bnexp train --help."
-        )
-        return 0
     if flags := [word for word in arguments if word.startswith("-")]:
         raise UserError(f"{flags[0]}: compare takes settings only, several values need no flag: norm=none,library")
     with quick_imports():

@@ -58,6 +58,8 @@ def stored_config(folder: Path) -> DictConfig:
     """The config of a run folder, as typed and as strict as one from the command line."""
     from bnexp.folder import CONFIG
 
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give that of a run")
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of one")
     try:

@@ -20,8 +20,13 @@ FREE_TO_CHANGE = ("out", "quiet", "allow", "resume")  # between two starts of on
 
 def resume(arguments: list[str]) -> int:
     """``bnexp resume RUN``: go on with an interrupted run, in its folder, from its last checkpoint."""
-    if len(arguments) != 1:
-        raise UserError("resume: give the folder of one interrupted run: bnexp resume outputs/DATE/RUN")
+    if not arguments:
+        raise UserError("resume: which run? Give the folder of an interrupted one: bnexp resume outputs/DATE/RUN")
+    if len(arguments) > 1:
+        raise UserError(
+            f"{' '.join(arguments[1:])}: resume takes the folder of one run and nothing else, for the run keeps its "
+            "settings; bnexp rerun trains with others, in a folder of its own"
+        )
     folder = Path(arguments[0])
     if ended := go_on(stored_config(folder), folder):
         raise UserError(f"{folder}: this run is {ended}, nothing is left to do; bnexp rerun repeats it")

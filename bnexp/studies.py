@@ -35,12 +35,6 @@ UNEXPECTED = 3  # the exit code of a study whose runs are fine and whose expecta
 FORMS = ("quick", "full")
 HOW = ("compare", "sweep")
 THE_USERS = ("out", "allow", "resume")  # settings that a study has no say in
-USAGE = """\
-usage: bnexp study [NAME [quick=true | full=true] [setting=value] [variants.ROLE=override] [out=DIR]]
-
-Without a name, lists the studies. A study trains its variants with at least three seeds, writes what compare writes,
-and ends with each expectation, the number found, and whether it holds; exit code 3 if one does not. NAME may
-also be a yaml file of your own."""
 
 
 @dataclass
@@ -90,9 +84,6 @@ class Study:
 
 def study(arguments: Sequence[str]) -> int:
     """``bnexp study [NAME [overrides]]``: 3 if an expectation does not hold, 1 if a run failed."""
-    if any(word in ("-h", "--help") for word in arguments):
-        print(USAGE)
-        return 0
     if not arguments:
         list_studies()
         return 0

@@ -137,6 +137,30 @@ def test_every_example_of_the_help_names_what_exists(bnexp, capsys):
             assert group not in GROUPS or set(value.split(",")) <= set(choices(group))
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, flag, bnexp, capsys):
+    assert bnexp(command, flag) == 0
+    said = capsys.readouterr()
+    assert re.search(rf"bnexp {command}\b", said.out.splitlines()[0])
+    assert not said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "resume: which run? Give the folder of an interrupted one"),
+        (["run", "epochs=3"], "epochs=3: resume takes the folder of one run and nothing else"),
+        (["run", "other"], "other: resume takes the folder of one run and nothing else"),
+        (["nowhere"], "nowhere: no such folder; give that of a run"),
+        (["."], ".: holds no run, there is no config.yaml in it"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(arguments, complaint, bnexp, capsys):
+    assert bnexp("resume", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"bnexp: error: {complaint}")
+
+
 def test_the_version_is_that_of_the_package(bnexp, capsys):
     assert bnexp("--version") == 0
     assert re.fullmatch(r"bnexp \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)

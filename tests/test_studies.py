@@ -131,11 +131,6 @@ def test_alone_it_lists_every_study_with_its_source_and_time(bnexp, capsys):
         assert studies.load(name).takes in printed
 
 
-def test_help_says_what_can_be_given(bnexp, capsys):
-    assert bnexp("study", "--help") == 0
-    assert "quick=true" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -279,7 +279,7 @@ def test_a_rerun_takes_other_values_and_other_entries(train, rerun):
         (["run-1", "seed=0,1"], "seed=0,1: rerun takes one config"),
         (["run-1", "epochs=many"], "epochs"),
         (["run-1", "out=run-1"], "already holds a run"),
-        (["nowhere"], "nowhere: holds no run"),
+        (["nowhere"], "nowhere: no such folder; give that of a run"),
         ([], "which run?"),
         (["seed=1"], "which run?"),
     ],
