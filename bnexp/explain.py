@@ -13,6 +13,15 @@ from yaml import YAMLError
 from bnexp.cli import GROUPS, choices, nearest
 from bnexp.errors import UserError
 
+KINDS = {  # by what OmegaConf says of a value that is of another kind
+    "converted to Integer|field of type 'int'": "a whole number",
+    "converted to Float|field of type 'float'": "a number",
+    "not a valid bool|field of type 'bool'": "true or false",
+    "to string: |field of type 'str'": "a single word",
+    "is not a ListConfig|field of type 'list": "a list, written key=[a,b],",
+    "is not Optional": "a value",
+}
+
 
 @contextmanager
 def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
@@ -52,9 +61,9 @@ def explain(error: Exception, given: str) -> str:
         if key == "study":
             return "study: is no setting but a command of its own: bnexp study NAME"
         return f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all"
-    if found := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)\s+full_key: (\S+)", text):
-        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[2], found[2])
-        return f"{found[3]}={found[1]}: {kind} is expected"
+    for sign, kind in KINDS.items():
+        if found := re.search(rf"(?:{sign})[\s\S]*full_key: (\S+)", text):
+            return f"{what_was_given(text, found[1], given)}: {kind} is expected"
     if found := re.search(r"LexerNoViableAltException: (.*)", text):
         name, equals, value = found[1].partition("=")
         if not equals:
@@ -64,10 +73,23 @@ def explain(error: Exception, given: str) -> str:
         return f"{found[1]}: not a setting; write it as name=value"
     if found := re.search(r"(?:no viable alternative|mismatched|extraneous|token recognition).*", text):
         return f"cannot read {given}: {found[0]}; quote values that hold spaces, commas or brackets"
+    if "Config group override must be a string" in text:
+        for group in (*GROUPS, "probe"):
+            found = re.search(rf"(?:^| ){group}=(\S*)", given)
+            if found and found[1] not in choices(group):
+                return f"{group}={found[1]}: a name is expected; choose among {', '.join(choices(group))}"
     if not isinstance(error, (HydraException, OmegaConfBaseException, YAMLError, ValueError)):
         text = f"{type(error).__name__}: {text}"
     text = " ".join(line.strip() for line in text.strip().splitlines() if line.strip())
     return text if any(word in text for word in given.split()) else f"cannot use {given}: {text}"
+
+
+def what_was_given(text: str, key: str, given: str) -> str:
+    """``key=value``, from what OmegaConf says of it, behind the file that it stands in if it does in one."""
+    override = re.search(r"^Error merging override (.*)", text)
+    value = re.search(r"(?:[Vv]alue|to string:) '(.*?)'(?: of | is | for |\n)", text)
+    what = override[1] if override else f"{key}={value[1]}" if value else key
+    return what if "=" in given else f"{given}: {what}"
 
 
 def nearest_setting(key: str) -> str:
