@@ -166,7 +166,7 @@ def test_a_config_that_no_run_wrote_is_refused_by_name(name, run, attack):
         ("_target_", "17", "_target_=17"),
         ("seed", "one", "run/config.yaml: seed=one: a whole number is expected"),
         ("batch_size", "null", "run/config.yaml: batch_size=None: a whole number is expected"),
-        ("quiet", "perhaps", "run/config.yaml: quiet=perhaps: true or false is expected"),
+        ("drop_last", "perhaps", "run/config.yaml: drop_last=perhaps: true or false is expected"),
         ("keep", "[last]", "run/config.yaml: keep=['last']: a single word is expected"),
         ("lr", "fast", "optimizer.lr=fast: a number is expected"),
         ("hidden", "{a: 1}", "model.hidden"),
