@@ -24,23 +24,25 @@ from bnexp.foreign import UNPRINTABLE, number, printable, read_json
 
 CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
 PROBES = "probes.jsonl"
+WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
 OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # how names of what a run writes begin
 STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake of readings alone
 DONE = ("finished", "diverged")  # results; every other status leaves something to do
 
 
 def check_free(path: Path) -> None:
-    """Refuse, before any work, a folder that holds a run or cannot be written."""
+    """Refuse, before any work, a folder that cannot be written, or holds a run or what is left of one."""
     try:
         check_own(path)
-        is_run = any((path / name).exists() for name in (CONFIG, STATUS))
+        found = {each.name: each for pattern in WRITTEN for each in path.glob(pattern)}
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # a name that is too long, say
         raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
-    if is_run:
+    if found:
         if is_taken(path):
             raise in_other_hands(path)
-        raise UserError(f"out={path}: already holds a run, which is never overwritten; choose another folder")
+        what = "a run" if {CONFIG, STATUS} & {*found} else next(iter(found))
+        raise UserError(f"out={path}: already holds {what}, which is never overwritten; choose another folder")
     if not existing.is_dir():
         raise UserError(f"out={path}: {existing} is a file; choose a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -89,6 +89,8 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
             out = None if override.value() is None else str(override.value())
+            if out == "":
+                raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
             if out and re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
                 raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
         elif key == "sweep_order":
@@ -156,6 +158,7 @@ def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Pa
             return folder
     folder = Path(grid.out)
     check_free(folder)
+    _check_alone(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not write_new(folder / NAME, text):
         _compare(folder, _read_jobs(folder), json.loads(text)["jobs"])
@@ -163,6 +166,17 @@ def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Pa
         if path.is_symlink():
             raise UserError(f"{path}: a link to another place, where nothing is written; remove it, or move it here")
     return folder
+
+
+def _check_alone(folder: Path) -> None:
+    """Refuse a folder in which a new sweep would replace what is not its own, or count runs that are not: loose files
+    may lie there, a log say."""
+    if not folder.is_dir():
+        return
+    entries = [each for each in folder.iterdir() if not each.name.startswith(".")]
+    in_the_way = [each.name for each in entries if each.is_dir() or each.stem in ("comparison", "study")]
+    if in_the_way and not (folder / NAME).exists():  # looked for last, for another process may be making it
+        raise UserError(f"out={folder}: holds {min(in_the_way)} and no sweep; choose a new folder, or an empty one")
 
 
 def _read_jobs(folder: Path) -> dict[str, dict]:

@@ -166,6 +166,19 @@ def test_what_cannot_be_resumed_is_refused(arguments, complaint, bnexp, capsys):
     assert capsys.readouterr().err.startswith(f"bnexp: error: {complaint}")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "probes.jsonl", "checkpoint.pt", "checkpoint.damaged.pt", "best.pt", "events.out.tfevents.1"],
+)
+def test_what_is_left_of_a_run_is_not_overwritten_either(name, bnexp, capsys, tmp_path):
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / name).write_text("mine")
+    assert bnexp("train", "model=mlp", "steps=1", "out=left") == 2
+    complaint = f"out=left: already holds {name}, which is never overwritten; choose another folder"
+    assert capsys.readouterr().err == f"bnexp: error: {complaint}\n"
+    assert [each.name for each in (tmp_path / "left").iterdir()] == [name]
+
+
 def test_the_version_is_that_of_the_package(bnexp, capsys):
     assert bnexp("--version") == 0
     assert re.fullmatch(r"bnexp \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)

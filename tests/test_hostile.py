@@ -489,12 +489,13 @@ def test_what_is_written_beside_runs_does_not_follow_a_link_either(run, attack, 
 
 
 def test_a_guest_among_the_runs_of_a_study_breaks_none_of_its_tables(attack, tmp_path, runs):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(STUDY | {"epochs": True}))
+    assert attack("study", "own.yaml", "out=outputs/own", "quiet=false")[0] == 0
     guest = shutil.copytree(runs / "finished", tmp_path / "outputs/own/guest")
     status = json.loads((guest / "status.json").read_text())
     (guest / "status.json").write_text(json.dumps(status | {"overrides": [f"norm={ESCAPE}[/]"]}))
     readings = {"loss/train": 1, "accuracy/train": 1, "loss/valid": 1}
     (guest / "metrics.jsonl").write_text('{"step": 1}\n' + line(**readings))
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(STUDY | {"epochs": True}))
     assert attack("study", "own.yaml", "out=outputs/own", "quiet=false")[0] == 0
 
 

@@ -287,6 +287,27 @@ def test_a_single_run_or_a_file_is_no_place_for_a_sweep(train, bnexp, capsys):
     assert snapshot(Path()) == before
 
 
+@pytest.mark.parametrize("command", [["train", "-m"], ["compare"]], ids=["sweep", "compare"])
+@pytest.mark.parametrize("theirs", ["bands/notes", "comparison.md", "run/status.json", "norm-none/thesis.pdf"])
+def test_no_sweep_is_begun_where_something_else_would_be_replaced_or_counted(theirs, command, bnexp, capsys):
+    Path("place", theirs).parent.mkdir(parents=True)
+    Path("place", theirs).write_text("mine")
+    before = snapshot(Path())
+    assert bnexp(*command, *SMALL, "norm=none,library", "steps=1", "out=place") == 2
+    complaint = f"out=place: holds {theirs.partition('/')[0]} and no sweep; choose a new folder, or an empty one"
+    assert capsys.readouterr().err == f"bnexp: error: {complaint}\n"
+    assert bnexp(*command, *SMALL, "norm=none,library", "steps=1", "out=") == 2
+    assert "out=: names no folder" in capsys.readouterr().err
+    assert snapshot(Path()) == before
+
+
+def test_a_log_may_lie_where_a_sweep_is_begun(bnexp):
+    Path("sweep").mkdir()
+    Path("sweep/log.txt").write_text("mine")
+    assert bnexp("train", "-m", *SMALL, "steps=1", "seed=0,1", "out=sweep") == 0
+    assert Path("sweep/log.txt").read_text() == "mine"
+
+
 # ---------------------------------------------------------------- several at once
 
 
