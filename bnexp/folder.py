@@ -34,14 +34,14 @@ def check_free(path: Path) -> None:
     """Refuse, before any work, a folder that cannot be written, or holds a run or what is left of one."""
     try:
         check_own(path)
-        found = {each.name: each for pattern in WRITTEN for each in path.glob(pattern)}
+        found = [each.name for pattern in WRITTEN for each in path.glob(pattern)]
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # a name that is too long, say
         raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
     if found:
         if is_taken(path):
             raise in_other_hands(path)
-        what = "a run" if {CONFIG, STATUS} & {*found} else next(iter(found))
+        what = "a run" if {CONFIG, STATUS} & {*found} else found[0]
         raise UserError(f"out={path}: already holds {what}, which is never overwritten; choose another folder")
     if not existing.is_dir():
         raise UserError(f"out={path}: {existing} is a file; choose a folder")
