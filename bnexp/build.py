@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +77,8 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
             require_device = getattr(sys.modules[part(cfg, group).func.__module__], "require_device", None)
             if require_device is not None:
                 require_device(device)
-    if cfg.out == "":
-        raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     if free and cfg.out is not None:
-        folder.check_free(Path(cfg.out))
+        folder.check_free(cfg.out)
 
 
 def check_model(cfg: DictConfig, runs: bool) -> None:

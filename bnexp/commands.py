@@ -140,7 +140,7 @@ def resume(arguments: list[str]) -> int:
 
 def rerun(arguments: list[str]) -> int:
     """``bnexp rerun RUN [overrides]``: the config of a run folder again, in a folder of its own."""
-    if not arguments or "=" in arguments[0]:
+    if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
         raise UserError("rerun: which run? Give its folder first: bnexp rerun outputs/DATE/RUN seed=1")
     cfg, overrides = stored_config(Path(arguments[0])), arguments[1:]
     change(cfg, overrides, "rerun")

@@ -89,7 +89,7 @@ def what_was_given(text: str, key: str, given: str) -> str:
     override = re.search(r"^Error merging override (.*)", text)
     value = re.search(r"(?:[Vv]alue|to string:) '(.*?)'(?: of | is | for |\n)", text)
     what = override[1] if override else f"{key}={value[1]}" if value else key
-    return what if "=" in given else f"{given}: {what}"
+    return f"{given}: {what}" if given.endswith(".yaml") and f"{key}=" not in given else what
 
 
 def nearest_setting(key: str) -> str:

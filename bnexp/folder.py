@@ -30,8 +30,11 @@ STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake o
 DONE = ("finished", "diverged")  # results; every other status leaves something to do
 
 
-def check_free(path: Path) -> None:
+def check_free(out: str | Path) -> None:
     """Refuse, before any work, a folder that cannot be written, or holds a run or what is left of one."""
+    if out == "":
+        raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
+    path = Path(out)
     try:
         check_own(path)
         found = [each.name for pattern in WRITTEN for each in path.glob(pattern)]

@@ -89,8 +89,6 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
             out = None if override.value() is None else str(override.value())
-            if out == "":
-                raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
             if out and re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
                 raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
         elif key == "sweep_order":
@@ -156,8 +154,8 @@ def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Pa
                 continue
             write_new(folder / NAME, text)
             return folder
+    check_free(grid.out)
     folder = Path(grid.out)
-    check_free(folder)
     _check_alone(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not write_new(folder / NAME, text):

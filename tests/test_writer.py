@@ -295,6 +295,20 @@ def test_a_rerun_that_cannot_be_is_refused(arguments, words, train, bnexp, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(bnexp, capsys):
+    folder = Path("lr=0.1")
+    assert bnexp("train", *SMALL, "steps=1", "out='lr=0.1'") == 0
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("drop_last: true", "drop_last: perhaps"))
+    capsys.readouterr()
+    for command in ("rerun", "resume"):
+        assert bnexp(command, "lr=0.1") == 2
+        complaint = "lr=0.1/config.yaml: drop_last=perhaps: true or false is expected"
+        assert capsys.readouterr().err == f"bnexp: error: {complaint}\n"
+    (folder / "config.yaml").write_text(config)
+    assert bnexp("rerun", "lr=0.1", "seed=1", "out=again") == 0
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "{", "model: 5", "a: b: c", "", "\x00"])
 def test_a_config_that_is_none_is_refused_by_a_sentence(content, bnexp, capsys, tmp_path):
     (tmp_path / "run").mkdir()
