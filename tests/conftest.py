@@ -47,7 +47,7 @@ def bnexp(tmp_path, monkeypatch):
     """
     from hydra.core.global_hydra import GlobalHydra
 
-    from bnexp.cli import main
+    from bnexp.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["bnexp"])
@@ -85,7 +85,7 @@ def train(bnexp, tmp_path):
 @pytest.fixture
 def size17_fails(monkeypatch):
     """Runs with images of 17x17 cannot be built."""
-    from bnexp import build
+    from bnexp.config import build
 
     whole = build.build
 

@@ -203,7 +203,7 @@ class Warm:
 
 def fork(arguments: list[str], place: Place | None = None, log: str | None = None) -> int:
     """The process number of a child that runs ``bnexp ARGUMENTS``."""
-    from bnexp.cli import main
+    from bnexp.cli.main import main
 
     child = os.fork()
     if child:
@@ -220,17 +220,17 @@ def fork(arguments: list[str], place: Place | None = None, log: str | None = Non
 
 def note_ends(log: str) -> None:
     """Have this process write a line, in one piece, for each job whose end it has written down."""
-    from bnexp import folder
+    from bnexp.store import run_folder
 
-    write_json = folder.write_json
+    write_json = run_folder.write_json
 
     def noting(path, content):
         write_json(path, content)
-        if content.get("status") in folder.DONE:
+        if content.get("status") in run_folder.DONE:
             with open(log, "ab", buffering=0) as file:
                 file.write(f"{path.parent.name} {os.getpid()}\n".encode())
 
-    folder.write_json = noting
+    run_folder.write_json = noting
 
 
 def one(arguments: list[str], seconds: float | None, place: Place | None) -> int | str:
@@ -272,10 +272,10 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from bnexp import folder
-    from bnexp.cli import main
+    from bnexp.cli.main import main
+    from bnexp.store import run_folder
 
-    folder.STATUS_EVERY = 0.0  # written at every reading, so that there are many moments to be killed at
+    run_folder.STATUS_EVERY = 0.0  # written at every reading, so that there are many moments to be killed at
 
     sys.stdout, out = open(os.devnull, "w"), sys.stdout  # noqa: SIM115 (until the end)
     assert main(json.loads(sys.stdin.readline())) == 0

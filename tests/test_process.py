@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bnexp import process
+from bnexp import startup
 
 # Tensors of a step: four of 8 MB, taken, written and let go of, as often as there are steps.
 CHURN = """
 import json, resource, sys
-from bnexp import process
+from bnexp import startup
 if sys.argv[1] == "ours":
-    process.keep_memory()
+    startup.keep_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
@@ -53,11 +53,11 @@ def test_torch_takes_large_pages_where_there_are_any():
     file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not file.exists() or "[never]" in file.read_text():
         pytest.skip("this system has no large pages to give")
-    assert said(HUGE, **process.ENVIRONMENT) > said(HUGE, THP_MEM_ALLOC_ENABLE="0") + 2**14  # of 2**16 kB
+    assert said(HUGE, **startup.ENVIRONMENT) > said(HUGE, THP_MEM_ALLOC_ENABLE="0") + 2**14  # of 2**16 kB
 
 
 def test_what_the_user_has_set_is_left(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    process.settle()
+    startup.settle()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ.pop("THP_MEM_ALLOC_ENABLE")) == ("ACTIVE", "1")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from bnexp import job
-from bnexp.compose import composed
+from bnexp.cli.sweep import worker
+from bnexp.cli.sweep.jobs import NAME
+from bnexp.config.compose import composed
 from bnexp.data import digits
 from bnexp.data.digits import Digits
 from bnexp.optim import without_compiler
-from bnexp.process import quick_imports
-from bnexp.sweep import NAME
+from bnexp.startup import quick_imports
 
 # What a run has no use for, and takes from 0.1 s to several to import.
 HEAVY = {"IPython", "PIL", "joblib", "matplotlib", "pandas", "scipy", "sklearn", "submitit", "sympy", "tensorflow",
@@ -172,7 +172,7 @@ def test_a_sweep_loads_a_dataset_once_and_never_holds_two(bnexp, monkeypatch):
     load, seen = Digits.load, []
 
     def counted(source):
-        assert job.LAST == {}, "another dataset is still held"
+        assert worker.LAST == {}, "another dataset is still held"
         seen.append(source.in_shape[1])
         return load(source)
 
@@ -180,7 +180,7 @@ def test_a_sweep_loads_a_dataset_once_and_never_holds_two(bnexp, monkeypatch):
     sweep = ("data.size=8,9", "optimizer.lr=0.1,0.01", "model=mlp", "model.hidden=[4]", "steps=1", "threads=1")
     assert bnexp("train", "-m", *sweep, "data.limit=64", "quiet=true", "out=sweep") == 0
     assert seen == [8, 9]
-    assert job.LAST == {}, "nothing is held after the sweep"
+    assert worker.LAST == {}, "nothing is held after the sweep"
 
 
 # ---------------------------------------------------------------- threads of jobs side by side
@@ -208,7 +208,7 @@ def one_of_four(tmp_path):
 def test_jobs_side_by_side_share_the_cores(one_of_four, monkeypatch, launcher, overrides, threads):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     cfg = one_of_four(*overrides)
-    job.spread(cfg, OmegaConf.create({"launcher": launcher, "job": {"num": 0}}))
+    worker.spread(cfg, OmegaConf.create({"launcher": launcher, "job": {"num": 0}}))
     assert cfg.threads == threads
 
 

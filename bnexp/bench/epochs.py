@@ -18,13 +18,13 @@ from bnexp.bench.goals import DATA, EAGER, FLOOR, OURS, SCRATCH, SILENT, TUTORIA
 from bnexp.bench.processes import Tutorial
 from bnexp.bench.rivals import Loop, bare_loop, prepared, tutorial_loop
 from bnexp.bench.turns import Stopwatch, in_turns
-from bnexp.folder import Status
-from bnexp.journal import Journal
-from bnexp.loop import Plan, drive
-from bnexp.probes.base import Probe, same_chance
-from bnexp.progress import LiveProgress, NullProgress
-from bnexp.run import Run
-from bnexp.writer import NullWriter, Writer
+from bnexp.store.run_folder import Status
+from bnexp.store.writer import NullWriter, Writer
+from bnexp.train.loop import Plan, drive
+from bnexp.train.probe import Probe, same_chance
+from bnexp.train.progress import LiveProgress, NullProgress
+from bnexp.train.recorder import Journal
+from bnexp.train.run import Run
 
 TUTORIALS = ((TUTORIAL, ""), (goals.AS_IT_COMES, ""))
 Make = Callable[[Sequence[str]], tuple[Run, Plan]]

@@ -8,9 +8,9 @@ import torch
 from bnexp.bench.epochs import Case, Make, training_only
 from bnexp.bench.goals import FOLDED, Row, ratio
 from bnexp.bench.turns import Stopwatch, in_turns
+from bnexp.engines.fold import Fold
 from bnexp.engines.graph_fold import CapturedStack
-from bnexp.fold import Fold
-from bnexp.run import Run
+from bnexp.train.run import Run
 
 
 def fold_rows(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnexp.bench import results
 from bnexp.bench.arguments import Form
-from bnexp.files import finite
-from bnexp.shapes import PHASES, REFERENCE, SETS, SITES
+from bnexp.bench.cases import PHASES, REFERENCE, SETS, SITES
+from bnexp.store.files import finite
 
 if TYPE_CHECKING:  # torch takes seconds to import, a misspelt setting is found before
     import torch
@@ -59,7 +59,7 @@ def run(implementations: Mapping[str, Callable], settings: Settings, device: "to
     import torch
     from rich.console import Console
 
-    from bnexp import timing
+    from bnexp.bench import timing
 
     console = Console()
     folder = results.claim_out(settings.out)

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from bnexp.bench.turns import Stopwatch, Time
-from bnexp.process import ENVIRONMENT
+from bnexp.startup import ENVIRONMENT
 
 if TYPE_CHECKING:
     from bnexp.bench.epochs import Case

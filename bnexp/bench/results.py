@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexp.errors import UserError
-from bnexp.files import write_new
-from bnexp.folder import check_free, git_commit, versions
+from bnexp.store.files import write_new
+from bnexp.store.run_folder import check_free, git_commit, versions
 
 if TYPE_CHECKING:  # torch takes seconds to import, a misspelt setting is found before
     import torch

@@ -15,8 +15,9 @@ SWEEP = ("model=mlp", "epochs=1", "optimizer.lr=0.0003,0.001,0.003,0.01", "quiet
 TWO_JOBS = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 OURS = """
-from bnexp import build, cli, commands
-from bnexp.run import Run
+from bnexp.cli import main, train
+from bnexp.config import build
+from bnexp.train.run import Run
 mark("import hydra and bnexp")
 make, step = build.build, Run.step
 
@@ -36,7 +37,7 @@ def stepped(run):
         end()
 
 build.build, Run.step = built, stepped
-sys.exit(cli.main(["train", *asked["overrides"]]))
+sys.exit(main.main(["train", *asked["overrides"]]))
 """
 BY_HAND = """
 from torch.nn.functional import cross_entropy

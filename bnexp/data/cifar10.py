@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
-from bnexp.data.idx import damaged
-from bnexp.data.mnist import Resource, download
+from bnexp.data.mnist import Resource, damaged, download
 from bnexp.errors import UserError
 
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))

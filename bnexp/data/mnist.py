@@ -1,20 +1,24 @@
 """MNIST and Fashion-MNIST from their original files, and the download of missing files for every source."""
 
+import gzip
 import http.client
+import math
 import os
 import ssl
 import sys
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from hashlib import md5
 from pathlib import Path
+from typing import BinaryIO
 from urllib.error import URLError
 
 import torch
+from torch import Tensor
 
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
-from bnexp.data.idx import damaged, find_idx, read_idx
 from bnexp.errors import UserError
 
 PAIRS = (
@@ -22,7 +26,6 @@ PAIRS = (
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 Resource = tuple[str, list[str], str]  # file name, addresses to try, md5
-
 TIMEOUT_S = 10  # per connection and per read: a machine without network is told so in seconds
 NETWORK_ERRORS = (URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError)
 
@@ -148,3 +151,54 @@ def _show_progress(address: str, done: int, total: int):
         filled = "#" * (30 * done // total) if total else ""
         line = f"{address.rsplit('/', 1)[-1]} [{filled:<30}] {done / 1e6:.1f} of {total / 1e6:.1f} MB"
         print(line, end="\r" if on_terminal and done < total else "\n", file=sys.stderr, flush=True)
+
+
+MOST_BYTES = 2**28  # five times MNIST; a small gzipped file can hold as much as fills the memory
+
+
+def find_idx(folder: Path, name: str) -> Path | None:
+    """The file ``name`` in ``folder``, plain or gzipped, whichever exists."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def read_idx(path: Path, num_dims: int) -> Tensor:
+    """The uint8 tensor of ``num_dims`` dimensions in a file; a damaged one raises :class:`UserError`.
+
+    Layout: bytes 0, 0, 8 (unsigned byte), number of dimensions; each size as a big-endian int32; the values.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            header = file.read(4 + 4 * num_dims)
+            if len(header) < 4 + 4 * num_dims or header[:4] != bytes((0, 0, 8, num_dims)):
+                raise damaged(path, f"it does not begin as an idx file of {num_dims} dimensions does")
+            shape = [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
+            if math.prod(shape) > MOST_BYTES:
+                raise damaged(path, f"it announces {math.prod(shape):,} bytes, more than {MOST_BYTES:,}")
+            values = torch.empty(shape, dtype=torch.uint8)
+            num_bytes = fill(values, file)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise damaged(path, f"it cannot be unzipped ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if num_bytes != values.numel():
+        sizes = "x".join(map(str, shape))
+        held = f"holds {num_bytes}" if num_bytes < values.numel() else "holds more"
+        raise damaged(path, f"it announces {values.numel()} bytes ({sizes}) and {held}")
+    return values
+
+
+def fill(values: Tensor, file: BinaryIO) -> int:
+    """Put the bytes that are left in ``file`` into ``values``; returns how many they are, one too many for more.
+
+    A MiB at a time and straight into their place: to touch new memory takes longer than to unzip.
+    """
+    place = memoryview(values.numpy()).cast("B") if values.numel() else memoryview(b"")
+    done = 0
+    while done < len(place) and (count := file.readinto(place[done : done + 2**20])):
+        done += count
+    return done + len(file.read(1))
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """The error for a file that is there but cannot be what it should be."""
+    return UserError(f"{path}: damaged or not the right file: {what}; delete it and run again to download it")

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from bnexp.run import Run
+from bnexp.train.run import Run
 
 
 def compiled(run: Run) -> Callable[[], None]:

@@ -1,8 +1,8 @@
-"""The eager engine: every operation is sent on its own, as it is written in :meth:`bnexp.run.Run.eager_step`."""
+"""The eager engine: every operation is sent on its own, as it is written in :meth:`bnexp.train.run.Run.eager_step`."""
 
 from collections.abc import Callable
 
-from bnexp.run import Run
+from bnexp.train.run import Run
 
 
 def eager(run: Run) -> Callable[[], None]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from bnexp.data.dataset import Split
 from bnexp.engines.capture import Counter, CudaGraphs, Replayed, check_warmup, tell, why_not
 from bnexp.errors import UserError
-from bnexp.meter import Measured, Meter
-from bnexp.run import Run
+from bnexp.train.meter import Measured, Meter
+from bnexp.train.run import Run
 
 
 def require_device(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The graph engine for many runs computed as one (:mod:`bnexp.fold`): their common step captured and replayed."""
+"""The graph engine for many runs computed as one (:mod:`bnexp.engines.fold`): the common step, captured."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bnexp.engines.capture import CudaGraphs, Replayed, tell, why_not
-from bnexp.fold import Stack, gather
-from bnexp.run import Run
+from bnexp.engines.fold import Stack, gather
+from bnexp.train.run import Run
 
 
 class CapturedStack(Stack):

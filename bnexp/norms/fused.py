@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from bnexp.kernels.batch_norm import batch_norm, require_device
-from bnexp.kernels.layout import dense, plan_for
 from bnexp.norms.base import BatchNormBase
+from bnexp.norms.kernels.batch_norm import batch_norm, require_device
+from bnexp.norms.kernels.tiling import dense, plan_for
 
 __all__ = ["BatchNorm", "require_device"]
 

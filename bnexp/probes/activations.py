@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.norms.base import ACTIVATIONS
-from bnexp.probes.base import Probe, shadow, some_images
-from bnexp.probes.taps import activation_sites, tapped
-from bnexp.readings import Histogram, Reading, Scalar
-from bnexp.run import Run
+from bnexp.probes.layers import activation_sites, tapped
+from bnexp.probes.population import shadow, some_images
+from bnexp.store.readings import Histogram, Reading, Scalar
+from bnexp.train.probe import Probe
+from bnexp.train.run import Run
 
 MOST_VALUES = 2**15  # of a layer; percentiles of so many are off by some tenths of a percentile
 PERCENTILES = (15, 50, 85)  # those of Ioffe & Szegedy 2015 (arXiv:1502.03167), figure 1

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnexp.probes.base import Probe, shadow, spread
-from bnexp.probes.taps import layers, tapped
-from bnexp.readings import Image, Reading
-from bnexp.run import Run
+from bnexp.probes.layers import layers, tapped
+from bnexp.probes.population import shadow, spread
+from bnexp.store.readings import Image, Reading
+from bnexp.train.probe import Probe
+from bnexp.train.run import Run
 
 SIDE = 64  # pixels that a map should have at least
 GAP = 2  # pixels between maps

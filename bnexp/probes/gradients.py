@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from bnexp.probes.base import Probe, norm_of
-from bnexp.readings import Reading, Scalar
-from bnexp.run import Run
+from bnexp.probes.population import norm_of
+from bnexp.store.readings import Reading, Scalar
+from bnexp.train.probe import Probe
+from bnexp.train.run import Run
 
 
 class Gradients(Probe):

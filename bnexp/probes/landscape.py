@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
-from bnexp.probes.base import Probe, norm_of, same_chance, shadow, some_images
-from bnexp.readings import Reading, Scalar
-from bnexp.run import Run
+from bnexp.probes.population import norm_of, shadow, some_images
+from bnexp.store.readings import Reading, Scalar
+from bnexp.train.probe import Probe, same_chance
+from bnexp.train.run import Run
 
 
 class Landscape(Probe):

@@ -3,15 +3,17 @@
 Running statistics are an average over batches of the past, seen under the weights of then.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from bnexp.data.batches import augment
-from bnexp.probes.base import spread
-from bnexp.probes.taps import tapped
-from bnexp.run import Run
+from bnexp.data.dataset import Split
+from bnexp.errors import UserError
+from bnexp.probes.layers import tapped
+from bnexp.train.run import Run
 
 
 def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -63,8 +65,8 @@ def recompute_statistics(
     for batches of the size that the model is trained with, because deeper layers see what the batch statistics of the
     earlier ones make of them.
 
-    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.run.Run.forward`. Nothing but the running means
-    and variances changes, and without batches not even these; norms without them, and models without norms, are fine.
+    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Only the running
+    means and variances change; without batches nothing does. Norms without them, and models without norms, are fine.
     """
     norms = tracking_norms(model)
     moments = {name: Moments() for name in norms}
@@ -102,3 +104,45 @@ def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
     generator = torch.Generator(run.device).manual_seed(0)  # the run's own is not touched
     for i in range(num_batches):
         yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
+
+
+def shadow(run: Run) -> nn.Module:
+    """A copy of the run's model, in training mode: whatever is done with it, the run stays as it is."""
+    return copy.deepcopy(run.model).train()
+
+
+def spread(split: Split, num_images: int) -> Split:
+    """``num_images`` images at equal distances: always the same, and of every class even if classes come in turn."""
+    num_images = min(num_images, len(split))
+    return split.take(torch.arange(num_images, device=split.labels.device) * len(split) // max(num_images, 1))
+
+
+def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
+    """Images for one batch in training mode, always the same: validation images, or those ``of="train"``.
+
+    ``num_images`` of them, or as many as there are. Where a norm refuses a batch of that size, or one image is too
+    few for it, as many whole batches of the run as fit. Training images where no validation images will do.
+    """
+    batch_size = min(run.batches.batch_size, len(run.dataset.train))
+    for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
+        for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
+            if 1 < size <= len(split) and takes(run.model, size):
+                return spread(split, size)
+    return spread(run.dataset.train, batch_size)
+
+
+def takes(model: nn.Module, batch_size: int) -> bool:
+    """Whether the norms that divide a batch can divide one of this size."""
+    try:
+        for module in model.modules():
+            if hasattr(module, "check_batch_size"):
+                module.check_batch_size(batch_size)
+    except UserError:
+        return False
+    return True
+
+
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all numbers together, on their device; 0 if there are none."""
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bnexp.probes.base import Probe, shadow, spread
-from bnexp.probes.population import recompute_statistics, tracking_norms, training_batches
-from bnexp.readings import Reading, Scalar
-from bnexp.run import Run
+from bnexp.probes.population import recompute_statistics, shadow, spread, tracking_norms, training_batches
+from bnexp.store.readings import Reading, Scalar
+from bnexp.train.probe import Probe
+from bnexp.train.run import Run
 
 SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| says next to nothing
 SMALL_VARIANCE = 1e-8  # an input with less is a constant: a thousandth of the usual eps

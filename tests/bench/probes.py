@@ -18,13 +18,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 
-from bnexp import build  # noqa: E402
-from bnexp.cli import conf_dir  # noqa: E402
-from bnexp.compose import composed  # noqa: E402
-from bnexp.folder import Status  # noqa: E402
-from bnexp.loop import Journal, drive  # noqa: E402
-from bnexp.progress import NullProgress  # noqa: E402
-from bnexp.writer import Writer  # noqa: E402
+from bnexp.config import build, parts  # noqa: E402
+from bnexp.config.choices import conf_dir  # noqa: E402
+from bnexp.config.compose import composed  # noqa: E402
+from bnexp.store.run_folder import Status  # noqa: E402
+from bnexp.store.writer import Writer  # noqa: E402
+from bnexp.train.loop import Journal, drive  # noqa: E402
+from bnexp.train.progress import NullProgress  # noqa: E402
 
 GOAL = 1.05
 NAMES = sorted(path.stem for path in (conf_dir() / "probe").glob("*.yaml"))
@@ -57,7 +57,7 @@ def seconds_per_look(model: str, batch_size: int, num_looks: int = 7) -> dict[st
     run = build.build(cfg)
     run.step()
     found = {}
-    for name, probe in zip(NAMES, build.probes_of(cfg), strict=True):
+    for name, probe in zip(NAMES, parts.probes_of(cfg), strict=True):
         each = []
         for _ in range(num_looks):
             began = process_time()

@@ -1,0 +1,89 @@
+"""The front door: a table of commands, answered without importing torch or Hydra until one of them runs."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from bnexp import startup
+from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
+from bnexp.config.choices import nearest
+from bnexp.errors import UserError
+from bnexp.store.untrusted import printable
+
+HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands without a file of their own name
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        print(help_text())
+        return 0
+    if command in ("--version", "-V"):
+        from importlib.metadata import version  # takes as long as all else here together
+
+        print(f"bnexp {version('bnexp')}")
+        return 0
+    if command in USAGE and {"-h", "--help"} & set(rest):
+        print(USAGE[command])
+        return 0
+    try:
+        if command == "completion":
+            return completion(rest)
+        if odd := [word for word in arguments or sys.argv if re.search("[\0\ud800-\udfff]", word)]:
+            raise UserError(f"{odd[0]}: not UTF-8 text; give what is meant by it another name")
+        if command not in COMMANDS:
+            known = ", ".join(COMMANDS)
+            raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
+        startup.settle()
+        return find_command(command)(rest)
+    except UserError as error:
+        complain(error)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            where = f"{error.filename}: " if error.filename else ""
+            complain(where + (error.strerror or str(error)))
+            return 1
+        # Whoever read our output has gone, or its disk is full. What lies in run folders is not touched by that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        complain(f"cannot write the output: {error.strerror}")
+        return 1
+    except KeyboardInterrupt:
+        print("bnexp: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):  # a value looked up only now
+            from bnexp.config.explain import explain
+
+            complain(explain(error, " ".join(rest)))
+            return 2
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if isinstance(error, MemoryError) or re.search("allocate memory|[Oo]verflow", what):
+            complain(f"too large for the memory here ({what}); try something smaller")
+        else:
+            complain(f"{what}; the traceback is in {keep_traceback(error)}")
+        return 1
+
+
+def find_command(name: str) -> Callable[[list[str]], int]:
+    """The function ``name`` of the file in ``bnexp/cli`` that holds the command."""
+    return getattr(import_module(f"bnexp.cli.{HOMES.get(name, name)}"), name)
+
+
+def complain(what: object) -> None:
+    print(f"bnexp: error: {printable(what)}", file=sys.stderr)
+
+
+def keep_traceback(error: Exception) -> str:
+    """Write down for whoever mends it where an error came from, in a file of which the name is returned."""
+    import tempfile
+    import traceback
+
+    options = {"prefix": "bnexp-", "suffix": ".txt", "delete": False, "errors": "backslashreplace"}
+    with tempfile.NamedTemporaryFile("w", **options) as file:
+        traceback.print_exception(error, file=file)
+    return file.name

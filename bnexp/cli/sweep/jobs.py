@@ -1,0 +1,124 @@
+"""The folder of a sweep: its jobs, what is left of them, and whether it is the same sweep."""
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from bnexp.cli.sweep.grid import Grid, Job, flat
+from bnexp.cli.sweep.lockstep import check_sweep
+from bnexp.config import check
+from bnexp.config.compose import composed
+from bnexp.config.schema import Train
+from bnexp.errors import UserError
+from bnexp.store.files import finite, write_new
+from bnexp.store.run_folder import check_free, in_other_hands, taken
+from bnexp.store.untrusted import read_json
+
+
+def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfig]]:
+    """Compose and check every job, then open the folder: bad input ends here, before any work."""
+    configs = {}
+    for name, point in zip(grid.names, grid.points, strict=True):
+        try:
+            configs[name] = composed(point)
+            check.check(configs[name], many=True)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if len(grid.names) > 1 else str(error)) from error
+    check_sweep(grid, configs)
+    folder = open_folder(grid, default_folder(kind), configs)
+    return folder, grid.jobs(folder), configs
+
+
+def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
+    """Hold every run's lock until ``locks`` are let go."""
+    for job in jobs:
+        if not locks.enter_context(taken(job.folder)):
+            raise in_other_hands(job.folder)
+
+
+NAME, BANDS = "sweep.json", "bands"
+# Between two starts of one sweep: none of them changes a job.
+FREE_TO_CHANGE = ("out", "quiet", "threads", "replicas", "resume")
+
+
+def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
+    """The sweep's folder, new or found again; refuses one that holds another sweep, saying what differs.
+
+    ``configs`` holds the composed config of every job by name.
+    """
+    content = {"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}
+    text = json.dumps(finite(content), indent=1)
+    if grid.out is None:
+        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
+            folder = default.with_name(default.name + suffix)
+            check_free(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            write_new(folder / NAME, text)
+            return folder
+    check_free(grid.out)
+    folder = Path(grid.out)
+    _check_alone(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not write_new(folder / NAME, text):
+        _check_same_sweep(folder, _read_jobs(folder), json.loads(text)["jobs"])
+    for path in (*(folder / name for name in configs), folder / BANDS):
+        if path.is_symlink():
+            raise UserError(f"{path}: a link to another place, where nothing is written; remove it, or move it here")
+    return folder
+
+
+def _check_alone(folder: Path) -> None:
+    """Refuse a folder in which a new sweep would replace what is not its own, or count runs that are not: loose files
+    may lie there, a log say."""
+    if not folder.is_dir():
+        return
+    entries = [each for each in folder.iterdir() if not each.name.startswith(".")]
+    in_the_way = [each.name for each in entries if each.is_dir() or each.stem in ("comparison", "study")]
+    if in_the_way and not (folder / NAME).exists():  # looked for last, for another process may be making it
+        raise UserError(f"out={folder}: holds {min(in_the_way)} and no sweep; choose a new folder, or an empty one")
+
+
+def _read_jobs(folder: Path) -> dict[str, dict]:
+    """The config of every job of the sweep that ``folder`` holds, by name."""
+    try:
+        jobs = read_json(folder / NAME).get("jobs")
+    except (OSError, ValueError) as error:
+        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({error}); choose another") from error
+    if not isinstance(jobs, dict) or not all(isinstance(each, dict) for each in jobs.values()):
+        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({NAME} lists no jobs); choose another")
+    return jobs
+
+
+def _comparable(cfg: DictConfig) -> dict:
+    config = OmegaConf.to_container(cfg, resolve=True)
+    return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
+
+
+def _check_same_sweep(folder: Path, there: dict, here: dict) -> None:
+    """Raise if the sweep in the folder is not this one."""
+    differences = [f"{name} only there" for name in there if name not in here]
+    differences += [f"{name} only here" for name in here if name not in there]
+    defaults = OmegaConf.to_container(OmegaConf.structured(Train))  # of settings that are newer than that sweep
+    for name in here.keys() & there.keys():
+        new = flat(here[name])
+        old = flat({key: defaults[key] for key in here[name] if key in defaults} | there[name])
+        for key in dict.fromkeys([*new, *old]):
+            if old.get(key, "-") != new.get(key, "-"):
+                differences.append(f"{key} is {old.get(key, '-')} there and {new.get(key, '-')} here")
+    if differences:
+        unique = list(dict.fromkeys(differences))
+        shown = "; ".join(unique[:6]) + (f"; and {len(unique) - 6} more" if len(unique) > 6 else "")
+        raise UserError(f"out={folder}: holds another sweep ({shown}); repeat its command or choose another folder")
+
+
+def default_folder(kind: str) -> Path:
+    return Path("outputs") / time.strftime("%Y-%m-%d") / f"{kind}-{time.strftime('%H%M%S')}"

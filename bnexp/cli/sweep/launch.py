@@ -1,0 +1,97 @@
+"""Many runs by one command: ``bnexp train -m`` job by job through Hydra's launcher, ``bnexp compare`` in lockstep."""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+
+from bnexp.cli.sweep.grid import Grid, Job
+from bnexp.cli.sweep.jobs import take_all
+from bnexp.cli.sweep.lockstep import race, tell_alone, together
+from bnexp.cli.sweep.worker import LAST, run_job
+from bnexp.config.explain import explained
+from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
+from bnexp.train.interrupt import Interrupted, deferred_signals
+
+
+def run_all(grid: Grid, folder: Path, jobs: Sequence[Job], configs: dict[str, DictConfig]) -> bool:
+    """Do every job that is not done, fold after fold and the rest by the launcher; returns whether any failed."""
+    failed = False
+    if next(iter(configs.values())).replicas > 1:
+        groups = together([job for job in jobs if read_status(job.folder).get("status") not in DONE], configs)
+        tell_alone(groups, configs)
+        for members in groups:
+            if len(members) > 1:
+                with ExitStack() as locks:
+                    take_all(members, locks)
+                    failed |= race(members, configs, members[0].variant, configs[members[0].name].quiet)
+        jobs = [members[0] for members in groups if len(members) == 1]
+    return bool(launch(grid, folder, jobs, quiet=next(iter(configs.values())).quiet)) or failed
+
+
+def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> list[str]:
+    """Hand jobs to the launcher until none is left to do or in anybody's hands; returns the names that failed."""
+    cfg = hydra_config(grid, folder)
+    with explained(grid.hydra):
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=HydraContext(GlobalHydra.instance().config_loader(), Callbacks(cfg)),
+            task_function=run_job,
+            config=cfg,
+        )
+    is_alone = cfg.hydra.launcher._target_.endswith("BasicLauncher")
+    before = {job: written_at(job.folder) for job in jobs}
+    waits = False
+    failed: set[Job] = set()  # since we began, here or elsewhere; what failed earlier is tried again
+    while True:
+        statuses = {job: read_status(job.folder).get("status") for job in jobs}
+        failed |= {job for job in jobs if statuses[job] == "failed" and written_at(job.folder) != before[job]}
+        left = [job for job in jobs if statuses[job] not in DONE and job not in failed]
+        if not left:
+            return [job.name for job in failed if statuses[job] not in DONE]
+        free = [job for job in left if not is_taken(job.folder)]
+        if free:
+            try:
+                # Those who work side by side are asked too, by the same Ctrl-C, and write their checkpoints meanwhile.
+                with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
+                    results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
+            finally:
+                LAST.clear()
+            for job, result in zip(free, results, strict=True):
+                if (ended := result.return_value) == "failed":
+                    failed.add(job)
+                elif ended == "interrupted" or asked:
+                    raise Interrupted
+                elif ended in DONE and read_status(job.folder).get("status") not in DONE:
+                    raise RuntimeError(f"{job.folder}: its job is {ended}, but not there")  # or we would go on for ever
+            waits = False
+        else:
+            if not waits and not quiet:
+                tell_wait(left)
+            waits = True
+            time.sleep(0.5)  # another process is at work on them; should it die, they are ours
+
+
+def tell_wait(jobs: Sequence[Job]) -> None:
+    """Say on stderr whom we wait for."""
+    shown = ", ".join(f"{job.name} ({holder(job.folder)})" for job in jobs[:4]) + ", ..." * (len(jobs) > 4)
+    print(f"bnexp: waiting for the jobs in other hands, to be done here should theirs die: {shown}", file=sys.stderr)
+
+
+def hydra_config(grid: Grid, folder: Path) -> DictConfig:
+    """What Hydra's launcher is made of."""
+    fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
+    with explained(grid.hydra):
+        return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
+
+
+def written_at(folder: Path) -> int:
+    """When the status of the run was last written, 0 if never: tells a new failure from an old one."""
+    path = folder / STATUS
+    return path.stat().st_mtime_ns if path.exists() else 0

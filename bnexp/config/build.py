@@ -1,0 +1,110 @@
+"""From configuration to objects: the only file that turns a config into things.
+
+It also holds the rules that no single key can state.
+
+``check`` looks at everything that can be wrong before anything is built, ``build`` makes the run.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from bnexp.config.check import check_last_batch
+from bnexp.config.parts import every_of, find_device, make_model, part, probes_of
+from bnexp.config.targets import OURS
+from bnexp.data.batches import Batches
+from bnexp.data.dataset import Dataset
+from bnexp.optim import keep_rates_on, make_optimizer, without_compiler
+from bnexp.probes.layers import list_layers
+from bnexp.train.device import memory_explained
+from bnexp.train.loop import Plan
+from bnexp.train.run import Run
+
+
+def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
+    """The run that a checked config describes, on its device, at step 0.
+
+    Runs that are given the same ``datasets`` share the data that their configs have in common.
+    """
+    device = find_device(cfg.device)
+    source = part(cfg, "data")()
+    model = make_model(cfg, source)
+    threads = count_threads(cfg, model, source.in_shape, device)
+    torch.set_num_threads(threads)
+    datasets = {} if datasets is None else datasets
+    key = data_key(cfg, device)
+    layout = torch.channels_last if cfg.channels_last else torch.preserve_format
+    with memory_explained(device, "the data and the model", cfg.batch_size):
+        if key not in datasets:
+            datasets[key] = source.load().to(device)
+        model = model.to(device, memory_format=layout)
+    dataset = datasets[key]
+    check_last_batch(cfg, source, len(dataset.train))
+    batches = Batches(
+        dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
+    )
+    decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
+    asked = part(cfg, "optimizer", without=OURS)
+    optimizer = make_optimizer(partial(without_compiler(asked.func), **asked.keywords), model, **decays)
+    if device.type == "cuda":
+        keep_rates_on(optimizer, device)
+    return Run(
+        model,
+        optimizer,
+        batches,
+        total_steps=cfg.steps or cfg.epochs * batches.steps_per_epoch,
+        schedule=part(cfg, "schedule"),
+        precision=cfg.precision,
+        channels_last=cfg.channels_last,
+        threads=threads,
+        deterministic=cfg.deterministic,
+        engine=part(cfg, "engine"),
+    )
+
+
+def data_key(cfg: DictConfig, device: torch.device) -> str:
+    """The same for configs that have their data in common."""
+    return f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
+
+
+def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
+    steps, seconds = every_of(cfg.checkpoint_every)
+    return Plan(
+        log_every=cfg.log_every,
+        eval_every=cfg.eval_every or steps_per_epoch,
+        checkpoint_every=steps if steps or seconds else steps_per_epoch,
+        checkpoint_seconds=seconds,
+        eval_train=cfg.eval_train,
+        eval_test=cfg.eval_test,
+        probes=probes_of(cfg),
+    )
+
+
+# By measurement, of a layer's forward pass: what a thread has to have to do, in multiply-adds, to be worth the wait for
+# it in every layer, and how many of them take as long as a number that a layer puts out, read and written both ways.
+WORTH_A_THREAD, PER_NUMBER = 8_000_000, 50
+
+
+def count_threads(
+    cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], device: torch.device, at_most: int | None = None
+) -> int:
+    """As many CPU threads as asked for; ``auto``: as many as an average layer of ``model`` keeps busy.
+
+    Never more than the usable cores, or ``at_most``. Layers come one after the other and each waits for all threads, so
+    that many small ones are not worth what a few large ones are, however much work they are together. The rule counts
+    multiply-adds and outputs and never the clock, because the number of threads decides how sums are rounded: the same
+    config gives the same bits.
+    """
+    if cfg.threads != "auto":
+        return int(cfg.threads)
+    if device.type != "cpu":
+        return 1
+    layers = list_layers(model, in_shape, batch_size=1, device="cpu")
+    work = sum(layer.multiply_adds + PER_NUMBER * math.prod(layer.out_shape) for layer in layers)
+    per_layer = cfg.batch_size * work // max(1, len(layers))
+    return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // WORTH_A_THREAD))

@@ -1,0 +1,145 @@
+"""Everything about a config that can be found wrong before any work."""
+
+import math
+import re
+import sys
+from dataclasses import fields
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from bnexp.config.choices import GROUPS
+from bnexp.config.parts import every_of, find_device, meta_model, part, probes_of
+from bnexp.config.schema import Train
+from bnexp.config.targets import check_options
+from bnexp.errors import UserError
+from bnexp.store import run_folder
+from bnexp.train.recorder import KEEP
+from bnexp.train.run import AUTOCAST
+
+MOST_THREADS = 1024  # beyond, the library of threads ends the process
+
+
+def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool = False) -> None:
+    """Raise :class:`UserError` for what cannot work, before any work.
+
+    ``free=False`` lets ``out`` hold this run already; ``runs=False`` asks only that the model can be built; ``many``
+    says that it is one run of many.
+    """
+    if unknown := set(cfg) - {field.name for field in fields(Train)}:
+        raise UserError(f"{sorted(unknown)[0]}: there is no such setting; bnexp train --help lists them all")
+    for key in ("batch_size", "log_every", "replicas"):
+        _at_least_one(key, cfg[key])
+    if cfg.steps is None:
+        _at_least_one("epochs", cfg.epochs)
+    every_of(cfg.checkpoint_every)
+    if cfg.keep not in KEEP:
+        raise UserError(f"keep={cfg.keep}: not known; choose one of {', '.join(KEEP)}")
+    for key in ("steps", "eval_every", "classes_per_batch"):
+        if cfg[key] is not None:
+            _at_least_one(key, cfg[key])
+    if cfg.replicas > 1 and not many:
+        raise UserError(
+            f"replicas={cfg.replicas}: one run has none to be computed with; give several values, "
+            f"bnexp train -m seed=0,1 replicas={cfg.replicas} say, or use compare"
+        )
+    if not 0 <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed}: a seed is 0 or more, and below 2**63")
+    if cfg.precision not in AUTOCAST:
+        raise UserError(f"precision={cfg.precision}: not known; choose one of {', '.join(AUTOCAST)}")
+    is_number = re.fullmatch("[0-9]{1,4}", cfg.threads)
+    if cfg.threads != "auto" and not (is_number and 1 <= int(cfg.threads) <= MOST_THREADS):
+        raise UserError(f"threads={cfg.threads}: has to be auto or a whole number from 1 to {MOST_THREADS}")
+    device = find_device(cfg.device)
+    for group in GROUPS:
+        if OmegaConf.is_missing(cfg, group):
+            raise UserError(f"{group}: has to be given, nothing runs without it")
+        check_options(group, cfg[group], cfg.allow)
+    check_schedule(cfg)
+    check_model(cfg, runs)
+    if runs:
+        for group in ("norm", "engine"):  # one that does not run everywhere says so before any work
+            require_device = getattr(sys.modules[part(cfg, group).func.__module__], "require_device", None)
+            if require_device is not None:
+                require_device(device)
+    if free and cfg.out is not None:
+        run_folder.check_free(cfg.out)
+
+
+def check_model(cfg: DictConfig, runs: bool) -> None:
+    """Build the model where tensors have no contents: what its parts refuse is heard of before any work."""
+    source = part(cfg, "data")()
+    model = meta_model(cfg, source)
+    if runs:
+        check_batch(cfg, source, model, cfg.batch_size)
+    for probe in probes_of(cfg):
+        probe.check(model)
+
+
+def check_schedule(cfg: DictConfig) -> None:
+    """A negative learning rate would climb where it should descend, and nobody would be told."""
+    schedule, total_steps = part(cfg, "schedule"), cfg.steps or 100
+    for step in (0, total_steps // 2, total_steps - 1):
+        if not 0 <= (factor := schedule(step, total_steps)) < math.inf:
+            options = {k: v for k, v in cfg.schedule.items() if not k.startswith("_")}
+            raise UserError(
+                f"schedule={options}: the learning rate would be multiplied by {factor:g} at step {step}; "
+                "give numbers that keep this factor at 0 or more"
+            )
+
+
+def _at_least_one(key: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value}: has to be a whole number, 1 or more")
+
+
+def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
+    """Refuse a short last batch that a norm cannot divide, or that leaves it one value per channel."""
+    last = cfg.batch_size if cfg.drop_last else num_images % cfg.batch_size or cfg.batch_size
+    if last == cfg.batch_size:
+        return
+    check_batch(cfg, source, meta_model(cfg, source), last)
+
+
+def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> None:
+    """Refuse batches of ``size`` images that a norm cannot divide, or that leave it one value to take a variance of.
+
+    ``model`` is on torch's meta device. Norms that may refuse what batch norm takes are shown a batch in training mode.
+    """
+    for module in model.modules():
+        if hasattr(module, "check_batch_size"):
+            try:
+                module.check_batch_size(size)
+            except UserError as error:
+                raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
+    norms = [module for module in model.modules() if hasattr(module, "reduces_over")]
+    norms = [norm for norm in norms if not getattr(norm, "implements_batch_norm", False)]
+    known = all(type(module).__module__.startswith(("bnexp.", "torch.", "torchvision.")) for module in model.modules())
+    if size > 1 and not norms and (known or size == cfg.batch_size):
+        return
+    images = torch.empty(size, *source.in_shape, device="meta")
+    if norms and known:
+        # To these a few images say as much as many, and few may have contents: what knows shapes without takes torch
+        # a second to import.
+        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+        few = max(getattr(norm, "virtual_batch", None) or 2 for norm in norms)
+        images = torch.zeros(min(size, few), *source.in_shape)
+    check_forward(cfg, model, images, size)
+
+
+def check_forward(cfg: DictConfig, model: nn.Module, images: torch.Tensor, size: int) -> None:
+    """Let ``images`` pass ``model`` in training mode; they stand for a batch of ``size``."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(images)
+    except UserError:
+        raise
+    except ValueError as error:
+        if size > 1:
+            raise UserError(f"batch_size={size}: the model cannot take it ({error})") from error
+        raise UserError(
+            f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
+            f"there is no variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
+        ) from error

@@ -1,0 +1,92 @@
+"""From a checked config to a run that can start: its recorder, its checkpoint, advice on stderr."""
+
+import math
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from bnexp.config import build
+from bnexp.config.compose import group_name, settings
+from bnexp.data.dataset import Dataset
+from bnexp.errors import UserError
+from bnexp.store.files import not_written, write_new
+from bnexp.store.run_folder import CONFIG, Status
+from bnexp.train import loop
+from bnexp.train.run import Run
+
+if TYPE_CHECKING:
+    from bnexp.train.loop import Journal
+
+SAID: set[str] = set()  # by this process: a sweep would say the same of every seed
+
+
+def advise(cfg: DictConfig, run: "Run") -> None:
+    """Tell on stderr what somebody should know of these settings before training, once each."""
+    from bnexp.config.advice import advice
+
+    if cfg.quiet:
+        return
+    for sentence in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size):
+        if sentence not in SAID:
+            SAID.add(sentence)
+            print(f"bnexp: warning: {sentence}", file=sys.stderr)
+
+
+def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Journal":
+    """Where the run is recorded; if ``folder`` holds a checkpoint, ``run`` goes on from there."""
+    from bnexp.config import parts
+    from bnexp.store import checkpoint
+    from bnexp.store.run_folder import Status
+    from bnexp.store.writer import Writer, read_lines
+    from bnexp.train.recorder import Journal, merit
+
+    state = checkpoint.load(folder, run.device, run.model, mend=True)
+    if state is not None:
+        with fitting(folder / checkpoint.NAME):
+            run.load_state_dict(state)
+    status = Status(folder, parts.device_name(run.device), list(overrides), goes_on=state is not None)
+    writer = Writer(folder, step=run.num_steps)
+    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
+    earlier = read_lines(folder) if cfg.keep == "best" else []
+    best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
+    return Journal(writer, status, folder, cfg.keep, best)
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Have what a checkpoint's contents make fail, in one of many ways, told as :class:`UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{path}: not the checkpoint of this run ({type(error).__name__}: {error})"
+        raise UserError(f"{what}; put back the run's own") from error
+
+
+def open_job(
+    cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
+) -> tuple[Run, loop.Journal]:
+    """The run of a job whose folder is ours, at its last checkpoint if there is one, and its journal."""
+    write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    run = build.build(cfg, datasets)
+    advise(cfg, run)
+    return run, open_journal(cfg, run, overrides, Path(cfg.out))
+
+
+def fail(folder: Path, overrides: Sequence[str], error: Exception) -> str:
+    """Write down a job that did not even start."""
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    try:
+        status = Status(folder, "none", list(overrides))
+        status.update(status="failed", error=reason.splitlines()[0], traceback=traceback.format_exc())
+    except OSError as second:
+        error.add_note(f"and the status could not be written: {second}")
+    if isinstance(error, OSError):
+        print(f"bnexp: error: {not_written(error, folder)}", file=sys.stderr)
+    return "failed"

@@ -1,0 +1,132 @@
+"""A study: a published claim as one yaml, with the runs that test it and what they should show."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from bnexp.config.choices import choices, conf_dir, nearest
+from bnexp.config.explain import explained
+from bnexp.config.targets import fits
+from bnexp.errors import UserError
+from bnexp.report.expectations import Expectation
+from bnexp.store.untrusted import read_yaml
+
+FORMS = ("quick", "full")
+HOW = ("compare", "sweep")
+THE_USERS = ("out", "allow", "resume")  # settings that a study has no say in
+
+
+@dataclass
+class Form:
+    """Another way to run a study: what is given here is added to the study's settings or replaces its other parts."""
+
+    takes: str | None = None
+    settings: list[str] = field(default_factory=list)
+    sweep: dict[str, list[Any]] | None = None
+    variants: dict[str, Any] | None = None
+    expect: list[dict[str, Any]] | None = None
+    how: str | None = None
+
+
+@dataclass
+class Study:
+    """A claim, where it comes from, the runs that test it, and what they should show."""
+
+    title: str
+    source: str
+    takes: str  # how long, on two CPU cores
+    variants: dict[str, Any]  # role: an override or a list of them; the first is the baseline
+    expect: list[dict[str, Any]]  # see Expectation
+    settings: list[str] = field(default_factory=list)  # overrides that all runs share
+    sweep: dict[str, list[Any]] = field(default_factory=dict)  # lists of values, crossed with the variants
+    seeds: int = 3
+    how: str = "compare"  # in lockstep, or sweep: one run after the other
+    best_over: str | None = None  # the report takes every variant at its best value of this setting
+    epochs: bool = False  # print what was measured after every epoch
+    forms: dict[str, Form] = field(default_factory=dict)
+
+    def expectations(self) -> list[Expectation]:
+        """Raises :class:`UserError` for what cannot be meant."""
+        found, hints = [], get_type_hints(Expectation)
+        for each in self.expect:
+            for key, value in each.items():
+                pairs = value.values() if key == "where" and isinstance(value, dict) else ()
+                if not fits(value, hints.get(key, Any)) or not all(len(pair) == 2 for pair in pairs):
+                    raise UserError(f"expect {each}: {key} cannot be {value}; see bnexp/expectations.py")
+            try:
+                found.append(Expectation(**each))
+            except TypeError as error:
+                raise UserError(f"expect {each}: {error}; see bnexp/expectations.py") from error
+            found[-1].check(list(self.variants))
+        return found
+
+
+def load(name: str) -> Study:
+    """The study of this name in ``conf/study``, or in a yaml file of the user's own."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
+    try:
+        content = read_yaml(path)
+    except FileNotFoundError:
+        known = choices("study")
+        near = nearest(name, known)
+        raise UserError(f"study {name}: there is no such study{near}; choose one of {', '.join(known)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"study {name}: cannot be read ({error}); correct the file") from error
+    with explained([name]):
+        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), content))
+        check_words(study)
+        for form in study.forms.values():
+            check_words(form)
+    return study
+
+
+def check_words(study: Study | Form) -> None:
+    """Raise :class:`UserError` for what a study may not say, because it can be a stranger's.
+
+    Where files are written, whom to trust and what Hydra starts is for the person at the keyboard to say.
+    """
+    words = [*study.settings, *(f"{key}=0" for key in study.sweep or {})]
+    for role, own in (study.variants or {}).items():
+        if not re.fullmatch(r"\w[\w.+-]{,59}", role):
+            raise UserError(f"variants.{role}: cannot name a folder; use letters, digits, and then _ . + - too")
+        words += own if isinstance(own, list) else [own]
+    if odd := [word for word in words if not isinstance(word, str)]:
+        raise UserError(f"{odd[0]}: no setting; write it as text, name=value")
+    for override in OverridesParser.create().parse_overrides(words):
+        key = override.key_or_group
+        if key in THE_USERS or key.startswith("hydra"):
+            raise UserError(f"{override.input_line}: no study may say that; give it on the command line if you want it")
+
+
+def choose(study: Study, arguments: Sequence[str]) -> tuple[Study, list[str]]:
+    """The study in the form and with the variants that the command line asks for, and the overrides that are left.
+
+    Of a form that the study does not have it is said nothing: as it is, it is as full or as quick as it gets.
+    """
+    overrides, form, changes = [], None, {}
+    for word in arguments:
+        key, _, value = word.partition("=")
+        if key in FORMS:
+            if value not in ("true", "false"):
+                raise UserError(f"{word}: true or false is expected")
+            form = key if value == "true" else form
+        elif key.startswith("variants."):
+            changes[key.removeprefix("variants.")] = value.split()
+        else:
+            overrides.append(word)
+    if form in study.forms:
+        other = study.forms[form]
+        parts = {key: getattr(other, key) for key in ("takes", "sweep", "variants", "expect", "how")}
+        given = {key: value for key, value in parts.items() if value is not None}
+        study = replace(study, **given, settings=[*study.settings, *other.settings])
+    if unknown := [role for role in changes if role not in study.variants]:
+        known = ", ".join(study.variants)
+        raise UserError(f"variants.{unknown[0]}: this study has no such variant; its variants are {known}")
+    if study.how not in HOW:
+        raise UserError(f"how: {study.how}: not known; choose one of {', '.join(HOW)}")
+    return replace(study, variants=study.variants | changes), overrides

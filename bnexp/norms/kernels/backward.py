@@ -1,0 +1,179 @@
+"""The backward kernels: reduce, then dx, and both at once where a channel fits on chip.
+
+With g = dy * activation'(z), xhat = (x - mean) * rstd, M values per channel (Ioffe, Szegedy 2015, sec. 3):
+
+    dbias = sum g,  dweight = sum g * xhat,  dresidual = g
+    dx = weight * rstd * (g - dbias / M - xhat * dweight / M)     with the batch's statistics
+    dx = weight * rstd * g                                        with constant (running) statistics
+
+z is recomputed from x; with a residual, relu reads its bits and sigmoid and tanh their output instead.
+"""
+
+import triton
+import triton.language as tl
+
+from bnexp.norms.kernels.blocks import (
+    activate,
+    affine,
+    channel_sum,
+    channels,
+    kernel,
+    normalize,
+    tile,
+    tile_count,
+    unpack,
+)
+
+
+@triton.jit
+def _gradient(
+    b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group, rows, inner, chans,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """g = dy * activation'(z) of one tile; 0 outside of it."""
+    b_dy = tl.load(p_dy + offsets, mask=mask, other=0.0)
+    b_g = b_dy.to(b_x.dtype)
+    if ACTIVATION == "relu":
+        if p_saved is not None:
+            o_bits, m_bits = tile(i_tile, i_group, rows, tl.cdiv(inner, 8), chans, ROWS, COLS // 8, LAST)
+            keep = unpack(tl.load(p_saved + o_bits, mask=m_bits, other=0), ROWS, COLS)
+        else:
+            b_y = activate(normalize(b_x, b_mean, b_scale, b_shift), ACTIVATION)
+            keep = (b_y.to(b_dy.dtype).to(b_x.dtype) <= 0.0) == 0  # dy has the type that y was rounded to
+        b_g = tl.where(keep, b_g, 0.0)
+    elif ACTIVATION != "identity":
+        if p_saved is not None:
+            b_y = tl.load(p_saved + offsets, mask=mask, other=0.0).to(b_x.dtype)
+        else:
+            b_y = activate(normalize(b_x, b_mean, b_scale, b_shift), ACTIVATION)
+        b_g *= b_y * (1.0 - b_y) if ACTIVATION == "sigmoid" else 1.0 - b_y * b_y
+    return b_g
+
+
+@kernel
+def reduce_kernel(
+    p_x, p_dy, p_saved, p_weight, p_bias, p_mean, p_rstd, p_parts,
+    rows, inner_v, chans, groups, programs, tiles, tiles_each,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """(sum g, sum g * xhat) of each program's tiles into ``parts`` (2, programs, C)."""
+    pid = tl.program_id(0)
+    i_group = pid % groups
+    i_program = pid // groups
+    inner = inner_v * VEC
+    DTYPE: tl.constexpr = p_mean.dtype.element_ty
+    W: tl.constexpr = COLS if LAST else 1
+    o_c, m_c = channels(i_group, chans, COLS, LAST)
+    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
+    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
+    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
+
+    b_dbias = tl.zeros((1, W), DTYPE)
+    b_dweight = tl.zeros((1, W), DTYPE)
+    start = i_program * tiles_each
+    for i in range(0, tl.minimum(tiles_each, tiles - start)):
+        i_tile = start + i
+        offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
+        b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
+        b_g = _gradient(b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
+                        rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+        b_dbias += channel_sum(b_g, ROWS, COLS, LAST)
+        b_dweight += channel_sum(b_g * (b_x - b_mean), ROWS, COLS, LAST) * b_rstd
+
+    o_part = i_program.to(tl.int64) * chans + o_c
+    tl.store(p_parts + o_part, b_dbias, mask=m_c)
+    tl.store(p_parts + programs.to(tl.int64) * chans + o_part, b_dweight, mask=m_c)
+
+
+@triton.jit
+def _store_dx(
+    b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count, offsets, mask,
+    BATCH: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile, and the residual's gradient if it is not dy itself."""
+    if p_dresidual is not None:
+        tl.store(p_dresidual + offsets, b_g.to(p_dresidual.dtype.element_ty), mask=mask)
+    if BATCH:
+        b_g = b_g - b_dbias / count - (b_x - b_mean) * (b_rstd * (b_dweight / count))
+    tl.store(p_dx + offsets, (b_scale * b_g).to(p_dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias):
+    if p_dweight is not None:
+        tl.store(p_dweight + o_c, b_dweight.to(p_dweight.dtype.element_ty), mask=m_c)
+    if p_dbias is not None:
+        tl.store(p_dbias + o_c, b_dbias.to(p_dbias.dtype.element_ty), mask=m_c)
+
+
+@kernel
+def dx_kernel(
+    p_x, p_dy, p_saved, p_weight, p_bias, p_mean, p_rstd, p_parts, p_dx, p_dresidual, p_dweight, p_dbias,
+    p_count, rows, inner_v, chans, groups, programs, num_parts, tiles, tiles_each,
+    BATCH: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """dx from the sums of all ``num_parts`` parts, in the reverse order of the reduction.
+
+    M is the number of values per channel here, or what ``p_count`` holds if ranks share their sums.
+    """
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_group = pid % groups
+    i_program = pid // groups
+    inner = inner_v * VEC
+    DTYPE: tl.constexpr = p_mean.dtype.element_ty
+    o_c, m_c = channels(i_group, chans, COLS, LAST)
+    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
+    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
+    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
+    i_part = tl.arange(0, PARTS)[:, None]
+    o_part = i_part.to(tl.int64) * chans + o_c
+    m_part = (i_part < num_parts) & m_c
+    size = num_parts.to(tl.int64) * chans
+    b_dbias = tl.sum(tl.load(p_parts + o_part, mask=m_part, other=0.0), 0, keep_dims=True)
+    b_dweight = tl.sum(tl.load(p_parts + size + o_part, mask=m_part, other=0.0), 0, keep_dims=True)
+    if i_program == 0:
+        _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias)
+    if p_count is not None:
+        count = tl.load(p_count).to(DTYPE)
+    else:
+        count = (rows.to(tl.int64) * (1 if LAST else inner)).to(DTYPE)
+
+    start = i_program * tiles_each
+    num_tiles = tl.minimum(tiles_each, tiles - start)
+    for i in range(0, num_tiles):
+        i_tile = start + num_tiles - 1 - i
+        offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
+        b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
+        b_g = _gradient(b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
+                        rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+        _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
+                  offsets, mask, BATCH)  # fmt: skip
+
+
+@kernel
+def local_dx_kernel(
+    p_x, p_dy, p_saved, p_weight, p_bias, p_mean, p_rstd, p_dx, p_dresidual, p_dweight, p_dbias,
+    rows, inner_v, chans,
+    BATCH: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Reduce and dx of a channel (strip) held in registers by one program: one launch, x and dy read once."""
+    i_group = tl.program_id(0)
+    i_tile = i_group * 0
+    inner = inner_v * VEC
+    DTYPE: tl.constexpr = p_mean.dtype.element_ty
+    o_c, m_c = channels(i_group, chans, COLS, LAST)
+    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
+    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
+    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
+    offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
+    b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
+    b_g = _gradient(b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
+                    rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+    b_dbias = channel_sum(b_g, ROWS, COLS, LAST)
+    b_dweight = channel_sum(b_g * (b_x - b_mean), ROWS, COLS, LAST) * b_rstd
+    _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias)
+    count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
+    _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
+              offsets, mask, BATCH)  # fmt: skip

@@ -1,0 +1,204 @@
+"""Checkpoints: written whole or not at all, and read without executing anything.
+
+    checkpoint.pt  checkpoint.previous.pt (the one before)  best.pt, checkpoint-STEP.pt (if asked for)
+
+Each ends with the SHA-256 of all that stands before it, as the comment of the zip file that torch makes. The sums
+inside the zip are not enough: they leave out its table of contents, where a flipped bit can name other contents.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from bnexp.errors import UserError
+from bnexp.store.files import writing
+
+NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
+MARK, NUM_DIGITS = b"sha256 ", 64
+
+
+def save(state: dict, folder: Path, *also: Path) -> Path:
+    """Write ``state`` to ``folder/checkpoint.pt``; what was there becomes ``checkpoint.previous.pt``.
+
+    At every moment checkpoint.pt is a whole one, the old or the new, and the new has its other names ``also``.
+    """
+    return write(state, folder / NAME, *also, previous=folder / PREVIOUS)
+
+
+def write(state: dict, path: Path, *also: Path, previous: Path | None = None) -> Path:
+    """Write ``state`` to ``path`` in one move, on the disk when this returns; ``previous`` gets what was there."""
+    scratch = path.with_name(f".{path.name}.new")  # one name, so that many who are killed here leave one file
+    with writing(path):
+        try:
+            with open(scratch, "wb") as file:
+                save_into(file, state)
+            seal(scratch)
+            for name in also:
+                also_call(scratch, name)
+            if previous is not None and path.exists():
+                also_call(path, previous)
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return path
+
+
+def save_into(file: BinaryIO, state: dict) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:  # while it tidies up after the one that matters
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError | KeyboardInterrupt) else error from None
+
+
+def seal(path: Path) -> None:
+    """Put the sum of the whole file at its end, and all of it on the disk."""
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
+        file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
+        num_bytes = file.tell()
+        digest = checksum(file, num_bytes)
+        file.seek(num_bytes)
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checksum(file: BinaryIO, num_bytes: int) -> bytes:
+    """The SHA-256 of the file's first bytes, in hexadecimal."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while num_bytes > 0 and (chunk := file.read(min(num_bytes, 2**20))):
+        digest.update(chunk)
+        num_bytes -= len(chunk)
+    return digest.hexdigest().encode()
+
+
+def also_call(path: Path, name: Path) -> None:
+    """Let ``name`` be another name of the file at ``path``, in one move; a copy where there are no hard links."""
+    scratch = name.with_name(f".{name.name}.new")
+    try:
+        scratch.unlink(missing_ok=True)
+        try:
+            os.link(path, scratch)
+        except OSError:
+            shutil.copyfile(path, scratch)
+        os.replace(scratch, name)
+    finally:
+        scratch.unlink(missing_ok=True)  # also where both were the same file already, which replace leaves alone
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folder back
+            raise
+    finally:
+        os.close(handle)
+
+
+def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, mend: bool = False) -> dict | None:
+    """The last good checkpoint of a run's folder with its tensors on ``device``, None if there is none at all.
+
+    Good is what is whole and, with a ``model``, :func:`fits <check_fits>` it. If that is not the last one, stderr says
+    so, and with ``mend`` the bad one is put aside and the good one in its place. :class:`UserError` if none is good.
+    """
+    bad: list[tuple[Path, UserError]] = []
+    for path in (folder / NAME, folder / PREVIOUS):
+        if not os.path.lexists(path):
+            continue
+        try:
+            state = read(path, device)
+            if model is not None:
+                check_fits(state, model, path)
+        except UserError as error:
+            bad.append((path, error))
+            continue
+        for wrong, error in bad:
+            told = str(error).rpartition("; ")[0]  # what to do about it is not for the person to do
+            print(f"bnexp: warning: {told}; taking the one before, {path}, instead", file=sys.stderr)
+            if mend:
+                os.replace(wrong, folder / DAMAGED)
+                os.replace(path, wrong)
+        return state
+    if bad:
+        raise UserError("; and ".join(str(error) for _, error in bad)) from bad[0][1]
+    return None
+
+
+def read(path: Path, device: torch.device) -> object:
+    """What the file at ``path`` holds, if it is whole and no code; else :class:`UserError`."""
+    try:
+        check_whole(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises a different type for each way in which a file can be broken
+        code = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        reason = f"it names {code[1]}, which is code; none was run" if code else " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a checkpoint that can be read ({reason}); delete it to start anew") from error
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError for a file that is not as it was written: torch itself does not look at any sum."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError("not a file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("damaged, cut short, or no checkpoint at all")
+    with zipfile.ZipFile(path) as file:
+        if sum(each.file_size for each in file.infolist()) > path.stat().st_size:
+            raise ValueError("it would unpack to more than its size, which torch does not write")
+    with open(path, "rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - NUM_DIGITS - len(MARK))
+        file.seek(start)
+        mark, digest = file.read(len(MARK)), file.read()
+        if mark == MARK:
+            if checksum(file, start + len(MARK)) != digest:
+                raise ValueError("damaged: its contents do not have the sum that stands at its end")
+            return
+        file.seek(-2, os.SEEK_END)
+        if file.read() != bytes(2):  # torch's files end with the length of no comment
+            raise ValueError("damaged or cut short where its sum should stand")
+    with zipfile.ZipFile(path) as file:  # not written by us, or before there was a sum
+        if damaged := file.testzip():
+            raise ValueError(f"damaged in {damaged}")
+
+
+def check_fits(state: object, model: nn.Module, path: Path) -> None:
+    """Raise :class:`UserError` unless ``state`` holds every weight of ``model`` and nothing else, and their step.
+
+    ``model`` may be on the meta device: only names and shapes are compared.
+    """
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: not the checkpoint of a run, but a {type(state).__name__}; put back the run's own")
+    weights, wanted = state.get("model"), model.state_dict()
+    num_steps = state.get("num_steps")
+    if not isinstance(weights, Mapping) or type(num_steps) is not int or not 0 <= num_steps < 2**53:
+        raise UserError(f"{path}: not the checkpoint of a run, it has no model or no num_steps; put back the run's own")
+    for key in [*wanted, *weights]:
+        one, other = (_shape(each, key) for each in (weights, wanted))
+        if one != other:
+            raise UserError(
+                f"{path}: not of this model, {key} is {one} in it and {other} in the model of config.yaml; "
+                "put back the run's own checkpoint, config and data"
+            )
+
+
+def _shape(weights: Mapping, key: str) -> str:
+    if key not in weights:
+        return "missing"
+    tensor = weights[key]
+    is_tensor = isinstance(tensor, Tensor)
+    return "x".join(map(str, tensor.shape)) or "one number" if is_tensor else f"a {type(tensor).__name__}"

@@ -1,0 +1,253 @@
+"""A run's folder: claimed once, described by ``status.json``, never overwritten.
+
+    config.yaml  status.json  metrics.jsonl  probes.jsonl (if probes had more to say than numbers)
+    events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
+"""
+
+import fcntl
+import os
+import platform
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bnexp.errors import StorageError, UserError
+from bnexp.store.files import not_written, write_json, write_new, writing
+from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
+
+CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
+PROBES = "probes.jsonl"
+WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
+OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # how names of what a run writes begin
+STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake of readings alone
+DONE = ("finished", "diverged")  # results; every other status leaves something to do
+
+
+def check_free(out: str | Path) -> None:
+    """Refuse, before any work, a folder that cannot be written, or holds a run or what is left of one."""
+    if out == "":
+        raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
+    path = Path(out)
+    try:
+        check_own(path)
+        found = [each.name for pattern in WRITTEN for each in path.glob(pattern)]
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long, say
+        raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
+    if found:
+        if is_taken(path):
+            raise in_other_hands(path)
+        what = "a run" if {CONFIG, STATUS} & {*found} else found[0]
+        raise UserError(f"out={path}: already holds {what}, which is never overwritten; choose another folder")
+    if not existing.is_dir():
+        raise UserError(f"out={path}: {existing} is a file; choose a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"out={path}: {existing} cannot be written to; choose another folder")
+
+
+def check_own(folder: Path) -> None:
+    """Refuse a folder in which writing a run's files would reach somebody else's, or wait for ever.
+
+    It may have come from a stranger, who can have put links and pipes where these files are written.
+    """
+    if UNPRINTABLE.search(str(folder)):
+        raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.lstrip(".").startswith(OWN) and not _is_file_or_gone(path):
+            raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file of its own; remove it")
+
+
+def _is_file_or_gone(path: Path) -> bool:
+    """Whether ``path`` is a file itself, or nothing any more: who holds the run renames files while we look."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def claim(path: Path, config: str) -> Path:
+    """Make ``path`` this run's by writing its ``config.yaml``; of two who try, one succeeds."""
+    check_free(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        is_first = write_new(path / CONFIG, config)
+    except OSError as error:
+        raise UserError(f"out={path}: cannot be written to ({error.strerror}); choose another folder") from error
+    if not is_first:
+        raise UserError(f"out={path}: another run has just taken this folder; choose another")
+    return path
+
+
+def claim_new(parent: Path, name: str, config: str) -> Path:
+    """A new folder ``parent/name``, or ``parent/name-2``, ... if others were first; atomic."""
+    suffix = 1
+    while True:
+        path = parent / (name if suffix == 1 else f"{name}-{suffix}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            suffix += 1
+            continue
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
+        return claim(path, config)
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[bool]:
+    """Hold a run's lock, if no living process does; yields whether it is ours.
+
+    The operating system lets go of it when the process ends, however it ends. A file of the folder that cannot be
+    written while it is held is told as :class:`StorageError`.
+    """
+    check_own(folder)
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / LOCK, "a") as file:
+            try:
+                with writing(folder / LOCK):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+    except OSError as error:
+        if error.filename is None or folder not in (Path(error.filename), *Path(error.filename).parents):
+            raise
+        raise StorageError(not_written(error, folder)) from error
+
+
+def in_other_hands(folder: Path) -> UserError:
+    """That a living process is at work on the run in ``folder``."""
+    return UserError(f"{folder}: {holder(folder)} is at work on this run; wait for it, or stop it first")
+
+
+def holder(folder: Path) -> str:
+    """Who is at work on the run, as far as its status tells: it may not have written its own yet."""
+    status = read_status(folder)
+    if status.get("status") != "running" or not is_alive(status.get("host"), status.get("pid")):
+        return "another process"
+    heard = max(0, time.time() - status.get("heartbeat", 0))
+    return f"process {status['pid']} on {printable(status['host'])} (last heard of {heard:.0f} s ago)"
+
+
+def is_alive(host: object, pid: object) -> bool:
+    """Whether there is such a process; one of another host, which cannot be asked, is believed to live."""
+    if not isinstance(pid, int) or host is None:
+        return False
+    try:
+        if host == socket.gethostname():
+            os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only."""
+    try:
+        with open(folder / LOCK, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:  # or a pipe
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def load_status(folder: Path) -> dict:
+    """``status.json``; ValueError for what no run has written, FileNotFoundError where there is none."""
+    status = {"status": None, "step": 0, "metrics": {}, "overrides": []} | read_json(folder / STATUS)
+    for name, kind in {"status": str, "step": int, "metrics": dict, "overrides": list}.items():
+        if not isinstance(status[name], kind):
+            raise ValueError(f"{STATUS}: its {name} is {printable(status[name], 30)}, which no run has written")
+    for name in {"seconds", "started", "heartbeat"} & status.keys():
+        status[name] = number(status[name], f"{STATUS}: {name}")
+    return status | {"overrides": list(map(printable, status["overrides"]))}
+
+
+def read_status(folder: Path) -> dict:
+    """``status.json``, or {} where there is none yet."""
+    try:
+        return load_status(folder)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: {error}; delete {STATUS}, and what is left to do is done") from error
+
+
+class Status:
+    """``status.json``: what became of a run. Metrics hold the last value of every tag.
+
+    A process that is killed leaves ``running`` behind; host and pid say which it was, heartbeat when it last wrote.
+    """
+
+    def __init__(self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False) -> None:
+        self.path = folder / STATUS
+        earlier = read_status(folder) if goes_on else {}
+        self.content = {
+            "status": "running",
+            "step": earlier.get("step", 0),
+            "epoch": earlier.get("epoch", 0.0),
+            "seconds": earlier.get("seconds", 0.0),
+            "metrics": earlier.get("metrics", {}),
+            "device": device,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "overrides": overrides,
+            "started": earlier.get("started", time.time()),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        self.written = 0.0
+        self.update()
+
+    def update(self, metrics: dict[str, float] | None = None, **fields: Any) -> None:
+        """Write ``fields`` down at once; with ``metrics``, a reading, only if the last writing is long enough ago.
+
+        Readings come many a second, and each stands in metrics.jsonl already.
+        """
+        self.content["metrics"] |= metrics or {}
+        self.content |= {"heartbeat": time.time(), **fields}
+        if metrics is None or time.monotonic() - self.written >= STATUS_EVERY:
+            write_json(self.path, self.content)
+            self.written = time.monotonic()
+
+
+@cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("bnexp", "torch", "torchvision", "hydra-core", "numpy", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the code that runs, with ``-dirty`` if files differ from it; None outside a clone."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+            return None  # installed inside somebody else's repository
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,230 @@
+"""The TensorBoard door: readings become events and JSON lines in a run's folder.
+
+``metrics.jsonl`` holds the scalars, one line per step, and is the truth that reports read. ``probes.jsonl`` holds
+histograms and tables, one line each. The events are the same for TensorBoard, and the only home of images.
+"""
+
+import io
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from bnexp.store.files import finite, writing
+from bnexp.store.readings import Band, Histogram, Image, Reading, Scalar, Table
+from bnexp.store.run_folder import METRICS, PROBES
+from bnexp.store.untrusted import MOST_LINE
+
+
+class Writer:
+    """Writes the readings of one run. ``step`` 0 starts anew, a later one goes on after that step."""
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        self.folder = folder
+        self.metrics = Lines(folder / METRICS, step)
+        self.probes = Lines(folder / PROBES, step) if (folder / PROBES).exists() else None
+        self.events = EventFile(folder)
+        # What an earlier file holds beyond this step did not happen. TensorBoard takes a run's first START for its
+        # beginning and drops nothing, so the beginning has one too.
+        self.events.add(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
+        """Keep the readings of one step; returns the scalars among them by tag."""
+        readings = list(readings)
+        metrics = scalars(readings)
+        self.metrics.add({"step": step, "epoch": round(epoch, 6), "seconds": round(seconds, 6), **metrics})
+        others = [reading for reading in readings if not isinstance(reading, Scalar)]
+        if rows := [row for reading in others for row in as_rows(step, reading)]:
+            self.probes = self.probes or Lines(self.folder / PROBES, step)
+            self.probes.add(*rows)
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        values += [value for reading in others for value in as_summary(reading).value]
+        self.events.add(step=step, summary=Summary(value=values))
+        return metrics
+
+    def describe(self, config: str, hparams: Mapping[str, bool | int | float | str], group: str) -> None:
+        """The resolved config as text, and HParams in this very run, its seeds averaged under ``group``."""
+        self.events.add(summary=text("config", f"```yaml\n{config}\n```"))
+        # No list of what to show: of several TensorBoard takes the first run's, and would miss norm.eps if that is
+        # of norm=none. Left alone it gathers the settings of all runs and puts first what differs.
+        self.events.add(summary=summary_v2.hparams_pb(dict(hparams), trial_id=group))
+
+    def sync(self) -> None:
+        """Have all lines on the disk."""
+        for lines in (self.metrics, self.probes):
+            if lines is not None:
+                lines.sync()
+
+    def close(self, success: bool) -> None:
+        """Say how the run ended, and let go of the files; once is enough."""
+        if self.metrics.file.closed:
+            return
+        status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
+        end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+        content = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
+        value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=content, tensor=metadata.NULL_TENSOR)
+        with self.metrics.file, self.events.file:
+            if self.probes is not None:
+                self.probes.file.close()
+            self.events.add(summary=Summary(value=[value]))
+
+
+class Lines:
+    """A file of one JSON object per line, in the order of their steps, that goes on after ``step``."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        with writing(path):
+            self._drop_after(path, step)
+
+    def _drop_after(self, path: Path, step: int) -> None:
+        """Forget what was written after ``step``, by a process that died before its next checkpoint."""
+        keep = 0
+        with open(path, "rb") as file, suppress(ValueError, KeyError, TypeError, RecursionError):
+            while (line := file.readline(MOST_LINE)) and json.loads(line)["step"] <= step:
+                keep += len(line)
+        os.truncate(path, keep)
+
+    def add(self, *rows: dict) -> None:
+        """Write a line for each of ``rows``, numbers that JSON does not know as null, all of them or none."""
+        append(self.file, b"".join(json.dumps(finite(row), allow_nan=False).encode() + b"\n" for row in rows))
+
+    def sync(self) -> None:
+        with writing(self.path):
+            os.fsync(self.file.fileno())
+
+
+def read_lines(folder: Path) -> list[dict]:
+    """The readings of a run that goes on, oldest first."""
+    return [json.loads(line) for line in (folder / METRICS).read_bytes().splitlines()]
+
+
+class EventFile:
+    """TensorBoard's file of a run. Written at once and in this thread, so that a full disk is heard of here."""
+
+    def __init__(self, folder: Path) -> None:
+        # TensorBoard reads a run's files in the order of their names, whatever clock or machine they are from.
+        earlier = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)", path.name) for path in folder.iterdir())
+        latest = max((float(found[1]) for found in earlier if found), default=0.0)
+        now = max(time.time(), latest + 1e-5)
+        name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.add(file_version="brain.Event:2")
+
+    def add(self, **fields: object) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        append(self.file, record.getvalue())
+
+
+def append(file: io.FileIO, data: bytes) -> None:
+    """All of ``data`` or nothing: what does not fit on the disk any more is taken back, and the file stays whole."""
+    before = os.fstat(file.fileno()).st_size
+    with writing(file.name):
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            os.ftruncate(file.fileno(), before)
+            raise
+
+
+def scalars(readings: Iterable[Reading]) -> dict[str, float]:
+    """The scalars among ``readings`` by tag."""
+    return {reading.tag: reading.value for reading in readings if isinstance(reading, Scalar)}
+
+
+def as_rows(step: int, reading: Reading) -> list[dict]:
+    """The lines of probes.jsonl that keep ``reading``; none for images, which are for the eye."""
+    if isinstance(reading, Histogram):
+        return [{"step": step, "tag": reading.tag, "edges": reading.edges, "counts": reading.counts}]
+    if isinstance(reading, Table):
+        return [{"step": step, "tag": reading.tag, "head": reading.head, "rows": reading.rows}]
+    return []
+
+
+def as_summary(reading: Histogram | Image | Table) -> Summary:
+    """``reading`` as TensorBoard takes it: a histogram, a PNG, a table in Markdown."""
+    if isinstance(reading, Histogram):
+        return Summary(value=[Summary.Value(tag=reading.tag, histo=histogram_proto(reading))])
+    if isinstance(reading, Table):
+        rows = [reading.head, ["---"] * len(reading.head), *reading.rows]
+        lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        return text(reading.tag, "\n".join(lines))
+    from PIL import Image as Picture  # here, because most runs have no use for it
+
+    png = io.BytesIO()
+    Picture.fromarray(reading.pixels.numpy()).save(png, format="PNG")
+    height, width, *channels = reading.pixels.shape
+    image = Summary.Image(
+        height=height, width=width, colorspace=channels[0] if channels else 1, encoded_image_string=png.getvalue()
+    )
+    return Summary(value=[Summary.Value(tag=reading.tag, image=image)])
+
+
+def text(tag: str, markdown: str) -> Summary:
+    """``markdown`` under the tag that TensorBoard's other writers would give it."""
+    return text_pb(f"{tag}/text_summary", [markdown])
+
+
+def histogram_proto(reading: Histogram) -> HistogramProto:
+    """The bins as they are; sum and sum of squares as if every value lay in the middle of its bin."""
+    edges, counts = reading.edges, reading.counts
+    middles = [(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]
+    return HistogramProto(
+        min=edges[0],
+        max=edges[-1],
+        num=sum(counts),
+        sum=sum(n * x for n, x in zip(counts, middles, strict=True)),
+        sum_squares=sum(n * x * x for n, x in zip(counts, middles, strict=True)),
+        bucket_limit=edges[1:],
+        bucket=counts,
+    )
+
+
+class NullWriter:
+    """Keeps nothing; for loops that are only timed."""
+
+    def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
+        return scalars(readings)
+
+    def sync(self) -> None:
+        pass
+
+    def close(self, success: bool) -> None:
+        pass
+
+
+def write_bands(folder: Path, label: str, bands: Iterable[tuple[int, Band]]) -> None:
+    """One TensorBoard run for a variant: ``TAG/mean``, ``TAG/lower`` and ``TAG/upper`` over (step, band)s."""
+    (folder / label).mkdir(parents=True)
+    events = EventFile(folder / label)
+    with events.file:
+        for step, band in bands:
+            lines = {f"{band.tag}/{name}": getattr(band, name) for name in ("mean", "lower", "upper")}
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in lines.items()]
+            events.add(step=step, summary=Summary(value=values))
+
+
+def write_layout(folder: Path, tags: Sequence[str]) -> None:
+    """Ask TensorBoard's custom-scalars page to draw the bands of ``tags`` as margin charts."""
+    from torch.utils.tensorboard import summary  # here, because it imports TensorFlow where there is one
+
+    charts: dict[str, dict] = {}
+    for tag in tags:
+        band = [f"{tag}/{name}" for name in ("mean", "lower", "upper")]
+        charts.setdefault(tag.partition("/")[0], {})[tag] = ["Margin", band]
+    events = EventFile(folder)
+    with events.file:
+        events.add(summary=summary.custom_scalars(charts))

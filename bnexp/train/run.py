@@ -1,0 +1,196 @@
+"""A run: one variant with one seed. It can step and evaluate, and it can be put away and taken up again."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bnexp.data.batches import Batches
+from bnexp.data.dataset import Dataset, Split
+from bnexp.optim import set_learning_rate
+from bnexp.train.meter import Meter
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVALUATION_BATCH = 512  # images at a time; evaluation mode, so the results do not depend on it
+
+
+class Run:
+    """A model, an optimizer and a stream of batches, advanced a step at a time.
+
+    ``schedule(step, total_steps)`` gives the factor of the learning rate; ``precision`` is fp32, bf16 or
+    fp16 (autocast; fp16 also scales the loss). ``engine`` makes the function that takes a step, :meth:`eager_step`
+    by default. Nothing here draws random numbers but the batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        batches: Batches,
+        *,
+        total_steps: int,
+        schedule: Callable[[int, int], float],
+        precision: str = "fp32",
+        channels_last: bool = False,
+        threads: int = 1,
+        deterministic: bool = False,
+        engine: Callable[["Run"], Callable[[], None]] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.batches = batches
+        self.total_steps = total_steps
+        self.schedule = schedule
+        self.channels_last = channels_last
+        self.threads = threads
+        self.deterministic = deterministic
+        self.autocast_dtype = AUTOCAST[precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.meter = Meter()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.num_steps = 0
+        self.num_bad_gradients = 0  # steps whose loss was finite and whose gradient was not, as far as was read
+        self.seconds = 0.0  # spent on this run, kept by whoever drives it
+        self.setup_seconds = 0.0  # what the engine took to get ready, not yet read
+        self.seconds_elsewhere = 0.0  # of the last step: worked in other runs' turns for this one, less the reverse
+        self.is_ahead = False  # its weights have taken a step, in another run's turn, that it has not counted yet
+        self.take_step = engine(self) if engine else self.eager_step
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.batches.dataset
+
+    @property
+    def device(self) -> torch.device:
+        return self.dataset.device
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set so far."""
+        return self.num_steps / self.batches.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """What the last step used, of the first parameter group."""
+        return self.optimizer.param_groups[0]["base_lr"] * self.schedule(self.num_steps - 1, self.total_steps)
+
+    def step(self) -> None:
+        """One batch forward, backward and into the weights, as the engine does it."""
+        self.take_step()
+        self.num_steps += 1
+
+    def eager_step(self) -> None:
+        """The step as it is written. The host does not wait for the device."""
+        images, labels = self.batches.next()
+        set_learning_rate(self.optimizer, self.schedule(self.num_steps, self.total_steps))
+        loss, logits = self.loss(images, labels)
+        found = self.descend(loss)
+        self.meter.add(loss.detach(), logits.detach(), labels, found)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss (nats) of a batch of prepared images, and its logits (B, classes)."""
+        logits = self.forward(images)
+        return F.cross_entropy(logits, labels), logits
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """Backward, and into the weights. Returns a 1 on the device if the gradient was not finite, else a 0."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.scale(loss).backward()
+            found = find_non_finite(self.parameters)
+            self.scaler.step(self.optimizer)  # leaves the weights alone if the gradient is not finite
+            self.scaler.update()
+        else:
+            loss.backward()
+            found = find_non_finite(self.parameters)
+            self.optimizer.step()
+        return found
+
+    def evaluate(self, split: Split, model: nn.Module | None = None) -> tuple[float, float]:
+        """Mean loss (nats) and accuracy over the whole of ``split``, of the run's model in evaluation mode.
+
+        A ``model`` given instead is taken in the mode that it is in.
+        """
+        if model is None:
+            self.model.eval()
+            loss, hits = self.tally(split)
+            self.model.train()
+        else:
+            loss, hits = self.tally_of(split, model)
+        return float(loss) / len(split), int(hits) / len(split)
+
+    def tally(self, split: Split) -> tuple[Tensor, Tensor]:
+        """:meth:`tally_of` the run's model; an engine may put a faster one in its place."""
+        return self.tally_of(split, self.model)
+
+    @torch.no_grad()
+    def tally_of(self, split: Split, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """The sum of the losses and the number of hits over ``split``, on the device."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        hits = torch.zeros((), dtype=torch.int64, device=self.device)
+        chunks = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
+        for images, labels in chunks:
+            logits = self.forward(self.dataset.prepare(images), model)
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            hits += (logits.argmax(1) == labels).sum()
+        return loss, hits
+
+    def forward(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Logits in float32, by the run's model or by a copy of it, in the run's precision and memory format."""
+        model = self.model if model is None else model
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.autocast_dtype is None:
+            return model(images)
+        with torch.autocast(self.device.type, self.autocast_dtype):
+            return model(images).float()
+
+    def state_dict(self) -> dict:
+        """Everything that the next step depends on, and what has been measured but not yet read."""
+        return {
+            "num_steps": self.num_steps,
+            "seconds": self.seconds,
+            "num_bad_gradients": self.num_bad_gradients,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.num_steps = state["num_steps"]
+        self.seconds = state["seconds"]
+        self.num_bad_gradients = state.get("num_bad_gradients", 0)  # older checkpoints have none
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.batches.load_state_dict(state["batches"])
+        self.meter.load_state_dict(state["meter"])
+
+
+def first_non_finite(losses: list[float]) -> int | None:
+    """The index of the first loss that is infinite or not a number, None if all are finite."""
+    return next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+
+
+def find_non_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A 1 in float32 on their device if any of their gradients holds an infinite number or none at all, else a 0."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    device = gradients[0].device if gradients else torch.device("cpu")
+    found = torch.zeros((), device=device)
+    for kind in {gradient.dtype for gradient in gradients}:
+        alike = [gradient for gradient in gradients if gradient.dtype == kind]
+        # The pass that torch's own loss scaler makes, here with a factor of 1.
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one_on(device))
+    return found
+
+
+@cache
+def one_on(device: torch.device) -> Tensor:
+    """1.0, made once."""
+    return torch.ones((), device=device)

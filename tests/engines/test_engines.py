@@ -1,0 +1,211 @@
+"""Engines: another way to take the same steps. Captured ones are tried on a CPU by a stand-in for CUDA graphs."""
+
+import json
+
+import pytest
+import torch
+from tape import Tape
+from test_loop import different
+
+from bnexp.config import build
+from bnexp.config.choices import choices
+from bnexp.config.compose import composed
+from bnexp.engines.capture import tell
+from bnexp.engines.graph import Captured, captured
+from bnexp.optim import keep_rates_on
+
+TINY = ("device=cpu", "threads=1", "data.size=16", "data.limit=64", "batch_size=20", "steps=9")  # epochs of 3 or 4
+CPU = torch.device("cpu")
+FUSED_ONLY = {"fused"}  # waits for Triton's interpreter, and computes as library does: see test_fused.py
+
+
+@pytest.fixture(autouse=True)
+def nothing_told():
+    """What was told is told again."""
+    tell.cache_clear()
+
+
+def make(*overrides):
+    """A run whose learning rates are tensors, as on a GPU."""
+    run = build.build(composed([*TINY, *overrides]))
+    keep_rates_on(run.optimizer, CPU)
+    return run
+
+
+def capture(run, warmup_steps=2):
+    """Have the run step by replay, and return what does so."""
+    steps = Captured(run, Tape(), warmup_steps)
+    run.take_step = steps.step
+    return steps
+
+
+def advance(run, num_steps):
+    for _ in range(num_steps):
+        run.step()
+
+
+def state(run):
+    """Everything that the next step depends on, the meter's entries included."""
+    return run.state_dict()
+
+
+RUNS = [
+    *(("model=mlp", f"norm={norm}", "optimizer=sgd", "optimizer.momentum=0.9") for norm in choices("norm")
+      if norm not in FUSED_ONLY),
+    ("model=lenet", "norm=library", "optimizer=adam", "schedule=cosine", "data.augment=crop_flip"),
+    ("model=lenet", "norm=scratch", "optimizer=adamw", "optimizer.weight_decay=0.1", "schedule=onecycle",
+     "drop_last=false"),
+    ("model=resnet", "norm=library", "optimizer=sgd", "model.blocks=[1]", "model.widths=[4]", "model.stem=cifar"),
+    ("model=densenet", "norm=scratch", "optimizer=sgd", "model.blocks=[2]", "model.growth=4", "data.augment=flip"),
+    ("model=mlp", "norm=library", "classes_per_batch=5", "precision=bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", RUNS, ids=lambda each: "-".join(each[:3]))
+def test_replayed_steps_are_the_eager_ones_bit_for_bit(overrides):
+    ghost = ("norm.virtual_batch=10",) if "norm=ghost" in overrides else ()
+    eager, replayed = make(*overrides, *ghost), make(*overrides, *ghost)
+    steps = capture(replayed)
+    for _ in range(3):
+        advance(eager, 3)
+        advance(replayed, 3)
+        assert different(state(eager), state(replayed)) == []
+        assert eager.meter.read() == replayed.meter.read()
+        assert eager.evaluate(eager.dataset.valid) == replayed.evaluate(replayed.dataset.valid)
+    assert steps.graphs.num_captures == 2 + ("drop_last=false" in overrides), "a graph each for steps and evaluation"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_capture_leaves_everything_as_it_was(optimizer):
+    more = ("optimizer.momentum=0.9",) if optimizer == "sgd" else ()
+    run = make("model=lenet", f"optimizer={optimizer}", *more, "data.augment=crop_flip", "schedule=cosine")
+    steps = capture(run, warmup_steps=5)
+    advance(run, 2)  # uncaptured, then captured and replayed
+    before = state(run)
+    steps.replays.clear()
+    assert steps.capture(20) is True
+    assert different(before, state(run)) == []
+    assert [int(m.num_batches_tracked) for m in run.model.modules() if hasattr(m, "num_batches_tracked")] == [2] * 4
+
+
+def test_a_loaded_run_is_replayed_from_where_it_was_saved():
+    overrides = ("model=mlp", "norm=scratch", "schedule=cosine", "data.augment=flip")
+    whole, first, second = make(*overrides), make(*overrides), make(*overrides)
+    advance(whole, 8)
+    capture(first)
+    advance(first, 4)  # into the second epoch, a reading outstanding
+    capture(second)
+    second.load_state_dict(first.state_dict())
+    advance(second, 4)
+    assert different(state(whole), state(second)) == []
+
+
+def test_more_steps_than_the_meter_has_places_for_are_all_read():
+    eager, replayed = make("model=mlp"), make("model=mlp")
+    steps = capture(replayed)
+    for name, buffer in steps.meter.buffers.items():
+        steps.meter.buffers[name] = buffer[:4].clone()
+    advance(eager, 9)
+    advance(replayed, 9)
+    assert replayed.meter.is_finite()
+    assert eager.meter.read() == replayed.meter.read()
+
+
+def test_a_loss_that_is_not_finite_is_found_at_its_step():
+    run = make("model=mlp", "norm=none", "optimizer=sgd", "optimizer.lr=1e30")
+    eager = make("model=mlp", "norm=none", "optimizer=sgd", "optimizer.lr=1e30")
+    capture(run)
+    advance(run, 6)
+    advance(eager, 6)
+    assert not run.meter.is_finite()
+    ours, theirs = run.meter.read(), eager.meter.read()
+    assert [loss == loss for loss in ours.losses] == [loss == loss for loss in theirs.losses]
+    assert ours.num_bad == theirs.num_bad
+
+
+def test_a_step_that_asks_for_a_value_goes_on_uncaptured_and_says_why(capsys):
+    eager, run = make("model=mlp", "norm.momentum=null"), make("model=mlp", "norm.momentum=null")
+    steps = capture(run)
+    advance(eager, 5)
+    advance(run, 5)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "cannot be captured (a value was asked for while capturing)" in told
+    assert steps.graphs.num_captures == 0
+    run.tally_of = lambda split, model, tally=run.tally_of: counts.append(1) or tally(split, model)
+    counts = []
+    assert different(state(eager), state(run)) == []
+    assert eager.evaluate(eager.dataset.valid) == run.evaluate(run.dataset.valid)
+    assert (steps.graphs.num_captures, counts) == (0, [1]), "evaluation is not captured either"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("optimizer=other", "optimizer._target_=torch.optim.RMSprop"), "this is RMSprop"),
+        (("optimizer=adam", "optimizer.fused=false"), "optimizer.fused=true"),
+        (("precision=fp16",), "the loss scaler of precision=fp16"),
+    ],
+)
+def test_what_is_known_not_to_be_capturable_is_told_and_goes_step_by_step(overrides, reason, capsys):
+    run = make("model=mlp", *overrides)
+    assert captured(run) == run.eager_step
+    told = capsys.readouterr().err
+    assert reason in told and told.startswith("bnexp: warning: engine=graph:") and told.count("\n") == 1
+
+
+def test_a_graph_without_a_gpu_is_refused_before_any_work(bnexp, capsys, tmp_path):
+    assert bnexp("train", "engine=graph", "device=cpu", "out=run") == 2
+    assert "engine=graph: a CUDA graph needs a GPU, and this is device=cpu" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("overrides", RUNS, ids=lambda each: "-".join(each[:3]))
+def test_on_a_gpu_replayed_steps_are_the_eager_ones_bit_for_bit(overrides):
+    ghost = ("norm.virtual_batch=10",) if "norm=ghost" in overrides else ()
+    both = [*overrides, *ghost, "device=cuda", "deterministic=true"]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        eager, replayed = (build.build(composed([*TINY, *both, f"engine={name}"])) for name in ("eager", "graph"))
+        advance(eager, 9)
+        advance(replayed, 9)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert different(state(eager), state(replayed)) == []
+    assert eager.evaluate(eager.dataset.valid) == replayed.evaluate(replayed.dataset.valid)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def test_compiled_steps_are_the_eager_ones_to_rounding_and_count_exactly(train):
+    overrides = ("data.size=16", "data.limit=64", "batch_size=32", "steps=6", "log_every=1", "model=mlp",
+                 "optimizer=sgd", "optimizer.lr=0.1")  # Adam would make whole steps of gradients that are rounding
+    folders = [train(*overrides, f"engine={name}") for name in ("eager", "compile")]
+    eager, compiled = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders
+    )
+    assert "time/setup" in compiled[0] and "time/step" not in compiled[0] and "time/step" in compiled[1]
+    assert not any("time/setup" in line for line in [*eager, *compiled[1:]])
+    for one, other in zip(eager, compiled, strict=True):
+        # Losses of about 2, sums of float32 in another order: an ulp is 2e-7, and six steps pass it on.
+        assert one["loss/train"] == pytest.approx(other["loss/train"], abs=5e-6)
+    models = [torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in folders]
+    for key, value in models[0].items():
+        if key.endswith("num_batches_tracked"):
+            assert value == models[1][key] == 6
+        else:
+            assert torch.allclose(value, models[1][key], atol=1e-5), key
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+def test_what_cannot_be_one_graph_is_compiled_in_pieces_and_the_batches_stay_the_same(capsys):
+    eager = build.build(composed([*TINY, "model=mlp", "model.hidden=[4]", "norm.momentum=null"]))
+    pieces = build.build(composed([*TINY, "model=mlp", "model.hidden=[4]", "norm.momentum=null", "engine=compile"]))
+    advance(eager, 2)
+    advance(pieces, 2)
+    assert "engine=compile: compiled in pieces" in capsys.readouterr().err
+    assert pieces.setup_seconds > 0
+    losses = [run.meter.read().losses for run in (eager, pieces)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32, another order of sums

@@ -1,0 +1,622 @@
+"""Folded runs: many computed as one are what each is alone, up to rounding; what cannot be folded is refused."""
+
+import os
+import signal
+from contextlib import nullcontext
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tape import Tape
+from test_loop import Synchronizations, different, flat
+from test_sweep import SMALL, numbers, statuses, step_that, table
+from torch import nn
+
+from bnexp.cli.sweep.grid import Job
+from bnexp.cli.sweep.lockstep import together
+from bnexp.config import build
+from bnexp.config.choices import choices
+from bnexp.config.compose import composed
+from bnexp.engines import fold
+from bnexp.engines.capture import tell
+from bnexp.engines.fold import Fold, Stack
+from bnexp.engines.graph_fold import CapturedStack
+from bnexp.errors import UserError
+from bnexp.optim import keep_rates_on
+from bnexp.store.run_folder import read_status
+from bnexp.store.writer import NullWriter
+from bnexp.train.drive import Contestant, lockstep
+from bnexp.train.loop import Plan
+from bnexp.train.recorder import Journal
+from bnexp.train.run import Run
+
+# 40 training images: steps of 16, 16 and 8, so that the short last batch of an epoch is among them.
+BASE = ("threads=1", "device=cpu", "data.limit=40", "data.valid=0", "batch_size=16", "drop_last=false", "steps=9")
+MLP = ("model=mlp", "model.hidden=[8]", "data.size=8")
+LENET = ("model=lenet", "data.size=16")
+OPTIONS = {
+    "ghost": ("norm.virtual_batch=8",),
+    "group": ("norm.groups=layer",),
+    "renorm": ("norm.warmup_steps=1", "norm.r_steps=2", "norm.d_steps=2"),  # r and d move within these few steps
+}
+FOLDABLE = [norm for norm in choices("norm") if norm != "fused"]
+# The corners of a digit are black in every image. What such a pixel's weight adds is the same for all images and a norm
+# takes it out again, so its gradient is rounding alone; Adam would make full steps of it, but for this eps.
+ADAM = ("optimizer=adam", "optimizer.eps=1e-4")
+OPTIMIZERS = {
+    "sgd": ("optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.1", "optimizer.weight_decay=0.01"),
+    "adam": ADAM,
+    "adamw": ("optimizer=adamw", "optimizer.eps=1e-4", "optimizer.weight_decay=0.1"),
+}
+# Sums in another order: an eps of 2e-16, some sums of a thousand terms, a few steps. Seen: 1e-13.
+EXACT = 1e-12
+
+
+DATASETS = {}  # that runs share, as those of one command do
+composed = cache(composed)
+
+
+def members(*overrides, rates=(3, 1, 3), double=True):
+    """Runs with the seeds 0, 1, ... and these multiples of the learning rate, in float64."""
+    cfg, runs = composed((*BASE, *overrides)), []
+    for cfg.seed, rate in enumerate(rates):
+        runs.append(build.build(cfg, DATASETS))
+        for group in runs[-1].optimizer.param_groups:
+            group["base_lr"] *= rate
+        if double:
+            runs[-1].model.double().register_forward_pre_hook(lambda model, images: (images[0].double(),))
+    return runs
+
+
+def in_turn(runs, num_steps):
+    for _ in range(num_steps):
+        for run in runs:
+            run.step()
+    return runs
+
+
+def gap(one, two):
+    """The largest difference between the floats of two runs' states; all else in them is the same to the bit."""
+    one, two = (flat({**run.state_dict(), "seconds": 0}) for run in (one, two))
+    assert one.keys() == two.keys() and len(one) > 20
+    floats = [key for key, value in one.items() if torch.is_tensor(value) and value.is_floating_point()]
+    assert not [key for key in different(one, two) if key.rstrip(".") not in {each.rstrip(".") for each in floats}]
+    return max(float((one[key].double() - two[key].double()).abs().max()) for key in floats)
+
+
+def gaps(*overrides, num_steps=4, **options):
+    """How far folded runs are from the same runs one by one, each."""
+    alone, together = (members(*overrides, **options) for _ in range(2))
+    Fold(together)
+    return [gap(*pair) for pair in zip(in_turn(alone, num_steps), in_turn(together, num_steps), strict=True)]
+
+
+# ---------------------------------------------------------------- the same as alone
+
+
+def thinned():
+    """Every norm in both models, every optimizer with both models; each norm with another optimizer in each."""
+    names = list(OPTIMIZERS)
+    for i, norm in enumerate(FOLDABLE):
+        yield norm, "mlp", names[i % 3]
+        yield norm, "lenet", names[(i + 1) % 3]
+
+
+@pytest.mark.parametrize("norm, model, optimizer", list(thinned()))
+def test_folded_runs_are_what_each_is_alone(norm, model, optimizer):
+    """Losses, hits, weights, running statistics and their counts, optimizer state, batches: all that a state holds."""
+    size = {"mlp": MLP, "lenet": LENET}[model]
+    assert max(gaps(*size, f"norm={norm}", *OPTIONS.get(norm, ()), *OPTIMIZERS[optimizer])) < EXACT
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=resnet", "model.stem=cifar", "model.blocks=[1,1]", "model.widths=[4,8]", "data.size=8"),
+        ("model=densenet", "model.growth=2", "model.blocks=[1,2]", "model.stem_width=4", "data.size=16"),
+        (*MLP, "norm=scratch", "norm.zero_debias=true", "norm.running_var_init=0", "norm.scale=false"),
+        (*MLP, "norm=scratch", "norm.decay_warmup=true"),
+        (*MLP, "norm.track_running_stats=false", "norm.affine=false"),
+        (*MLP, "data.augment=crop_flip", "schedule=cosine", "schedule.warmup_steps=2"),
+        (*MLP, "classes_per_batch=6", "optimizer.fused=false", "optimizer.amsgrad=true"),
+        (*MLP, "optimizer=other", "optimizer._target_=torch.optim.RMSprop", "+optimizer.eps=1e-4"),
+    ],
+    ids=["resnet", "densenet", "debias", "warmup", "untracked", "augment", "few-classes", "rmsprop"],
+)
+def test_so_are_those_of_other_models_options_data_and_optimizers(overrides):
+    adam = () if "optimizer=other" in overrides else ADAM
+    changed = [f"+{each}" if "amsgrad" in each else each for each in overrides]
+    assert max(gaps(*changed, *adam, num_steps=3)) < EXACT
+
+
+def test_in_float32_they_differ_by_its_rounding():
+    """Of values about 1, in sums over 16 images and 64 pixels: less than 100 times the eps of 1.2e-7, seen 5e-7."""
+    smooth = (*MLP, "model.activation=tanh", "optimizer=sgd", "optimizer.lr=0.1")  # relu would jump now and then
+    assert 0 < max(gaps(*smooth, double=False)) < 1e-5
+
+
+def test_weights_with_like_numbers_are_moved_by_one_call():
+    runs = members(*MLP, *ADAM, rates=(1, 2, 1, 2, 1))
+    folded = Fold(runs)
+    in_turn(runs, 1)
+    groups = folded.stack.joint.optimizer.param_groups
+    assert [len(part) for group in groups for part in group["params"][:1]] == [3, 3, 2, 2]  # two groups of each rate
+    assert [group["base_lr"] for group in groups] == [1e-3, 1e-3, 2e-3, 2e-3]
+
+
+@pytest.mark.parametrize("norm", ["scratch", "renorm"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_folded_step_never_asks_the_device_for_a_value(norm, optimizer):
+    runs = members(*MLP, f"norm={norm}", *OPTIMIZERS[optimizer])
+    Fold(runs)
+    with Synchronizations() as seen:
+        in_turn(runs, 4)
+        assert seen.count == 0
+        runs[0].meter.read()
+        assert seen.count > 0
+
+
+@pytest.mark.parametrize("augment", ["none", "crop_flip"])
+def test_drawing_together_gives_the_batches_that_each_would_draw(augment):
+    one, two = (members(*MLP, f"data.augment={augment}") for _ in range(2))
+    for _ in range(4):  # into the second epoch
+        images, labels = fold.draw([run.batches for run in one])
+        for i, run in enumerate(two):
+            for got, expected in zip((images[i], labels[i]), run.batches.next(), strict=True):
+                assert torch.equal(got, expected)
+
+
+# ---------------------------------------------------------------- one among others
+
+
+def contestants(runs, log_every=1):
+    plan = Plan(log_every=log_every, eval_every=100, checkpoint_every=100)
+    return [Contestant("v", seed, run, Journal(NullWriter()), plan) for seed, run in enumerate(runs)]
+
+
+def raced(entries, folded):
+    for _ in lockstep(entries):
+        folded.leave(each.run for each in entries if not each.is_running)
+    return [each.ended["status"] for each in entries]
+
+
+def test_a_run_that_diverges_harms_no_other_and_is_moved_no_more():
+    alone, together = (members(*MLP, *ADAM, rates=(1, 1e200, 1)) for _ in range(2))
+    folded, state = Fold(together), []
+
+    def leave(ended, leave=folded.leave):
+        ended = list(ended)
+        leave(ended)
+        state.extend(flat(run.state_dict()["model"]) for run in ended if not state)
+
+    folded.leave = leave
+    assert raced(contestants(together, log_every=2), folded) == ["finished", "diverged", "finished"]
+    for i in (0, 2):
+        in_turn([alone[i]], 9)[0].meter.clear()
+        assert gap(alone[i], together[i]) < EXACT
+    at_the_end = flat(together[1].state_dict()["model"])
+    assert together[1].num_steps < 5 and not all(value.isfinite().all() for value in at_the_end.values())
+    assert all(torch.equal(state[0][key].nan_to_num(), at_the_end[key].nan_to_num()) for key in at_the_end)
+
+
+def test_gradients_that_are_not_finite_are_counted_for_their_run():
+    alone, together = (members(*MLP, "optimizer=sgd", rates=(1, 1e200, 1)) for _ in range(2))
+    Fold(together)
+    found = [[float(each) for each in run.meter.found] for run in in_turn(alone, 4) + in_turn(together, 4)]
+    assert found[:3] == found[3:] and sum(found[1]) > 0 == sum(found[0] + found[2])
+    for one, two in zip(alone[0].model.parameters(), together[0].model.parameters(), strict=True):
+        assert torch.allclose(one.grad, two.grad, rtol=0, atol=EXACT), "and everybody has his gradients"
+
+
+def test_a_step_that_fails_fails_for_all_of_the_fold_and_for_nobody_else(monkeypatch):
+    take = Stack.step
+
+    def fail(stack):
+        if stack.runs[0].num_steps == 3:
+            raise RuntimeError("out of luck")
+        return take(stack)
+
+    monkeypatch.setattr(Stack, "step", fail)
+    entries = contestants(members(*MLP))
+    assert raced(entries, Fold([each.run for each in entries[:2]])) == ["failed", "failed", "finished"]
+    assert [each.run.num_steps for each in entries] == [3, 3, 9]
+    runs = members(*MLP)
+    Fold(runs)
+    in_turn(runs, 3)
+    for run in runs:
+        with pytest.raises(RuntimeError, match="out of luck"):
+            run.step()
+
+
+def test_a_step_that_is_broken_off_leaves_no_state_that_could_be_taken_down(monkeypatch):
+    runs = members(*MLP)
+    Fold(runs)
+    in_turn(runs, 1)
+
+    def interrupt(stack, images, labels):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stack, "descend", interrupt)  # when the batches are drawn
+    for run in runs:
+        assert run.is_ahead is (run is not runs[0])
+        with pytest.raises(KeyboardInterrupt):
+            run.step()
+        with pytest.raises(AssertionError):
+            run.state_dict()
+
+
+def test_a_run_that_is_behind_goes_alone_until_all_are_level(monkeypatch):
+    alone, together = (members(*MLP, *ADAM) for _ in range(2))
+    in_turn(together[:2], 2)
+    taken = []
+    eager, folded_step = Run.eager_step, Stack.step
+    monkeypatch.setattr(Run, "eager_step", lambda run: (taken.append(("alone", run.num_steps)), eager(run)))
+    monkeypatch.setattr(
+        Stack, "step", lambda stack: (taken.append((len(stack.runs), stack.runs[0].num_steps)), folded_step(stack))[1]
+    )
+    assert raced(contestants(together, log_every=100), Fold(together)) == ["finished"] * 3
+    assert taken == [("alone", 0), ("alone", 1)] + [(3, step) for step in range(2, 9)]
+    for one, two in zip(in_turn(alone, 9), together, strict=True):
+        one.meter.clear()
+        assert gap(one, two) < EXACT
+
+
+def test_every_run_is_given_its_share_of_the_time_of_a_step(monkeypatch):
+    """By a clock that goes on by 3 seconds in a folded step and by 1 in a run's own."""
+    clock = [0.0]
+
+    def slow(step, seconds):
+        def slow_step(self):
+            clock[0] += seconds
+            return step(self)
+
+        return slow_step
+
+    for module in ("bnexp.engines.fold", "bnexp.train.loop"):
+        monkeypatch.setattr(f"{module}.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Stack, "step", slow(Stack.step, 3.0))
+    monkeypatch.setattr(Run, "eager_step", slow(Run.eager_step, 1.0))
+    runs = members(*MLP)
+    in_turn(runs[:2], 4)
+    clock[0] = 0.0
+    entries = contestants(runs)
+    raced(entries, Fold(runs))
+    assert [run.seconds for run in runs] == pytest.approx([5.0, 5.0, 4 * 1.0 + 5.0])
+    assert [each.latest["time/step"] for each in entries] == pytest.approx([1.0] * 3)
+
+
+def test_who_is_left_alone_in_a_fold_has_his_time_to_himself():
+    runs = members(*MLP)
+    folded = Fold(runs)
+    in_turn(runs, 1)
+    assert runs[0].seconds_elsewhere < 0 < runs[1].seconds_elsewhere
+    folded.leave(runs[:2])
+    in_turn(runs, 1)
+    assert [run.seconds_elsewhere for run in runs] == [0, 0, 0]
+
+
+# ---------------------------------------------------------------- put away and taken up
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_put_away_and_taken_up_again_they_go_on_to_the_bit(optimizer, tmp_path):
+    options = (*MLP, *OPTIMIZERS[optimizer])
+    undisturbed, first, second = (members(*options) for _ in range(3))
+    for runs in (undisturbed, first):
+        Fold(runs)
+    in_turn(undisturbed, 6)
+    for i, run in enumerate(in_turn(first, 2)):
+        torch.save(run.state_dict(), tmp_path / f"{i}.pt")
+        second[i].load_state_dict(torch.load(tmp_path / f"{i}.pt", weights_only=True))
+    Fold(second)
+    in_turn(second, 2)
+    for one, two in zip(in_turn(first, 1), second, strict=True):  # into runs that are folded and further already
+        two.load_state_dict(one.state_dict())
+    for one, two in zip(undisturbed, in_turn(second, 3), strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+
+
+def test_what_a_run_writes_down_is_its_own_alone():
+    runs = members(*MLP, *ADAM)
+    folded = Fold(runs)
+    in_turn(runs, 2)
+    whole = next(runs[0].model.parameters())
+    assert whole.untyped_storage().nbytes() == 3 * whole.nbytes, "this is a view"
+    tensors = [value for value in flat(runs[0].state_dict()).values() if torch.is_tensor(value)]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    state = runs[0].state_dict()
+    in_turn(runs, 1)
+    assert "model.dense1.weight." in different(state, runs[0].state_dict()), "the state is of when it was asked for"
+    folded.leave(runs)
+    assert whole.untyped_storage().nbytes() == whole.nbytes
+
+
+def test_nobody_is_written_down_who_is_further_than_he_knows():
+    runs = members(*MLP)
+    Fold(runs)
+    runs[0].step()
+    runs[0].state_dict()
+    with pytest.raises(AssertionError, match="taken in another run's turn"):
+        runs[1].state_dict()
+    runs[1].step()
+    runs[1].state_dict()
+
+
+# ---------------------------------------------------------------- captured
+
+
+def captured_and_not(*overrides, rates=(1, 2, 1)):
+    """The same runs folded twice, the second time their step is captured; learning rates are tensors, as on a GPU."""
+    both = [members(*overrides, rates=rates, double=False) for _ in range(2)]
+    for run in both[0] + both[1]:
+        keep_rates_on(run.optimizer, torch.device("cpu"))
+    tape = Tape()
+    return *both, Fold(both[0]), Fold(both[1], partial(CapturedStack, warmup_steps=2, graphs=tape)), tape
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *((*MLP, f"norm={norm}", *OPTIONS.get(norm, ()), *ADAM) for norm in FOLDABLE),
+        (*MLP, *OPTIMIZERS["sgd"], "schedule=cosine", "schedule.warmup_steps=2", "data.augment=crop_flip"),
+        (*LENET, *OPTIMIZERS["adamw"], "schedule=onecycle"),
+    ],
+    ids=[*FOLDABLE, "augment", "lenet"],
+)
+def test_a_captured_fold_is_the_one_that_is_not_bit_for_bit(overrides):
+    """Into the third epoch of two full batches and a short one; runs of two learning rates."""
+    eager, replayed, _, _, tape = captured_and_not(*overrides)
+    for num_steps in (3, 1, 4):  # last a short batch, a full one, a full one
+        for one, two in zip(in_turn(eager, num_steps), in_turn(replayed, num_steps), strict=True):
+            assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+            assert one.meter.read() == two.meter.read()
+            assert one.evaluate(one.dataset.train) == two.evaluate(two.dataset.train)
+            for p, q in zip(one.parameters, two.parameters, strict=True):
+                assert torch.equal(p.grad, q.grad)
+    assert tape.num_captures == 2, "of a full batch and of the short one"
+    assert all(run.setup_seconds > 0 for run in replayed) and not any(run.setup_seconds for run in eager)
+
+
+def test_a_run_that_leaves_has_the_others_captured_anew():
+    eager, replayed, one, two, tape = captured_and_not(*MLP, *ADAM)
+    for folded, runs in ((one, eager), (two, replayed)):
+        in_turn(runs, 2)
+        folded.leave(runs[:1])
+        in_turn(runs[1:], 4)
+        in_turn(runs[:1], 1)  # by itself
+    assert tape.num_captures == 1 + 2
+    for each, other in zip(eager, replayed, strict=True):
+        assert different(each.state_dict(), other.state_dict(), ignore=["seconds"]) == []
+
+
+def test_a_captured_fold_goes_on_from_where_it_was_put_away():
+    whole, first, _, _, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
+    _, second, _, _, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
+    in_turn(whole, 9)
+    in_turn(first, 4)
+    in_turn(second, 2)  # captured already, and from elsewhere
+    for one, two in zip(first, second, strict=True):
+        two.load_state_dict(one.state_dict())
+    for one, two in zip(whole, in_turn(second, 5), strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+
+
+def test_a_fold_that_cannot_be_captured_says_why_once_and_goes_on(capsys):
+    tell.cache_clear()
+    eager, replayed, _, _, tape = captured_and_not(*MLP, "optimizer=adam", "optimizer.fused=false")
+    for one, two in zip(in_turn(eager, 4), in_turn(replayed, 4), strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+    assert capsys.readouterr().err.count("engine=graph: of the optimizers only") == 1 and tape.num_captures == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [MLP, LENET], ids=["mlp", "lenet"])
+def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        eager, replayed = (members(*size, *ADAM, "device=cuda", rates=(1, 2, 1), double=False) for _ in range(2))
+        Fold(eager)
+        Fold(replayed, CapturedStack)
+        in_turn(eager, 9)
+        in_turn(replayed, 9)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(eager, replayed, strict=True):
+        assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
+
+
+# ---------------------------------------------------------------- who is folded with whom
+
+
+def grouped(configs):
+    """The jobs of these names and configs in groups, as names."""
+    jobs = [Job(name, name, (), Path(name)) for name in configs]
+    return [" | ".join(job.name for job in members) for members in together(jobs, configs)]
+
+
+def test_runs_are_grouped_that_differ_in_nothing_but_seed_and_the_optimizers_numbers():
+    points = [("seed=0",), ("seed=1", "optimizer.lr=3", "optimizer.betas=[0.5,0.6]"), ("optimizer.fused=false",)]
+    points += [("norm=none",), ("batch_size=8",), ("optimizer=sgd",), ("seed=3", "out=elsewhere")]
+    first = "seed=0 | seed=1 optimizer.lr=3 optimizer.betas=[0.5,0.6] | seed=3 out=elsewhere"
+    configs = {" ".join(point): composed((*SMALL, *point, "replicas=9")) for point in points}
+    assert grouped(configs) == [first, *(" ".join(point) for point in points[2:6])]
+
+
+@pytest.mark.parametrize("limit, sizes", [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 2, 2]), (4, [4, 3]), (7, [7])])
+def test_groups_are_as_even_as_can_be(limit, sizes):
+    cfg = composed((*SMALL, "replicas=9"))
+    configs = {f"s{seed}": OmegaConf.merge(cfg, {"seed": seed, "replicas": limit}) for seed in range(7)}
+    assert [each.count("s") for each in grouped(configs)] == sizes
+
+
+# ---------------------------------------------------------------- refused
+
+
+TWO = ("train", "-m", *SMALL, "seed=0,1", "replicas=2", "out=sweep")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("train", *SMALL, "replicas=4", "out=sweep"),
+         "replicas=4: one run has none to be computed with; give several values, bnexp train -m seed=0,1 replicas=4"),
+        ((*TWO, "replicas=0"), "replicas=0: has to be a whole number, 1 or more"),
+        ((*TWO, "replicas=1,2"), "replicas=1,2: belongs to the sweep as a whole; give one value"),
+        (("compare", *SMALL, "seed=0,1", "replicas=1,2"), "compare: nothing varies but the seed"),
+        ((*TWO, "hydra/launcher=joblib"), "replicas=2 and hydra/launcher=joblib: folded runs share one process"),
+        ((*TWO, "engine=compile"), "replicas=2: bnexp.engines.compile.compiled makes the step of one run"),
+        ((*TWO, "engine=graph"), "engine=graph: a CUDA graph needs a GPU"),
+        ((*TWO, "precision=bf16"), "replicas=2 and precision=bf16: autocast does not see what torch.vmap makes of"),
+        ((*TWO, "channels_last=true"), "replicas=2 and channels_last=true: what is stacked has one memory format"),
+        ((*TWO, "probe=[shapes,gradients]"), "replicas=2 and probe=gradients: it compares a run before and after"),
+        ((*TWO, "norm.momentum=null"), "with norm.momentum=null every run reads back from the device how many batches"),
+        ((*TWO, "norm=scratch", "norm.momentum=null"), "with norm.momentum=null every run reads back from the device"),
+        ((*TWO, "norm=fused"), "cannot be computed as one (Batching rule not implemented for bnexp::batch_norm"),
+        (("compare", *SMALL, "norm=none,fused", "replicas=2", "out=sweep"), "fused: replicas=2: runs of this model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_folded_is_refused_before_any_work(bnexp, capsys, arguments, message):
+    assert bnexp(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("sweep").exists()
+
+
+class Assigning(nn.BatchNorm1d):
+    def forward(self, x):
+        self.running_mean = 0.9 * self.running_mean + 0.1 * x.mean(0)
+        return x - self.running_mean
+
+
+class Branching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (Assigning(64), "puts a new tensor in the place of 1.running_mean, which would be lost"),
+        (Branching(64, 64), "data-dependent control flow"),
+        (nn.Dropout(), "randomness"),
+        (nn.Linear(64, 64), None),
+    ],
+)
+def test_models_that_do_what_one_call_for_all_cannot_are_refused_with_the_reason(layer, reason):
+    model = nn.Sequential(nn.Flatten(), layer).to("meta")
+    told = (
+        pytest.raises(UserError, match=rf"runs of this model cannot be computed as one \(.*{reason}.*\); leave out")
+        if reason else nullcontext()
+    )  # fmt: skip
+    with told:
+        fold.check(model, (4, 1, 8, 8), torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- from the command line
+
+# By SGD, whose steps do not make more of rounding: losses of about 2 in float32, seen 3e-7.
+PLAIN = (*SMALL, "optimizer=sgd", "optimizer.lr=0.1")
+ROUNDING = 1e-5
+
+
+def assert_alike(one, two):
+    assert one.keys() == two.keys()
+    for name, rows in one.items():
+        assert len(rows) == len(two[name])
+        for a, b in zip(rows, two[name], strict=True):
+            assert b == pytest.approx(a, abs=ROUNDING), name
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of runs computed one by one: its numbers."""
+    from bnexp.cli.main import main
+
+    folder = tmp_path_factory.mktemp("compared") / "compare"
+    assert main(["compare", *PLAIN, "norm=none,scratch", "seed=0,1,2", "quiet=true", f"out={folder}"]) == 0
+    return numbers(folder)
+
+
+COMPARE = ("compare", *PLAIN, "norm=none,scratch", "seed=0,1,2", "out=compare")
+
+
+@pytest.fixture
+def stacks(monkeypatch):
+    """How many runs were stacked each time."""
+    made, init = [], Stack.__init__
+
+    def noted(self, runs):
+        made.append(len(runs))
+        init(self, runs)
+
+    monkeypatch.setattr(Stack, "__init__", noted)
+    return made
+
+
+def test_a_folded_comparison_gives_the_same_numbers_and_says_who_was_alone(bnexp, capsys, compared, stacks):
+    assert bnexp(*COMPARE, "replicas=2") == 0
+    assert_alike(compared, numbers(Path("compare")))
+    assert set(statuses(Path("compare")).values()) == {"finished"}
+    assert stacks == [2, 2]
+    said = [line for line in capsys.readouterr().err.splitlines() if "alone" in line]
+    assert said == ["bnexp: computed alone, because no other run is left that differs in nothing but the seed and the "
+                    "optimizer's numbers: none-s2, scratch-s2"]  # fmt: skip
+
+
+def test_an_interrupted_folded_comparison_goes_on_also_with_another_number_of_replicas(bnexp, compared, capfd):
+    with pytest.MonkeyPatch.context() as patch:
+        once = iter([signal.SIGINT])
+        step_that(lambda: [os.kill(os.getpid(), number) for number in once], patch, at=16, seed=0)
+        assert bnexp(*COMPARE, "replicas=3", "quiet=true") == 130
+    assert {read_status(path)["step"] for path in Path("compare").glob("none-s*")} == {17}, "the fold came level"
+    capfd.readouterr()
+    assert bnexp(*COMPARE, "replicas=2", "quiet=true") == 0
+    assert capfd.readouterr() == ("compare\n", "")
+    assert_alike(compared, numbers(Path("compare")))
+
+
+def test_a_folded_sweep_gives_the_table_that_it_gives_otherwise(bnexp, capsys, stacks):
+    sweep = ("train", "-m", *PLAIN, "norm=none", "seed=0,1", "optimizer.lr=0.1,0.2,1e30")
+    assert bnexp(*sweep, "out=plain") == 0
+    plain = capsys.readouterr().out
+    assert bnexp(*sweep, "replicas=4", "out=folded") == 0
+    folded = capsys.readouterr()
+    assert_alike(*(numbers(Path(folder)) for folder in ("plain", "folded")))
+    assert statuses(Path("plain")) == statuses(Path("folded"))
+    assert table(plain) == table(folded.out) and folded.out.endswith("\nfolded\n") and folded.err == ""
+    assert stacks == [3, 2, 3, 2], "two folds, each without the run that diverged from then on"
+    assert bnexp("rerun", "folded/s0-lr0.1", "quiet=true", "out=again") == 0, "a run of a fold can be repeated alone"
+    assert_alike({"again": numbers(Path())["again"]}, {"again": numbers(Path("folded"))["s0-lr0.1"]})
+
+
+def test_a_folded_sweep_leaves_what_has_nobody_like_it_to_the_launcher_and_fails_if_a_run_does(bnexp, capsys):
+    tries = []
+
+    def fail():
+        tries.append(1)
+        raise RuntimeError("out of luck")
+
+    sweep = ("train", "-m", *PLAIN, "norm=none", "seed=0,1,2", "steps=5", "replicas=2", "out=sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        step_that(fail, patch, at=3, seed=1)
+        assert bnexp(*sweep) == 1
+    assert len(tries) == 1, "once per start"
+    printed = capsys.readouterr()
+    assert statuses(Path("sweep")) == {"s0": "finished", "s1": "failed", "s2": "finished"}
+    assert printed.err.count("computed alone") == 1 and printed.err.endswith(": s2\n")
+    assert bnexp(*sweep, "quiet=true") == 0
+    assert set(statuses(Path("sweep")).values()) == {"finished"}
+    assert [row["step"] for row in numbers(Path("sweep"))["s1"]] == [5]
+
+
+def test_a_study_folds_too(bnexp, tmp_path, stacks):
+    (tmp_path / "tiny.yaml").write_text(
+        "title: a\nsource: b\ntakes: 1 s\nhow: sweep\n"
+        "settings: [model=mlp, data.size=8, steps=3, threads=1, norm=none]\n"
+        "variants: {slow: optimizer.lr=1e-9, fast: optimizer.lr=0.1}\n"
+        "expect: [{says: c, of: fast, tag: accuracy/test, above: -1}]\n"
+    )
+    assert bnexp("study", "tiny.yaml", "seed=0,1", "replicas=4", "quiet=true", "out=s") == 0
+    assert stacks == [4]
