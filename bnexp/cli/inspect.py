@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config import schema
-from bnexp.config.compose import change, composed, stored_config
+from bnexp.config.compose import composed, moved, session
 from bnexp.config.start import fitting
 from bnexp.probes.layers import list_layers
 
@@ -53,7 +54,11 @@ def summary(arguments: list[str]) -> int:
     from bnexp.cli.inspect import show_summary
     from bnexp.config import check, parts
 
-    cfg = composed(arguments)
+    line = parse_line("summary", arguments)
+    if was_shown(line):
+        return 0
+    with session(line.source):
+        cfg = composed(line.words)
     check.check(cfg, runs=False)
     source = parts.part(cfg, "data")()
     show_summary(parts.make_model(cfg, source), source.in_shape)
@@ -68,8 +73,7 @@ def inspect(arguments: list[str]) -> int:
     from bnexp.store import checkpoint
 
     question = inspection.parse(arguments)
-    cfg = stored_config(question.folder)
-    change(cfg, question.overrides, "inspect")
+    cfg = moved(question.folder, question.overrides, "inspect")
     cfg.engine = OmegaConf.structured(schema.Train).engine  # nothing is trained: a graph's run can be seen on a CPU
     check.check(cfg, free=False)
     source = parts.part(cfg, "data")()

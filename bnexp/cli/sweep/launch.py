@@ -16,6 +16,7 @@ from bnexp.cli.sweep.grid import Grid, Job
 from bnexp.cli.sweep.jobs import take_all
 from bnexp.cli.sweep.lockstep import race, tell_alone, together
 from bnexp.cli.sweep.worker import LAST, run_job
+from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
 from bnexp.train.interrupt import Interrupted, deferred_signals
@@ -86,9 +87,9 @@ def tell_wait(jobs: Sequence[Job]) -> None:
 
 def hydra_config(grid: Grid, folder: Path) -> DictConfig:
     """What Hydra's launcher is made of."""
-    fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
     with explained(grid.hydra):
-        return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
+        fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
+        return composed_with_hydra([*fixed, *grid.hydra], RunMode.MULTIRUN)
 
 
 def written_at(folder: Path) -> int:
