@@ -17,6 +17,7 @@ HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
+    startup.replace_unprintable()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("--help", "-h", "help"):
         print(help_text())

@@ -179,15 +179,19 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
     edited it, the folder's values hold, but for those that ``words`` change.
     """
     stored, before = stored_config(folder), stored_words(folder)
+    if missing := OmegaConf.missing_keys(stored):
+        raise UserError(f"{folder / CONFIG}: {min(missing)}: has to be given, nothing runs without it")
     try:
         base = composed(before)
     except UserError:  # of another version, or of entries that are not here
         base, before = composed([]), []
+    if lists := [each.input_line for each in parse_words(words) if each.is_sweep_override()]:
+        raise UserError(f"{lists[0]}: rerun takes one config; give one value")
     chosen = {each.key_or_group for each in parse_words(words)}
     words = [*(word for word in before if word not in words), *words]
     cfg = composed(words, logs=True)
     for group in (each for each in SHELVES if each not in chosen):
-        if group == "probe" or stored[group]._target_ != base[group]._target_:
+        if group == "probe" or _target(stored[group]) != _target(base[group]):
             if cfg[group] == base[group]:
                 _put(cfg, group, stored[group])
             elif stored[group] != base[group]:
@@ -197,6 +201,10 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
         if key.partition(".")[0] not in chosen and then.get(key, value) != value and now.get(key) == then[key]:
             _put(cfg, key, value)
     return cfg, words
+
+
+def _target(node: Any) -> Any:
+    return node.get("_target_") if isinstance(node, DictConfig) else node
 
 
 def _put(cfg: DictConfig, key: str, value: Any) -> None:

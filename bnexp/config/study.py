@@ -67,7 +67,7 @@ class Study:
 
 def load(name: str) -> Study:
     """The study of this name in ``conf/study``, or in a yaml file of the user's own."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
     try:
         content = read_yaml(path)
     except FileNotFoundError:

@@ -18,6 +18,7 @@ from bnexp.cli.sweep.lockstep import race, tell_alone, together
 from bnexp.cli.sweep.worker import LAST, run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
+from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
 from bnexp.train.interrupt import Interrupted, deferred_signals
 
@@ -89,7 +90,10 @@ def hydra_config(grid: Grid, folder: Path) -> DictConfig:
     """What Hydra's launcher is made of."""
     with explained(grid.hydra):
         fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
-        return composed_with_hydra([*fixed, *grid.hydra], RunMode.MULTIRUN)
+        cfg = composed_with_hydra([*fixed, *grid.hydra], RunMode.MULTIRUN)
+    if cfg.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: jobs that change the folder would write elsewhere; leave it out")
+    return cfg
 
 
 def written_at(folder: Path) -> int:
