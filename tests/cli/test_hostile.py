@@ -297,8 +297,8 @@ def line(step=2, **values) -> str:
 
 
 READINGS = {
-    "broken in the middle": (f"{line(1)}\n{{oops\n{line(2)}\n", "line 2 is no JSON"),
-    "no JSON at all": ("\0" * 999 + "\n\n", "line 1 is no JSON"),
+    "broken in the middle": (f"{line(1)}\n{{oops\n{line(2)}\n", "line 2 is not JSON"),
+    "no JSON at all": ("\0" * 999 + "\n\n", "line 1 is not JSON"),
     "lists": ("[1]\n[2]\n", "not a JSON object with a step"),
     "no step": ('{"loss/valid": 1}\n', "not a JSON object with a step"),
     "a step in words": ('{"step": "a"}\n', "not a JSON object with a step"),
@@ -306,9 +306,9 @@ READINGS = {
     "a step that is true": ('{"step": true}\n', "not a JSON object with a step"),
     "a step of 400 digits": (f'{{"step": {"9" * 400}}}\n', "not a JSON object with a step"),
     "a huge integer": (f'{{"step": 1, "loss/valid": {"9" * 400}}}\n', "not a number that can be used"),
-    "an integer of 5,000 digits": (f'{{"step": 1, "loss/valid": {"9" * 5000}}}\n{line(2)}\n', "line 1 is no JSON"),
+    "an integer of 5,000 digits": (f'{{"step": 1, "loss/valid": {"9" * 5000}}}\n{line(2)}\n', "line 1 is not JSON"),
     "words": (line(**{"accuracy/valid": "low"}), '"low" is no number'),
-    "nested": ('{"step": 1, "x": ' + "[" * 100_000 + f"\n{line(2)}\n", "line 1 is no JSON"),
+    "nested": ('{"step": 1, "x": ' + "[" * 100_000 + f"\n{line(2)}\n", "line 1 is not JSON"),
     "a line without end": ("x" * (MOST_LINE + 1), f"longer than {MOST_LINE:,} bytes"),
     "NaN and infinity": (line(**{"loss/valid": float("nan"), "accuracy/valid": float("inf")}), None),
     "1e999": ('{"step": 1, "loss/valid": 1e999, "loss/train": -1e999}', None),
@@ -466,7 +466,7 @@ def test_a_sweep_that_nobody_began_is_refused(content, run, attack):
         os.mkfifo(path)
     else:
         path.write_text(content)
-    refused(attack("train", "-m", *TINY, *SWEPT, "out=run"), "out=run: holds no sweep that can be gone on with")
+    refused(attack("train", "-m", *TINY, *SWEPT, "out=run"), "out=run: holds no sweep that can go on")
 
 
 @pytest.mark.parametrize("name", ["library-s1", "bands"])
