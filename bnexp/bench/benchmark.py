@@ -42,9 +42,7 @@ def run_benchmark(
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             for case in SETS[settings.set]:
                 for site in SITES:
-                    new = measure_case(
-                        implementations, case, site, settings.dtype, settings.layout, settings.rounds, device
-                    )
+                    new = measure_case(implementations, case, site, settings, device)
                     rows += new
                     console.print(case_table(new, f"{site}, {case} {settings.dtype} {settings.layout}"), "")
         console.print(means_table(geometric_means(rows)), "")
@@ -90,6 +88,8 @@ def geometric_means(rows: Sequence[Mapping]) -> list[dict]:
 
 
 def _digits(number: float, digits: int = 3) -> str:
+    if number >= 9999.5:
+        return _digits(number / 1e3, digits) + "k"
     return f"{number:.0f}" if number >= 99.5 else f"{number:.{digits}g}"
 
 
@@ -100,7 +100,8 @@ def _factor(ratio: float) -> str:
 def case_table(rows: Sequence[Mapping], title: str) -> Table:
     """The times of one case, one row per implementation; without times the reason."""
     timed = [row for row in rows if row["status"] == "timed"]
-    unit, scale = ("ms", 1e-3) if any(row[f"{phase}_p80_us"] >= 1e5 for row in timed for phase in PHASES) else ("us", 1)
+    is_slow = all(row[f"{phase}_us"] >= 1e3 for row in timed for phase in PHASES)
+    unit, scale = ("ms", 1e-3) if is_slow else ("us", 1)
     heading = f"{title}: {unit}, 20%-80%, x {REFERENCE}, n={timed[0]['n']}" if timed else title
     table = new_table(heading, "", " ".join(phase.rjust(21) for phase in PHASES) if timed else "")
     table.columns[1].min_width = 65 if timed else 0  # a long name is wrapped, the times are not

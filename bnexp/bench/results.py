@@ -6,7 +6,9 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,21 +36,19 @@ def make_results_folder(out: str | None) -> Path:
     A new folder belongs to this process alone: of two in the same second, the second gets the suffix ``-2``.
     Raises :class:`UserError` if ``out`` cannot be used.
     """
-    if out:
-        check_results_folder(Path(out))
-    path = first = Path(out) if out else Path("outputs") / time.strftime("%Y-%m-%d/bench-%H%M%S")
-    suffix = 1
-    while True:
-        try:
-            path.mkdir(parents=True, exist_ok=out is not None)
-            return path
-        except FileExistsError as error:
-            if out:
-                raise UserError(f"out={out}: is a file; choose a folder") from error
-            suffix += 1
+    try:
+        if out:
+            check_results_folder(Path(out))
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return Path(out)
+        path = first = Path("outputs") / time.strftime("%Y-%m-%d/bench-%H%M%S")
+        for suffix in count(2):
+            with suppress(FileExistsError):
+                path.mkdir(parents=True)
+                return path
             path = first.with_name(f"{first.name}-{suffix}")
-        except OSError as error:
-            raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
+    except OSError as error:
+        raise UserError(f"out={out or path}: cannot be made ({error.strerror}); choose another folder") from error
 
 
 def write_results(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bnexp.bench.cases import PHASES, REFERENCE, SITES, Case
 from bnexp.bench.parity import CHUNK, Inputs, State, copy_inputs, differences_from_float64, make_inputs, parity_failure
+from bnexp.bench.settings import BenchSettings
 from bnexp.errors import UserError
 from bnexp.norms.kernels.batch_norm import interpreted
 
@@ -62,20 +63,14 @@ def implementations_on(norms: Mapping[str, Callable], device: torch.device) -> l
 
 
 def measure_case(
-    implementations: Sequence[Implementation],
-    case: Case,
-    site: str,
-    dtype: str,
-    layout: str,
-    rounds: int,
-    device: torch.device,
+    implementations: Sequence[Implementation], case: Case, site: str, settings: BenchSettings, device: torch.device
 ) -> list[dict]:
     """One row per implementation: its parity, and its times if it passed; the elementwise kernels' row comes first."""
-    dtype, add = getattr(torch, dtype), SITES[site]
+    dtype, add = getattr(torch, settings.dtype), SITES[site]
     blank = {"shape": str(case), "count": case.count, "site": site}
     if reason := memory_shortage(bytes_needed(case, dtype), device):
         return [blank | {"implementation": e.name, "status": f"skipped: {reason}", "tier": ""} for e in implementations]
-    inputs, state = make_inputs(case, dtype, layout == "nhwc", device)
+    inputs, state = make_inputs(case, dtype, settings.layout == "nhwc", device)
     if any(entry.compiled for entry in implementations):
         torch.compiler.reset()  # the shapes before would count against the limit of recompilations
     rows, steps = {}, {REFERENCE: copy_steps(add)}
@@ -89,7 +84,7 @@ def measure_case(
     reason = memory_shortage(bytes_needed(case, dtype, num_buffers(inputs)), device) if case.numel else "nothing in it"
     if not reason:
         try:
-            seconds = time_steps(steps, [copy_inputs(inputs) for _ in range(num_buffers(inputs))], rounds)
+            seconds = time_steps(steps, [copy_inputs(inputs) for _ in range(num_buffers(inputs))], settings.rounds)
             rows = {REFERENCE: blank | {"implementation": REFERENCE, "tier": ""}} | rows
         except RuntimeError as error:  # out of memory, most likely
             reason = first_line(error)

@@ -9,10 +9,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from bnexp.bench import benchmark, timing
 from bnexp.bench.benchmark import geometric_means, run_benchmark, write_benchmark
-from bnexp.bench.cases import REFERENCE, SETS, SITES, Case
+from bnexp.bench.cases import PHASES, REFERENCE, SETS, SITES, Case
 from bnexp.bench.parity import Inputs, differences_from_float64, float64_results, make_inputs, parity_failure
 from bnexp.bench.results import make_results_folder
 from bnexp.bench.settings import BENCH_CHOICES, BenchSettings
@@ -193,8 +194,8 @@ def test_what_fails_parity_gets_no_time_and_says_why(small, tmp_path, capsys):
 
 def test_fused_needs_a_device_and_is_never_timed_by_the_interpreter(small, monkeypatch):
     pytest.importorskip("triton")
-    compare = partial(measure_case, [Implementation("fused", fused.BatchNorm)], site="BN+ReLU", dtype="float32")
-    compare = partial(compare, layout="nchw", rounds=1, device=CPU)
+    compare = partial(measure_case, [Implementation("fused", fused.BatchNorm)], site="BN+ReLU")
+    compare = partial(compare, settings=BenchSettings(rounds=1), device=CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert compare(case=ODD)[0]["status"] == "not run: needs a CUDA device"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -207,13 +208,13 @@ def test_fused_needs_a_device_and_is_never_timed_by_the_interpreter(small, monke
 @pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') != '1'", reason="not interpreted")
 def test_fused_passes_parity_and_names_its_tier(small):
     entries = [Implementation("fused", fused.BatchNorm)]
-    (row,) = measure_case(entries, ODD, "BN+add+ReLU", "float32", "nchw", 1, CPU)
+    (row,) = measure_case(entries, ODD, "BN+add+ReLU", BenchSettings(rounds=1), CPU)
     assert row["status"] == "parity passed, not timed: interpreted" and row["tier"] in ("local", "two-launch")
 
 
 def test_shapes_that_do_not_fit_are_skipped_or_only_compared(small, monkeypatch):
-    compare = partial(measure_case, [Implementation("scratch", scratch.BatchNorm)], site="BN+ReLU", dtype="float32")
-    compare = partial(compare, case=ODD, layout="nchw", rounds=1, device=CPU)
+    compare = partial(measure_case, [Implementation("scratch", scratch.BatchNorm)], site="BN+ReLU")
+    compare = partial(compare, case=ODD, settings=BenchSettings(rounds=1), device=CPU)
     one = timing.bytes_needed(ODD, torch.float32)
     monkeypatch.setattr(timing, "free_bytes", lambda device: one - 1)
     assert compare()[0]["status"] == "skipped: needs 0.0 GiB of memory, 0.0 are free"
@@ -310,6 +311,28 @@ def test_the_summary_weighs_shapes_by_how_many_norms_see_them():
     assert theirs[f"both_over_{REFERENCE}"] == pytest.approx((16 * 2**3) ** (1 / 4))
     assert theirs[f"both_over_{REFERENCE}_range"] == [2.0, 16.0]
     assert (ours["norms"], ours["of"], ours["forward_over_library"]) == (1, 4, pytest.approx(0.25))
+
+
+@pytest.mark.parametrize(
+    "microseconds, cell",
+    [
+        ((1.234, 1.1, 65432.1), "1.23 1.1-65k 100x"),  # one call waited for another program
+        ((98765.4, 12345.6, 99999.0), "98.8k 12k-100k 100x"),
+        ((9999.4, 9876.5, 9999.4), "9999 9876-9999 100x"),
+    ],
+)
+def test_times_of_any_size_fit_into_a_line(microseconds, cell, monkeypatch, capsys):
+    def row(name, times):
+        keys = [f"{phase}_{key}" for phase in PHASES for key in ("us", "p20_us", "p80_us")]
+        ratios = {f"{phase}_ratio": 100.0 for phase in PHASES}
+        same = {"status": "timed", "implementation": name, "tier": "", "n": 3}
+        return same | ratios | dict(zip(keys, [*times] * 3, strict=True))
+
+    monkeypatch.setenv("COLUMNS", "80")
+    Console().print(benchmark.case_table([row(REFERENCE, (2.0, 1.0, 3.0)), row("x", microseconds)], "title"))
+    assert capsys.readouterr().out.splitlines()[-1] == " ".join(["x".ljust(12), *[cell.rjust(21)] * 3])
+    slow = benchmark.case_table([row("x", (2e3, 1.9e3, 1.2e6))], "title")
+    assert slow.title == "title: ms, 20%-80%, x elementwise, n=3" and "2 1.9-1200 100x" in next(slow.columns[1].cells)
 
 
 # ---- the command ----
