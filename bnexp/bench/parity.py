@@ -173,15 +173,15 @@ def differences_from_float64(
     counted = got.pop("num_batches_tracked")
     off = {"num_batches_tracked": abs(float(counted) - 4)}
     for name, result in got.items():
-        is_like_x = result is not None and result.shape == inputs.x.shape and result.dtype == inputs.x.dtype
-        is_like_c = result is not None and result.shape == state.weight.shape and result.dtype == state.weight.dtype
-        off[name] = 0.0 if (is_like_x if name in STORED else is_like_c) else math.inf
+        like = inputs.x if name in STORED else state.weight
+        is_alike = result is not None and (result.shape, result.dtype) == (like.shape, like.dtype)
+        off[name] = 0.0 if is_alike else math.inf
     if off["output"]:
         return off
     num_channels = inputs.x.shape[1]
-    width = max(1, CHUNK * num_channels // max(1, inputs.x.numel()))
-    for begin in range(0, num_channels, width):
-        part = slice(begin, begin + width)
+    piece = max(1, CHUNK * num_channels // max(1, inputs.x.numel()))  # channels that are compared at a time
+    for begin in range(0, num_channels, piece):
+        part = slice(begin, begin + piece)
         x, residual, dy = (t.detach()[:, part] for t in inputs[:3])
         expected = float64_results(
             x, residual if add else None, dy, got["output"][:, part] > 0, State(*(t[part] for t in state)),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,14 +13,16 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
 from bnexp.errors import UserError
 from bnexp.store.files import write_new
 from bnexp.store.run_folder import check_free, git_commit, versions
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt setting is refused before
     import torch
-    from rich.console import Console
-    from rich.table import Table
 RESULT_FILES = ("bench.json", "bench.csv")
 
 
@@ -66,7 +69,7 @@ def write_results(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping
             raise UserError(f"out={path}: another benchmark has just taken this folder; choose another")
 
 
-def describe_measurement(console: "Console", settings: Any, device: "torch.device", command: str) -> dict[str, Any]:
+def describe_measurement(console: Console, settings: Any, device: "torch.device", command: str) -> dict[str, Any]:
     """Print the machine in one line; returns the settings, the command, the machine, its load and the versions.
 
     The load average is read before the measurement, so that it counts other programs' work.
@@ -91,19 +94,12 @@ def device_model(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    model = models[0].partition(":")[2].strip() if models else "CPU"
-    return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    match = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{match[1] if match else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
-def new_table(title: str, *columns: str) -> "Table":
+def new_table(title: str, *columns: str) -> Table:
     """An empty table in the look of all benchmarks."""
-    from rich import box
-    from rich.table import Table
-
-    look = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title=title, title_justify="left", **look)
-    for column in columns:
-        table.add_column(column)
-    return table
+    look = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    return Table(*columns, title=title, title_justify="left", **look)

@@ -50,6 +50,10 @@ class Steps(NamedTuple):
     backward: Callable[[Tensor, Inputs], object]
     context: Callable[[], AbstractContextManager]
 
+    def both(self, inputs: Inputs) -> object:
+        """A forward and a backward pass."""
+        return self.backward(self.forward(inputs), inputs)
+
 
 def implementations_on(norms: Mapping[str, Callable], device: torch.device) -> list[Implementation]:
     """All ``norms``, and the library again, which shows the noise; on CUDA also the library without cuDNN, compiled."""
@@ -107,11 +111,9 @@ def check_parity(entry: Implementation, inputs: Inputs, state: State, add: bool)
             off = differences_from_float64(call, module, inputs, state, add=add)
     except Exception as error:  # an implementation that fails is a result, and the others are still measured
         return {"status": f"not run: {first_line(error)}", "tier": ""}, None
-    result = {"status": parity_failure(off, inputs.x.dtype), "tier": tier_of(module), "parity": off}
-    if result["status"]:
-        return result, None
-    result["status"] = "parity passed, not timed: interpreted"
-    return result, None if is_interpreted else norm_steps(call, module, add, entry.context)
+    failure = parity_failure(off, inputs.x.dtype)
+    result = {"status": failure or "parity passed, not timed: interpreted", "tier": tier_of(module), "parity": off}
+    return result, None if failure or is_interpreted else norm_steps(call, module, add, entry.context)
 
 
 def runs_interpreted(module: nn.Module, device: torch.device) -> bool:
@@ -181,26 +183,19 @@ def time_steps(steps: dict[str, Steps], ring: Sequence[Inputs], rounds: int) -> 
 
     In a turn, forward is called on all buffers of the ring, then backward on all, then both on each.
     """
-    device = ring[0].x.device
+    device, items = ring[0].x.device, [(inputs,) for inputs in ring]
     names = list(steps)
     seconds = {name: {phase: [] for phase in PHASES} for name in names}
     for turn in range(-1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            forward, backward, context = steps[name]
-            items = [(inputs,) for inputs in ring]
-
-            def both(inputs: Inputs, forward: Callable = forward, backward: Callable = backward) -> object:
-                return backward(forward(inputs), inputs)
-
-            with context():
-                times = {}
-                times["forward"], outputs = time_calls(forward, items, device)
-                pairs = [(y, inputs) for y, (inputs,) in zip(outputs, items, strict=True)]
-                times["backward"] = time_calls(backward, pairs, device)[0]
-                del outputs, pairs
-                times["both"] = time_calls(both, items, device)[0]
-            for phase in PHASES if turn >= 0 else ():
-                seconds[name][phase] += times[phase]
+            with steps[name].context():
+                forward, outputs = time_calls(steps[name].forward, items, device)
+                backward = time_calls(steps[name].backward, zip(outputs, ring, strict=True), device)[0]
+                del outputs
+                both = time_calls(steps[name].both, items, device)[0]
+            if turn >= 0:
+                for phase, new in zip(PHASES, (forward, backward, both), strict=True):
+                    seconds[name][phase] += new
     return seconds
 
 
