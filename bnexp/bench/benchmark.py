@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnexp.bench.cases import PHASES, REFERENCE, SETS, SITES
-from bnexp.bench.results import describe_measurement, make_results_folder, new_table, provenance, write_results
+from bnexp.bench.results import describe_measurement, make_results_folder, provenance, results_table, write_results
 from bnexp.bench.settings import BenchSettings
 from bnexp.bench.timing import implementations_on, measure_case
 from bnexp.store.files import finite
@@ -103,7 +103,7 @@ def case_table(rows: Sequence[Mapping], title: str) -> Table:
     is_slow = all(row[f"{phase}_us"] >= 1e3 for row in timed for phase in PHASES)
     unit, scale = ("ms", 1e-3) if is_slow else ("us", 1)
     heading = f"{title}: {unit}, 20%-80%, x {REFERENCE}, n={timed[0]['n']}" if timed else title
-    table = new_table(heading, "", " ".join(phase.rjust(21) for phase in PHASES) if timed else "")
+    table = results_table(heading, "", " ".join(phase.rjust(21) for phase in PHASES) if timed else "")
     table.columns[1].min_width = 65 if timed else 0  # a long name is wrapped, the times are not
     for row in rows:
         text = row["status"]
@@ -120,7 +120,7 @@ def case_table(rows: Sequence[Mapping], title: str) -> Table:
 
 def means_table(entries: Sequence[Mapping]) -> Table:
     """The geometric means over the elementwise kernels; for both passes also over the library, with the range."""
-    table = new_table(
+    table = results_table(
         f"Geometric means: x {REFERENCE}; x library (range over shapes)",
         "", "norms", *PHASES, "both x library",
     )  # fmt: skip

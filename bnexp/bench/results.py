@@ -99,7 +99,7 @@ def device_model(device: "torch.device") -> str:
     return f"{match[1] if match else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
 
 
-def new_table(title: str, *columns: str) -> Table:
+def results_table(title: str, *columns: str) -> Table:
     """An empty table in the look of all benchmarks."""
     look = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
     return Table(*columns, title=title, title_justify="left", **look)

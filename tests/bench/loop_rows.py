@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from bnexp.bench.results import new_table
+from bnexp.bench.results import results_table
 from bnexp.store.files import finite
 
 EPOCH = 60_000  # images; times are scaled to an epoch of so many
@@ -170,7 +170,7 @@ def three_digits(number: float) -> str:
 
 def row_table(rows: Sequence[Row], title: str, device: str) -> Table:
     """A line for each row, with its goal on ``device``, cpu or cuda, where it has one."""
-    table = new_table(title, "", "median (range)", "n", "goal", "")
+    table = results_table(title, "", "median (range)", "n", "goal", "")
     for row in rows:
         part = row.part if row.part in ("start", "sweep", "memory", "fold") else ""
         case = " ".join(str(word) for word in (part, row.model, row.batch_size, row.engine) if word)
@@ -184,7 +184,7 @@ def row_table(rows: Sequence[Row], title: str, device: str) -> Table:
 
 def epoch_table(rows: Sequence[Row], title: str) -> Table:
     """The epochs of one case: seconds, the ratio to the bare floor, and the tutorial's ratio to ours."""
-    table = new_table(title, "", "an epoch", "x bare floor", "x cpu", "tutorial")
+    table = results_table(title, "", "an epoch", "x bare floor", "x cpu", "tutorial")
     by_kind = {(row.what, row.engine, row.over, row.unit): row for row in rows}
     for row in rows:
         if row.over or row.unit != "s" or row.part != "epoch":
