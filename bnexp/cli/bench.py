@@ -10,8 +10,8 @@ from omegaconf.errors import ValidationError
 
 from bnexp.bench.results import check_results_folder
 from bnexp.bench.settings import BENCH_CHOICES, BenchSettings
-from bnexp.config.choices import choices, nearest
-from bnexp.errors import UserError
+from bnexp.config.choices import choices
+from bnexp.errors import UserError, nearest
 
 Schema = TypeVar("Schema")
 BENCH_USAGE = """usage: bnexp bench [setting=value] ...
