@@ -7,7 +7,7 @@ another role: of the same seed if the two roles saw the same batches, else by th
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -101,12 +101,9 @@ class Finding:
     problem: str = ""
 
     def to_json(self) -> dict:
-        stated = {f.name: getattr(self.expectation, f.name) for f in fields(Expectation)}
-        stated = {key: value for key, value in stated.items() if value not in (None, {}, ())}
-        return {
-            "expectation": stated, "numbers": list(self.numbers), "mean": asdict(self.mean), "holds": self.holds,
-            "problem": self.problem,
-        }  # fmt: skip
+        """The finding as in study.json, without the fields of the expectation that were not given."""
+        stated = {key: value for key, value in asdict(self.expectation).items() if value not in (None, {}, ())}
+        return asdict(self) | {"expectation": stated, "numbers": list(self.numbers)}
 
 
 class Missing(Exception):
@@ -129,12 +126,12 @@ def judge(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> 
 
 def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> tuple[list[float], stats.Mean]:
     """The numbers that are held against the limits, and their mean with its interval."""
-    own_runs = _choose(expectation, expectation.of, runs)
+    own_runs = _runs_of(expectation, expectation.of, runs)
     own = _by_seed(expectation, own_runs)
     other = expectation.minus or expectation.over
     if other is None:
         return list(own.values()), stats.mean(list(own.values()))
-    other_runs = _choose(expectation, other, runs)
+    other_runs = _runs_of(expectation, other, runs)
     partners = _by_seed(expectation, other_runs)
     combine = _subtract if expectation.minus else _divide
     if _batches(own_runs) == _batches(other_runs):
@@ -169,7 +166,7 @@ def _batches(runs: Sequence[RunRecord]) -> set[str]:
     return {repr(sorted(batch_settings(run).items())) for run in runs}
 
 
-def _choose(expectation: Expectation, role: str, runs: Mapping[str, Sequence[RunRecord]]) -> list[RunRecord]:
+def _runs_of(expectation: Expectation, role: str, runs: Mapping[str, Sequence[RunRecord]]) -> list[RunRecord]:
     """The role's runs that have the settings of ``only``."""
     flats = [(run, flatten(run.config)) for run in runs[role]]
     chosen = [run for run, flat in flats if all(flat.get(key) == value for key, value in expectation.only.items())]

@@ -145,7 +145,7 @@ def show_sweep(folder: Path) -> None:
 
 
 def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Group:
-    """A row per variant, then a line per run that is left out, with the reason and the place."""
+    """A row per variant, how runs were evaluated if unusually, and each run left out, with reason and place."""
     variants, superseded = into_variants(records)
     any_lost = any(variant.diverged for variant in variants)
     table = _empty_table("Sweep", SEEDS_CAPTION + "; div.: runs that diverged, not in the means" * any_lost)
@@ -161,7 +161,8 @@ def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Gr
         Text(printable(f"{each.status}: {' '.join(each.overrides)}: {each.reason} ({each.path / 'status.json'})"))
         for each in [*problems, *superseded]
     ]
-    return Group(*([table] if variants else []), *lines)
+    evaluations = [Text(line) for variant in variants for line in variant.evaluations]
+    return Group(*([table] if variants else []), *evaluations, *lines)
 
 
 def epoch_tables(variants: Sequence[Variant]) -> list[Table]:

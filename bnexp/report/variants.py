@@ -39,6 +39,11 @@ class Variant:
         """The overrides of its runs without the seed and the housekeeping."""
         return [word for word in self.first.overrides if word.lstrip("+").split("=")[0] not in HOUSEKEEPING]
 
+    @property
+    def evaluations(self) -> list[str]:
+        """How its runs were evaluated, one sentence each, if not with running statistics."""
+        return [f"{self.label}: {each}." for each in {run.evaluation: 0 for run in self.runs + self.diverged} if each]
+
 
 def group_names(run: RunRecord) -> dict[str, str]:
     """Short names of a run's groups, {"norm": "none"}: from the overrides, else from the ``_target_``."""

@@ -105,8 +105,7 @@ def _equal(setting, text: str) -> bool:
 
 def _notes_on_runs(variant: Variant, is_base: bool) -> list[str]:
     """What a reader of this variant's means must know."""
-    label, runs = variant.label, variant.runs + variant.diverged
-    notes = [f"{label}: {sentence}." for sentence in dict.fromkeys(run.evaluation for run in runs) if sentence]
+    label, runs, notes = variant.label, variant.runs + variant.diverged, variant.evaluations
     if variant.diverged:
         role = "sets no best to reach" if is_base else "counts as never reaching the baseline's best"
         others = f"means and differences are over the others, and a diverged run {role}"

@@ -11,6 +11,7 @@ from test_report import compared, curves, printed, write_run
 
 from bnexp.report.expectations import Expectation, judge
 from bnexp.report.records import read_runs
+from bnexp.report.tables import sweep_table
 from bnexp.report.verdict import compare_records
 
 DIGITS = {"_target_": "bnexp.data.digits.Digits", "size": 28, "valid": 0.1, "limit": None, "augment": "none"}
@@ -187,5 +188,6 @@ def test_runs_that_were_evaluated_with_batch_statistics_are_named(write):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": said}))
     assert [note for note in compared(folder).notes if "512" in note] == [f"library: {said}."]
     assert f"library: {said}." in printed(paths=[folder], width=200)
+    assert f"library: {said}." in printed(sweep_table(*read_runs([folder])), width=200)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": ["\x1b[31m"]}))  # a stranger's
     assert "\x1b" not in printed(paths=[folder])
