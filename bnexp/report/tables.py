@@ -21,6 +21,7 @@ from bnexp.store.untrusted import printable
 
 SEEDS_CAPTION = "mean and 95% interval over seeds"
 PAIRED_CAPTION = "differences paired by seed, p by the paired t-test"
+UNPAIRED = "*"  # marks a difference
 SPEED_CAPTION = "baseline's steps to its best / variant's steps to the same value, geometric mean over seeds"
 # Curves of a split; the first that a run has: evaluated on the whole set, or averaged over the steps of the epoch.
 EPOCH_SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "test": ("test",)}
@@ -36,7 +37,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             justify = "left" if name in ("", "evidence") else "right"
             table.add_column(name, justify=justify, no_wrap=name != "evidence")
         for name, *cells in rows:
-            style = {"better": "green", "worse": "red"}.get(cells[-1].split(",")[0], "") if any(cells) else "bold"
+            style = {"better": "green", "worse": "red"}.get(cells[-1], "") if any(cells) else "bold"
             row = [name, *cells] if any(cells) else [textwrap.fill(name, width), *cells]
             row = [cell.replace(" [", "\n[") for cell in row] if is_narrow else row
             table.add_row(*map(escape, row), style=style)
@@ -66,7 +67,7 @@ def _difference_table(comparison: Comparison) -> tuple[str, list[str], list[list
             cells = [f"  {variant.label}", str(mean.n), *_lost(variant, any_lost), mean_cell(metric, mean)]
             rows.append(cells + _difference_cells(metric, comparison.against.get(variant.label)))
     is_unpaired = any(against.design == "unpaired" for against in comparison.against.values())
-    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}" + "; unpaired ones by Welch's" * is_unpaired
+    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}" + f"; {UNPAIRED} unpaired, p by Welch's t-test" * is_unpaired
     caption += "; div.: runs that diverged" * any_lost
     return f"Variants against {comparison.baseline.label}", head, rows, caption
 
@@ -103,10 +104,10 @@ def _difference_cells(metric: Metric, against: Against | None) -> list[str]:
     if not found.n:
         return [{"paired": "no pair", "unpaired": "-"}.get(against.design, against.design), "", ""]
     cell = "not finite" if found.difference is None else metric.show(found.difference, "+")
+    cell += UNPAIRED * (against.design == "unpaired")
     if found.low is not None:
         cell += f" [{metric.show(found.low, '+')}, {metric.show(found.high, '+')}]"
-    evidence = against.evidence(metric) + ", unpaired" * (against.design == "unpaired")
-    return [cell, "" if found.p is None else show_p(found.p), evidence]
+    return [cell, "" if found.p is None else show_p(found.p), against.evidence(metric)]
 
 
 def _speed_cells(speed: SpeedUp) -> list[str]:
