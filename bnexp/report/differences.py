@@ -68,33 +68,36 @@ def measure_against(variant: Variant, base: Variant) -> Against:
     """Return the differences and speed-ups of ``variant`` against ``base``."""
     partners = {repr(run.seed): run for run in base.runs}
     pairs = [(run, partners[repr(run.seed)]) for run in variant.runs + variant.diverged if repr(run.seed) in partners]
-    names = [group_names(each.first) for each in (base, variant)]
-    renamed = varying(names)
-    differs = {
-        key: values
-        for key, values in varying([base.parts, variant.parts]).items()
-        if not ("." in key and key.split(".")[0] in renamed)
-    }
-    unlike: dict[str, tuple] = {}
-    for run, other in pairs or [(variant.first, base.first)]:
-        unlike |= varying([batch_settings(other), batch_settings(run)])
-    if "data._target_" in unlike:
-        unlike = {"data": tuple(each.get("data") for each in names)}
+    unlike = _unlike(pairs or [(variant.first, base.first)])
     design = "other data" if unlike.keys() & SOURCE else "unpaired" if unlike else "paired"
-    if design == "paired":
-        differences = {metric.key: _paired(metric, pairs) for metric in METRICS}
-    elif design == "unpaired":
-        differences = {
-            metric.key: stats.unpaired_difference(metric.values(variant.runs), metric.values(base.runs))
-            for metric in METRICS
-        }
+    pairs = pairs if design == "paired" else []
+    if design == "unpaired":
+        both = {metric.key: (metric.values(variant.runs), metric.values(base.runs)) for metric in METRICS}
+        differences = {key: stats.unpaired_difference(*values) for key, values in both.items()}
     else:
-        differences = {metric.key: stats.Difference(0) for metric in METRICS}
-    speedups = {metric.tag: _speed_up(metric, pairs if design == "paired" else []) for metric in TARGETS}
-    return Against(design, differences, speedups, differs, unlike)
+        differences = {metric.key: _paired_difference(metric, pairs) for metric in METRICS}
+    speedups = {metric.tag: _speed_up(metric, pairs) for metric in TARGETS}
+    return Against(design, differences, speedups, _differing(variant, base), unlike)
 
 
-def _paired(metric: Metric, pairs: Sequence[Pair]) -> stats.Difference:
+def _differing(variant: Variant, base: Variant) -> dict[str, tuple]:
+    """The settings that set the two apart; the options of a group whose name differs go without saying."""
+    renamed = varying([group_names(base.first), group_names(variant.first)])
+    settings = varying([base.parts, variant.parts])
+    return {key: pair for key, pair in settings.items() if "." not in key or key.split(".")[0] not in renamed}
+
+
+def _unlike(pairs: Sequence[Pair]) -> dict[str, tuple]:
+    """The settings because of which a run and its partner saw different batches."""
+    unlike: dict[str, tuple] = {}
+    for run, base in pairs:
+        unlike |= varying([batch_settings(base), batch_settings(run)])
+        if "data._target_" in unlike:
+            return {"data": (group_names(base).get("data"), group_names(run).get("data"))}
+    return unlike
+
+
+def _paired_difference(metric: Metric, pairs: Sequence[Pair]) -> stats.Difference:
     both = [(metric.of(run), metric.of(base)) for run, base in pairs if not run.diverged]
     both = [values for values in both if None not in values]
     return stats.paired_difference([value for value, _ in both], [value for _, value in both])
@@ -111,7 +114,7 @@ def _speed_up(metric: Metric, pairs: Sequence[Pair]) -> SpeedUp:
         if step is not None:
             ratios.append(max(_first_step(metric, base, target), 1) / max(step, 1))  # step 0: before training
     result = stats.geometric_mean(ratios)
-    return SpeedUp(n, len(ratios), result.ratio, result.low, result.high)
+    return SpeedUp(n, len(ratios), result.mean, result.low, result.high)
 
 
 def _first_step(metric: Metric, run: RunRecord, target: float) -> int | None:

@@ -24,7 +24,7 @@ ROUNDING_SHARE = 1e-12  # a spread below this share of the values is float round
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of ``n`` values and its 95% interval, mean -+ t s / sqrt(n)."""
+    """The mean of ``n`` values, arithmetic or geometric, and its 95% interval."""
 
     n: int
     mean: float | None
@@ -51,18 +51,8 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """The geometric mean of ``n`` ratios and its 95% interval, both computed on the logarithms."""
-
-    n: int
-    ratio: float | None
-    low: float | None
-    high: float | None
-
-
 def mean(values: Sequence[float]) -> Mean:
-    """Return the mean of ``values`` with its t-interval."""
+    """Return the mean of ``values`` with its interval, mean -+ t s / sqrt(n)."""
     centre, error = _mean_and_error(values)
     return Mean(len(values), centre, *_t_test(centre, error, len(values) - 1)[:2])
 
@@ -88,13 +78,13 @@ def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> D
     return Difference(n, means[0] - means[1], *_t_test(means[0] - means[1], error, freedom))
 
 
-def geometric_mean(ratios: Sequence[float]) -> Ratio:
+def geometric_mean(ratios: Sequence[float]) -> Mean:
     """Return exp(mean(log r) -+ t s / sqrt(n)) over the ``ratios`` r; all None unless each is > 0."""
     if not all(ratio > 0 for ratio in ratios):  # also NaN
-        return Ratio(len(ratios), None, None, None)
+        return Mean(len(ratios), None, None, None)
     logs = [math.log(ratio) for ratio in ratios]
     centre, error = _mean_and_error(logs, [1.0])
-    return Ratio(len(logs), *map(_exp, (centre, *_t_test(centre, error, len(logs) - 1)[:2])))
+    return Mean(len(logs), *map(_exp, (centre, *_t_test(centre, error, len(logs) - 1)[:2])))
 
 
 def _mean_and_error(values: Sequence[float], inputs: Sequence[float] = ()) -> tuple[float | None, float | None]:

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats as scipy_stats
 
-from bnexp.report.stats import Difference, Mean, Ratio, geometric_mean, mean, paired_difference, unpaired_difference
+from bnexp.report.stats import Difference, Mean, geometric_mean, mean, paired_difference, unpaired_difference
 
 TIGHT = 1e-12  # both sides compute in double precision; a few roundings apart
 VARIANT = [0.971, 0.968, 0.975, 0.970, 0.966]
@@ -90,14 +90,14 @@ def test_unequal_lengths_are_refused():
 def test_geometric_mean_is_the_exponential_of_the_mean_logarithm():
     result = geometric_mean([2.0, 8.0])
     half = 12.706204736 * math.log(2)  # logs ln 2 and 3 ln 2: standard error ln 2
-    assert result.ratio == pytest.approx(4.0, rel=TIGHT)
+    assert result.mean == pytest.approx(4.0, rel=TIGHT)
     assert (result.low, result.high) == pytest.approx((4 * math.exp(-half), 4 * math.exp(half)), rel=1e-8)
 
 
 def test_geometric_mean_of_inverses_is_the_inverse():
     ratios = [1.5, 2.5, 4.0]
     there, back = geometric_mean(ratios), geometric_mean([1 / r for r in ratios])
-    assert back.ratio == pytest.approx(1 / there.ratio, rel=TIGHT)
+    assert back.mean == pytest.approx(1 / there.mean, rel=TIGHT)
     assert (back.low, back.high) == pytest.approx((1 / there.high, 1 / there.low), rel=TIGHT)
 
 
@@ -106,24 +106,24 @@ def test_a_value_that_is_not_finite_leaves_everything_undefined(bad):
     assert mean([1.0, bad, 2.0]) == Mean(3, None, None, None)
     assert paired_difference([1.0, bad], [0.0, 0.5]) == Difference(2, None, None, None, None)
     assert paired_difference([0.0, 0.5], [1.0, bad]) == Difference(2, None, None, None, None)
-    assert geometric_mean([1.0, bad]) == Ratio(2, None, None, None)
+    assert geometric_mean([1.0, bad]) == Mean(2, None, None, None)
 
 
 def test_nothing_has_no_mean():
     assert mean([]) == Mean(0, None, None, None)
     assert paired_difference([], []) == Difference(0, None, None, None, None)
-    assert geometric_mean([]) == Ratio(0, None, None, None)
+    assert geometric_mean([]) == Mean(0, None, None, None)
 
 
 def test_one_value_has_a_centre_and_no_interval_and_no_p():
     assert mean([0.1]) == Mean(1, 0.1, None, None)
     assert paired_difference([3.0], [1.0]) == Difference(1, 2.0, None, None, None)
-    assert geometric_mean([2.0]) == Ratio(1, pytest.approx(2.0), None, None)
+    assert geometric_mean([2.0]) == Mean(1, pytest.approx(2.0), None, None)
 
 
 def test_values_without_spread_have_no_interval_and_no_p():
     assert mean([0.5, 0.5, 0.5]) == Mean(3, 0.5, None, None)
-    assert geometric_mean([2.0, 2.0]) == Ratio(2, pytest.approx(2.0), None, None)
+    assert geometric_mean([2.0, 2.0]) == Mean(2, pytest.approx(2.0), None, None)
     assert 0.3 - 0.2 != 0.2 - 0.1  # rounding is no spread
     same = paired_difference([0.3, 0.2, 0.9], [0.2, 0.1, 0.8])
     assert same == Difference(3, pytest.approx(0.1), None, None, None)
@@ -136,7 +136,7 @@ def test_differences_between_equal_runs_are_zero_without_p():
 
 @pytest.mark.parametrize("ratios", [[0.0, 1.0], [-1.0, 2.0]])
 def test_ratios_that_are_not_positive_have_no_geometric_mean(ratios):
-    assert geometric_mean(ratios) == Ratio(2, None, None, None)
+    assert geometric_mean(ratios) == Mean(2, None, None, None)
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
