@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from bnexp.data.dataset import Split
 from bnexp.probes.features import GAP, SIDE, grey, grid
 from bnexp.probes.layers import Layer, layers, tapped
-from bnexp.report.figures.curves import DPI, render
+from bnexp.report.figures.style import DPI, render_figure
 from bnexp.train.run import EVALUATION_BATCH, Run
 
 MOST_LAYERS = 8  # that are shown unasked
@@ -131,7 +131,7 @@ def draw(portrait: Portrait, split: str, classes: Sequence[str]) -> bytes:
     for row, line in enumerate(CAPTION):
         write(MARGIN, bottom + row * LINE, line, color="#666666")
     figure.figimage(canvas.numpy(), origin="upper")
-    return render(figure, "png")
+    return render_figure(figure, "png")
 
 
 def draw_bars(canvas: Tensor, write: Callable, top: int, portrait: Portrait, names: dict[int, str]) -> None:
