@@ -14,8 +14,9 @@ from torch import nn
 
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config import schema
-from bnexp.config.compose import composed, moved, session
+from bnexp.config.compose import composed, session
 from bnexp.config.start import fitting
+from bnexp.config.stored import moved
 from bnexp.probes.layers import list_layers
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from bnexp.cli.main import main
 from bnexp.config import build
-from bnexp.config.compose import stored_config
+from bnexp.config.stored import stored_config
 from bnexp.inspect import featuremaps, findings
 from bnexp.inspect.diagnosis import Diagnosis, NormStatistics, Score, batch_logits, batches_of, diagnose
 from bnexp.inspect.inspection import Question, inspect
