@@ -1,4 +1,4 @@
-"""Configs: composed by Hydra from overrides, or read back from a run's folder; and their names."""
+"""Configs, composed by Hydra from overrides, and their names."""
 
 import hashlib
 import json
