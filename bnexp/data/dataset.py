@@ -100,14 +100,16 @@ class Options:
     limit: int | None
     augment: str
     normalize: bool
+    test: float | int = 0
 
     def __post_init__(self):
-        upper = {int: float("inf"), float: 1}.get(type(self.valid), 0)
-        if not upper or not 0 <= self.valid < upper:
-            raise UserError(
-                f"data.valid={self.valid}: neither a part nor a number of the training images; "
-                "give a fraction below 1 (data.valid=0.1), a count (data.valid=5000) or 0 for none"
-            )
+        for split, part in (("valid", self.valid), ("test", self.test)):
+            upper = {int: float("inf"), float: 1}.get(type(part), 0)
+            if not upper or not 0 <= part < upper:
+                raise UserError(
+                    f"data.{split}={part}: neither a part nor a number of the training images; "
+                    f"give a fraction below 1 (data.{split}=0.1), a count (data.{split}=5000) or 0 for none"
+                )
         if self.limit is not None and not (type(self.limit) is int and self.limit > 0):
             raise UserError(f"data.limit={self.limit}: not a number of images; give 1 or more, null for all")
         if self.augment not in AUGMENTATIONS:
@@ -146,23 +148,34 @@ def divide(split: Split, count: int) -> tuple[Split, Split]:
     return split.take(order[:count]), split.take(order[count:])
 
 
-def assemble(source, train: Split, test: Split, valid: Split | None = None) -> Dataset:
-    """A source's :class:`Dataset`: validation images set aside, every split limited, channels measured.
+def count_part(num_images: int, split: str, part: float | int) -> int:
+    """How many of ``num_images`` training images the setting ``data.<split>=part`` takes; one must be left."""
+    count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
+    if count >= num_images:
+        raise UserError(
+            f"data.{split}={part}: takes {count} of {num_images} training images and leaves none; "
+            f"give a fraction such as data.{split}=0.1 or a count below {num_images}"
+        )
+    return count
 
-    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. Without a ``valid`` split of its
-    own, ``options.valid`` training images become one. Which ones, and which ``options.limit`` leaves, depends
-    on the number of images and on nothing else.
+
+def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
+    """The training images that become the split of that name by the setting ``data.<split>=part``, and the others."""
+    return divide(train, count_part(len(train), split, part))
+
+
+def assemble(source, train: Split, test: Split | None = None, valid: Split | None = None) -> Dataset:
+    """A source's :class:`Dataset`: missing splits set aside, every split limited, channels measured.
+
+    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. Of the training images ``options.test``
+    become the test split if that is None, and of the others ``options.valid`` the validation split. Which ones,
+    and which ``options.limit`` leaves, depends on the number of images and on nothing else.
     """
     options = source.options
+    if test is None:
+        test, train = set_aside(train, "test", options.test)
     if valid is None:
-        num_images, part = len(train), options.valid
-        count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
-        if count >= num_images:
-            raise UserError(
-                f"data.valid={part}: takes {count} of {num_images} training images and leaves none; "
-                f"give a fraction such as data.valid=0.1 or a count below {num_images}"
-            )
-        valid, train = divide(train, count)
+        valid, train = set_aside(train, "valid", options.valid)
     if options.limit is not None:
         train, valid, test = (
             split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
