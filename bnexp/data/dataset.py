@@ -1,7 +1,7 @@
-"""Resident image sets: what a run trains, validates and tests on, as tensors on its device.
+"""The images that a run trains, validates and tests on, as tensors on its device.
 
-A source (digits, mnist, cifar10, folder) reads its files and hands whole splits to :func:`assemble`; from
-there on all are alike: uint8 images that stay where the model is, turned into floats one batch at a time.
+A source (digits, mnist, cifar10, folder) reads its files and gives whole splits to :func:`assemble`. All datasets
+are alike: uint8 images on the device of the model, which become floats one batch at a time.
 """
 
 import os
@@ -15,12 +15,12 @@ from torch.nn.functional import interpolate
 from bnexp.errors import UserError
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-SPLIT_SEED = 20150211  # never the run's seed: runs of every seed share one split, so that they can be paired
+SPLIT_SEED = 20150211  # never the run's seed: runs of all seeds share one split, so that they can be paired
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 (N, C, H, W) and their labels int64 (N,); N = 0 where a dataset has no such split."""
+    """Images uint8 (N, C, H, W) and their labels int64 (N,); N = 0 if a dataset has no such split."""
 
     images: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Train, valid and test split, and how their images become the input of a model.
+    """Train, valid and test split, and how their images become the input of a model: what a source loads.
 
     ``mean`` and ``std`` (C,) are those of the training images in [0, 1]. An empty ``valid`` or ``test`` split
     means that there is nothing to report on it.
@@ -94,7 +94,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that every source shares, checked: see ``conf/data/*.yaml`` for what each does."""
+    """The settings that all sources share, checked; ``conf/data/*.yaml`` says what each does."""
 
     valid: float | int
     limit: int | None
@@ -138,12 +138,12 @@ def find_root(root) -> Path:
         given = f"data.root={root}"
     path = Path(os.path.expanduser(str(root)))
     if path.exists() and not path.is_dir():
-        raise UserError(f"{given}: a file; give the folder that the data lie in")
+        raise UserError(f"{given}: a file; give the folder of the data")
     return path
 
 
 def divide(split: Split, count: int) -> tuple[Split, Split]:
-    """``count`` images picked at random, the same ones every time, and the others."""
+    """``count`` images drawn at random, the same ones every time, and the others."""
     order = _shuffled(len(split))
     return split.take(order[:count]), split.take(order[count:])
 
@@ -191,8 +191,8 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
 def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of uint8 (N, C, H, W) over N, H, W, in units of [0, 1].
 
-    Counts how often each of the 256 values occurs: exact, and no float copy of the images. A channel that
-    varies by less than one grey level gets std = 1/255, so that dividing by it stays harmless.
+    Exact, and without a float copy of the images: counts how often each of the 256 values occurs. A channel that
+    varies by less than one grey level gets std = 1/255, so that dividing by it is harmless.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
     for chunk in images.split(4096):
