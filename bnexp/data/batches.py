@@ -107,12 +107,11 @@ class Batches:
 
     def _start_epoch(self):
         self._epoch_state = self._orders.get_state()
-        train, size = self.dataset.train, self.batch_size
-        self.order = torch.randperm(len(train), generator=self._orders, device=self.dataset.device)
-        if self.classes_per_batch is not None:
-            self.order = order_by_classes(
-                self.order, train.labels, self._counts, size, self.classes_per_batch, self._orders
-            )
+        train, k = self.dataset.train, self.classes_per_batch
+        order = torch.randperm(len(train), generator=self._orders, device=self.dataset.device)
+        if k is not None:
+            order = order_by_classes(order, train.labels, self._counts, self.batch_size, k, self._orders)
+        self.order = order
         self._position = self._ahead_end = 0
 
     def state_dict(self) -> dict:

@@ -186,7 +186,7 @@ def test_a_ramp_in_every_kind_of_png_is_a_ramp(tmp_path, depth, colour_type):
     assert has_colour(path) == (colour_type in (2, 6))
 
 
-@pytest.mark.parametrize("number", [0, 5, 255])
+@pytest.mark.parametrize("number", [0, 100, 255])
 @pytest.mark.parametrize("depth, colour_type", [kind for kind in PNG_KINDS if kind[1] in (0, 2, 3)])
 def test_the_one_transparent_colour_of_a_png_is_white(tmp_path, depth, colour_type, number):
     samples, expected, palette = png_ramp(depth, colour_type)
@@ -208,6 +208,12 @@ def test_of_16_bits_of_grey_only_the_transparent_value_itself_is_white(tmp_path)
     samples = np.array([1000, 1001, 1002, 40000]).reshape(2, 2, 1)
     (tmp_path / "a.png").write_bytes(png(samples, 16, 0, tRNS=struct.pack(">H", 1001)))
     assert read_grey(tmp_path / "a.png", 2).tolist() == [[3, 255], [3, 155]]
+
+
+def test_of_16_bits_of_colour_the_upper_8_decide_which_are_transparent(tmp_path):
+    samples = np.array([[0x1234, 0x1234, 0x1234], [0x3412, 0x3412, 0x3412]]).reshape(1, 2, 3)
+    (tmp_path / "a.png").write_bytes(png(samples, 16, 2, tRNS=struct.pack(">HHH", 0x1234, 0x1234, 0x1234)))
+    assert read_grey(tmp_path / "a.png", 2)[0].tolist() == [255, 0x34]
 
 
 # The other formats, by every mode that Pillow writes in them
@@ -333,6 +339,10 @@ def test_a_picture_that_becomes_one_colour_is_refused(tmp_path):
         read_grey(path)
     Image.new("RGBA", (4, 4), (1, 2, 3, 0)).save(path)  # it always was one colour
     assert (read_grey(path) == 255).all()
+    picture = Image.fromarray(np.eye(4, dtype=np.uint8))
+    picture.putpalette([7, 7, 7, 7, 7, 7])  # two entries of one colour
+    picture.save(path)
+    assert (read_grey(path) == 7).all()
 
 
 def test_shapes_of_a_picture(tmp_path):
