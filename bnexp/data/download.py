@@ -5,8 +5,6 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import URLError
@@ -27,9 +25,11 @@ def download(source, missing: list[str], looked_for: str) -> None:
     :class:`UserError` naming ``looked_for`` if no address answers, and if the folder cannot be written to.
     """
     root, folder = source.root, source.folder
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".download-") as scratch, _timeout(TIMEOUT_S):
+        with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
             print(f"data={source.name}: downloading into {folder}", file=sys.stderr, flush=True)
             source.fetch(Path(scratch))
             for name in missing:
@@ -45,17 +45,8 @@ def download(source, missing: list[str], looked_for: str) -> None:
             f"data={source.name}: cannot write the files of a download into {folder} ({error.strerror or error}); "
             "free some space or name another folder with data.root=..."
         ) from None
-
-
-@contextmanager
-def _timeout(seconds: float) -> Iterator[None]:
-    """Sets how long a network connection made inside may be silent; torchvision sets no limit itself."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
 
 
 def damaged(path: Path, what: str) -> UserError:
