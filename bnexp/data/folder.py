@@ -106,10 +106,8 @@ class Folder:
         for class_folder in _folders_in(folder):
             if class_folder.name not in self.class_names:
                 raise UserError(f"{class_folder}: no such class in {self._folders['train']}; rename or remove it")
-            paths = _files_below(class_folder)
-            if not paths:
-                raise UserError(f"{class_folder}: a class folder without images; add some or remove it")
-            found += [(path, self.class_names.index(class_folder.name)) for path in paths]
+            label = self.class_names.index(class_folder.name)
+            found += [(path, label) for path in _files_below(class_folder)]
         if not found:
             raise UserError(f"{folder}: no class folders in it; add some or remove it")
         return found
@@ -150,10 +148,14 @@ def find_splits(root: Path) -> dict[str, Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All visible files in ``folder`` and the folders below it, sorted."""
+    """All visible files in ``folder`` and the folders below it, sorted; raises :class:`UserError` if one is empty."""
     found, folders = [], [folder]
     while folders:
-        for path in _visible(folders.pop()):
+        folder = folders.pop()
+        paths = _visible(folder)
+        if not paths:
+            raise UserError(f"{folder}: a folder without images; add some or remove it")
+        for path in paths:
             if path.is_dir() and not path.is_symlink():  # a link can lead round in a circle
                 folders.append(path)
             elif path.is_file():  # a pipe would be waited for

@@ -437,8 +437,8 @@ def test_help_lists_what_can_be_asked(capsys):
 
 
 def test_missing_or_too_few_data_are_heard_of_before_any_work(bnexp, monkeypatch, tmp_path, capsys):
-    def download(data, *rest):
-        raise UserError(f"data={data}: not there")
+    def download(source, *rest):
+        raise UserError(f"data={source.name}: not there")
 
     monkeypatch.setattr("bnexp.data.mnist.download", download)
     monkeypatch.setenv("BNEXP_DATA", str(tmp_path / "nothing"))

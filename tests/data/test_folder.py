@@ -126,6 +126,9 @@ def test_images_in_deeper_folders_belong_to_the_class_above(photos):
     ]  # fmt: skip
     assert "cat 12, dog 10" in source.describe()
     assert source.describe().endswith("; images in folders below a class belong to it")
+    (photos / "train/cat/tabby/new").mkdir()
+    with pytest.raises(UserError, match=r"^.*/train/cat/tabby/new: a folder without images"):
+        Folder(root=photos)
 
 
 def test_a_description_is_one_line_on_what_was_found(photos):
@@ -269,7 +272,7 @@ def test_a_class_folder_without_images_is_named(photos, split):
     folder = photos / split / ("fox" if split == "train" else "cat")
     folder.mkdir(parents=True)
     (folder / ".DS_Store").write_text("")
-    with pytest.raises(UserError, match=rf"^{folder}: a class folder without images"):
+    with pytest.raises(UserError, match=rf"^{folder}: a folder without images"):
         Folder(root=photos)
 
 
