@@ -26,15 +26,18 @@ SAID: set[str] = set()  # by this process: a sweep would say the same of every s
 
 
 def advise(cfg: DictConfig, run: "Run") -> None:
-    """Tell on stderr what somebody should know of these settings before training, once each."""
+    """Print on stderr what was found in the data and what cannot work well with these settings, once each."""
     from bnexp.config.advice import advice
 
     if cfg.quiet:
         return
+    lines = [run.dataset.about] if run.dataset.about else []
     for sentence in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size):
-        if sentence not in SAID:
-            SAID.add(sentence)
-            print(f"bnexp: warning: {sentence}", file=sys.stderr)
+        lines.append(f"warning: {sentence}")
+    for line in lines:
+        if line not in SAID:
+            SAID.add(line)
+            print(f"bnexp: {line}", file=sys.stderr)
 
 
 def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Journal":

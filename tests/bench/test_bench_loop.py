@@ -426,8 +426,8 @@ def test_settings_have_defaults_and_are_kept():
 
 
 def test_missing_or_too_few_data_are_refused_before_any_work(monkeypatch, tmp_path, capsys):
-    def download(data, *rest):
-        raise UserError(f"data={data}: not there")
+    def download(source, *rest):
+        raise UserError(f"data={source.name}: not there")
 
     monkeypatch.setattr("bnexp.data.mnist.download", download)
     monkeypatch.setenv("BNEXP_DATA", str(tmp_path / "nothing"))
