@@ -16,30 +16,31 @@ from bnexp.config import schema
 from bnexp.config.compose import change, composed, stored_config
 from bnexp.config.start import fitting
 from bnexp.probes.layers import list_layers
+from bnexp.probes.shapes import show_shape
 
 
-def summary_table(model: nn.Module, in_shape: Sequence[int], batch_size: int = 32) -> Table:
-    """A table of the layers, closed by trainable parameters, buffer elements and multiply-adds per image.
+def summary_table(model: nn.Module, in_shape: Sequence[int]) -> Table:
+    """A table of the layers, closed by totals: parameters, buffer elements and multiply-adds per image.
 
     Outputs are those of one image; the layers of every shipped model fit a terminal of 80 columns.
     """
-    layers = list_layers(model, in_shape, batch_size)
+    layers = list_layers(model, in_shape)
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     table.add_column("layer", overflow="fold")
     table.add_column("output", justify="right", overflow="fold")
     table.add_column("parameters", justify="right", overflow="fold")
     table.add_column("norm", overflow="fold")
     for layer in layers:
-        shape = "x".join(map(str, layer.out_shape[1:]))
-        table.add_row(layer.name, shape, f"{layer.num_parameters:,}", layer.norm or "-")
+        shape = show_shape(layer.out_shape) or "-"
+        table.add_row(layer.name or "(model)", shape, f"{layer.num_parameters:,}", layer.norm or "-")
     table.add_section()
-    totals = {
-        "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "buffer elements": sum(b.numel() for b in model.buffers()),
-        "multiply-adds per image": sum(layer.multiply_adds for layer in layers),
-    }
-    for name, total in totals.items():
-        table.add_row(name, "", f"{total:,}", "")
+    num_parameters = sum(layer.num_parameters for layer in layers)
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if num_trainable != num_parameters:
+        table.add_row("parameters", "", f"{num_parameters:,}", "")
+    table.add_row("trainable parameters", "", f"{num_trainable:,}", "")
+    table.add_row("buffer elements", "", f"{sum(b.numel() for b in model.buffers()):,}", "")
+    table.add_row("multiply-adds per image", "", f"{sum(layer.multiply_adds for layer in layers):,}", "")
     return table
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bnexp.data.dataset import Split
 from bnexp.errors import UserError
 from bnexp.inspect import featuremaps
-from bnexp.probes.layers import Layer, list_layers
-from bnexp.probes.population import recompute_statistics, tracking_norms, training_batches
+from bnexp.probes.layers import Layer, list_layers, tracking_norms
+from bnexp.probes.population import recompute_statistics, training_batches
 from bnexp.probes.statistics import compare
 from bnexp.train.run import EVALUATION_BATCH, Run
 

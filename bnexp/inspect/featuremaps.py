@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from bnexp.data.dataset import Split
 from bnexp.probes.features import GAP, SIDE, grey, grid
-from bnexp.probes.layers import Layer, layers, tapped
+from bnexp.probes.layers import Layer, named_layers, tapped
 from bnexp.report.figures.curves import DPI, render
 from bnexp.train.run import EVALUATION_BATCH, Run
 
@@ -54,14 +54,14 @@ class Portrait:
 
 def has_maps(layer: Layer) -> bool:
     """Whether a layer puts out maps of more than one pixel, and not one number per unit."""
-    return len(layer.out_shape) == 4 and layer.out_shape[2] * layer.out_shape[3] > 1
+    return len(layer.out_shape) == 3 and layer.out_shape[1] * layer.out_shape[2] > 1
 
 
 def choose(found: Sequence[Layer]) -> list[str]:
     """The layers to show unasked: those with maps, or of more than 8 the last of every size; without any the last 8."""
     shown = [layer for layer in found if has_maps(layer)]
     if len(shown) > MOST_LAYERS:
-        shown = list({layer.out_shape[2:]: layer for layer in shown}.values())
+        shown = list({layer.out_shape[1:]: layer for layer in shown}.values())
     shown = shown or [layer for layer in found if layer.num_parameters][-MOST_LAYERS:]
     return [layer.name for layer in shown][:MOST_LAYERS]
 
@@ -72,7 +72,7 @@ def portraits(run: Run, model: nn.Module, split: Split, indices: Sequence[int], 
 
     An image is evaluated among those that it is scored among, so that it is taken for what the scores say.
     """
-    chosen = {name: module for name, module in layers(model).items() if name in names}
+    chosen = {name: module for name, module in named_layers(model).items() if name in names}
     found: dict[int, Portrait] = {}
     for start in range(0, len(split), EVALUATION_BATCH):
         places = [index - start for index in indices if start <= index < start + EVALUATION_BATCH]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnexp.probes.layers import layers, tapped
+from bnexp.probes.layers import named_layers, smallest_batch, tapped
 from bnexp.probes.population import shadow, spread
 from bnexp.store.readings import Image, Reading
 from bnexp.train.probe import Probe
@@ -37,10 +37,11 @@ class Features(Probe):
 
         def see(name: str, _: Tensor, output: Tensor) -> None:
             if output.dim() == 4 and output[0, 0].numel() > 1 and len(maps) < self.layers:
-                maps.setdefault(name, grey(output[:, : self.channels]))
+                maps.setdefault(name, grey(output[: self.images, : self.channels]))
 
-        images = spread(run.dataset.valid if len(run.dataset.valid) else run.dataset.train, self.images).images
-        with tapped(layers(model), see):
+        valid, least = run.dataset.valid, smallest_batch(model)
+        images = spread(valid if len(valid) >= least else run.dataset.train, max(self.images, least)).images
+        with tapped(named_layers(model), see):
             run.forward(run.dataset.prepare(images), model)
         if maps:
             flat = torch.cat([each.flatten() for each in maps.values()]).cpu()

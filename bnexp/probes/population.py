@@ -11,18 +11,8 @@ from torch import Tensor, nn
 
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
-from bnexp.errors import UserError
-from bnexp.probes.layers import tapped
+from bnexp.probes.layers import takes_batch, tapped, tracking_norms
 from bnexp.train.run import Run
-
-
-def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The norms that keep running statistics, by name."""
-    kept = ("running_mean", "running_var")
-    return {
-        name: module for name, module in model.named_modules()
-        if all(isinstance(getattr(module, each, None), Tensor) for each in kept)
-    }  # fmt: skip
 
 
 class Moments:
@@ -126,20 +116,9 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     batch_size = min(run.batches.batch_size, len(run.dataset.train))
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
         for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
-            if 1 < size <= len(split) and takes(run.model, size):
+            if 1 < size <= len(split) and takes_batch(run.model.modules(), size):
                 return spread(split, size)
     return spread(run.dataset.train, batch_size)
-
-
-def takes(model: nn.Module, batch_size: int) -> bool:
-    """Whether the norms that divide a batch can divide one of this size."""
-    try:
-        for module in model.modules():
-            if hasattr(module, "check_batch_size"):
-                module.check_batch_size(batch_size)
-    except UserError:
-        return False
-    return True
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:

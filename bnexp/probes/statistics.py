@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bnexp.probes.population import recompute_statistics, shadow, spread, tracking_norms, training_batches
+from bnexp.probes.layers import tracking_norms
+from bnexp.probes.population import recompute_statistics, shadow, spread, training_batches
 from bnexp.store.readings import Reading, Scalar
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run

@@ -20,7 +20,7 @@ from bnexp.probes.activations import MOST_VALUES, SATURATED, Activations, descri
 from bnexp.probes.features import Features, grey, grid
 from bnexp.probes.gradients import Gradients
 from bnexp.probes.landscape import Landscape, loss_and_gradient
-from bnexp.probes.layers import activation_sites, layers, tapped
+from bnexp.probes.layers import activation_sites, named_layers, tapped
 from bnexp.probes.population import recompute_statistics, shadow, some_images, spread, training_batches
 from bnexp.probes.shapes import Shapes
 from bnexp.probes.statistics import Statistics
@@ -651,6 +651,19 @@ def test_features_are_what_the_first_layers_make_of_validation_images_in_evaluat
     assert list(Features().look(a_run("model=mlp"), None)) == []
 
 
+@pytest.mark.parametrize("valid", [1, 9])
+@pytest.mark.parametrize("model", ["mlp", "lenet"])
+def test_one_image_is_looked_at_among_others_where_evaluation_takes_statistics_of_the_batch(model, valid):
+    run = a_run(*variant(model, "library"), "norm.track_running_stats=false", f"data.valid={valid}", num_steps=1)
+    readings = list(Features(images=1, channels=1).look(run, None))
+    assert len(readings) == (5 if model == "lenet" else 0)
+    assert all(each.pixels.shape[0] < 2 * 64 for each in readings), "one row"
+    run = a_run(*variant(model, "ghost"), num_steps=1)
+    run.model.norm1.running_mean = run.model.norm1.running_var = None
+    assert len(list(Features(images=3).look(run, None))) == len(readings)
+    assert list(Shapes().look(run, None))
+
+
 def test_the_table_of_shapes_names_the_first_layers_an_image_passes():
     run = a_run("model=lenet", "data.size=28", num_steps=1)
     assert list(Shapes(layers=4).look(run, None)) == [
@@ -672,4 +685,4 @@ def test_layers_are_norms_as_a_whole_and_what_has_no_parts():
             self.inner = nn.Linear(2, 2)
 
     model = nn.Sequential(nn.Linear(2, 2), Outer(), nn.Sequential(nn.ReLU(), GhostBatchNorm(2)))
-    assert list(layers(model)) == ["0", "1", "2.0", "2.1"]
+    assert list(named_layers(model)) == ["0", "1", "2.0", "2.1"]
