@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
 from bnexp.probes.layers import takes_batch, tapped, tracking_norms
-from bnexp.train.run import Run
+from bnexp.train.run import EVALUATION_BATCH, Run
 
 
 class Moments:
@@ -59,6 +59,8 @@ def recompute_statistics(
     means and variances change; without batches nothing does. Norms without them, and models without norms, are fine.
     """
     norms = tracking_norms(model)
+    if not norms:
+        return
     moments = {name: Moments() for name in norms}
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -82,18 +84,28 @@ def recompute_statistics(
             norm.running_var.copy_(moments[name].var)
 
 
+def population_size(run: Run, num_images: int) -> int:
+    """The images in as many whole batches of the run's size as ``num_images`` training images make; one at least."""
+    batch_size = min(run.batches.batch_size, len(run.dataset.train))
+    return max(1, min(num_images, len(run.dataset.train)) // batch_size) * batch_size
+
+
 def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
-    """About ``num_images`` prepared training images in whole batches of the run's size, at least one batch.
+    """:func:`population_size` prepared training images in batches of the run's size.
 
     Always the same ones, augmented as the run's are, from all over the training set in every batch.
     """
-    train = run.dataset.train
-    batch_size = min(run.batches.batch_size, len(train))
-    num_batches = max(1, min(num_images, len(train)) // batch_size)
-    images = spread(train, num_batches * batch_size).images
+    num_images = population_size(run, num_images)
+    images = evenly_spaced(run.dataset.train, num_images).images
+    num_batches = num_images // min(run.batches.batch_size, num_images)
     generator = torch.Generator(run.device).manual_seed(0)  # the run's own is not touched
     for i in range(num_batches):
         yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
+
+
+def evaluation_batches(num_images: int) -> tuple[Tensor, ...]:
+    """The indices of the images that :meth:`bnexp.train.run.Run.evaluate` takes together."""
+    return torch.arange(num_images).split(EVALUATION_BATCH)
 
 
 def shadow(run: Run) -> nn.Module:
@@ -101,7 +113,7 @@ def shadow(run: Run) -> nn.Module:
     return copy.deepcopy(run.model).train()
 
 
-def spread(split: Split, num_images: int) -> Split:
+def evenly_spaced(split: Split, num_images: int) -> Split:
     """``num_images`` images at equal distances: always the same, and of every class even if classes come in turn."""
     num_images = min(num_images, len(split))
     return split.take(torch.arange(num_images, device=split.labels.device) * len(split) // max(num_images, 1))
@@ -117,8 +129,8 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
         for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
             if 1 < size <= len(split) and takes_batch(run.model.modules(), size):
-                return spread(split, size)
-    return spread(run.dataset.train, batch_size)
+                return evenly_spaced(split, size)
+    return evenly_spaced(run.dataset.train, batch_size)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -73,6 +73,8 @@ def finite(value: Any) -> Any:
     """``value`` with every float that JSON cannot hold replaced by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -31,11 +31,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head."""
+    """Rows of cells under a head: texts, numbers, tuples of numbers, or None for what there is not."""
 
     tag: str
     head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True)
