@@ -2,9 +2,10 @@
 
 import argparse
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -82,12 +83,11 @@ def inspect(arguments: list[str]) -> int:
     options = parse(arguments)
     run = load_run(options)
     name, indices = choose_images(run, options.images)
-    prepare_folder(options.out)
+    with writing_to(options.out):  # find out before the work
+        options.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=options.out).close()
     show(run, options, name, list(look(run, name, indices, options.layers)), Console())
     return 0
-
-
-# ---------------------------------------------------------------- the command line
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -103,9 +103,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
     parser.add_argument("--images", metavar="0,1,2", help="test images to picture, counted from 0; the first three")
     parser.add_argument("--layers", metavar="conv1,...", help="layers to picture; at most 8 that put out maps")
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to write the results; inspect/ in the run's folder"
-    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write; inspect/ in the run's folder")
 
     def refuse(message: str) -> None:
         raise UserError(f"inspect: {message}; bnexp inspect --help shows what it takes")
@@ -115,12 +113,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args([word for word in arguments if not is_override(word)])
     options.overrides = list(filter(is_override, arguments))
     check_folder(options.folder)
-    if options.out is None and (options.folder / "inspect").is_symlink():
-        raise UserError(
-            f"{options.folder / 'inspect'}: a link to another place, where nothing is written; remove it or choose "
-            "with --out DIR"
-        )
-    options.out = options.out or options.folder / "inspect"
+    inside = options.folder / "inspect"
+    if options.out is None and inside.is_symlink():
+        why = "a link to another place, where nothing is written; remove it or choose with --out DIR"
+        raise UserError(f"{inside}: {why}")
+    options.out = options.out or inside
     options.images = read_images(options.images)
     if options.layers is not None:
         options.layers = list(dict.fromkeys(name.strip() for name in options.layers.split(",")))
@@ -186,20 +183,14 @@ def choose_images(run: Run, given: list[int] | None) -> tuple[str, list[int]]:
     return name, list(range(min(3, num_images))) if given is None else given
 
 
-def prepare_folder(path: Path) -> None:
-    """Make the folder; refuse one that cannot be written to before any work."""
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system inside into :class:`UserError`."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        yield
     except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"--out {folder}: cannot be written to ({error.strerror}); choose another folder with --out DIR")
-
-
-# ---------------------------------------------------------------- looking
+        why = f"cannot be written to ({error.strerror}); choose another folder with --out DIR"
+        raise UserError(f"--out {folder}: {why}") from error
 
 
 def look(run: Run, name: str, indices: Sequence[int], layers: Sequence[str] | None) -> Iterator[Reading]:
@@ -235,14 +226,13 @@ def why_one_score(layers: Sequence[Layer]) -> str:
     return f"Its norms ({norms[0]}) look at one image at a time: no statistics of a batch are involved."
 
 
-# ---------------------------------------------------------------- showing
-
-
 def show(run: Run, options: argparse.Namespace, name: str, readings: Sequence[Reading], console: Console) -> None:
     """Print the readings, and write inspection.json, confusion.csv and the pictures."""
     by_tag = {reading.tag: reading for reading in readings}
     by_tag["confusion"] = by_tag[f"confusion/{name}"]
-    status = read_status(options.folder)
+    status = {}
+    with suppress(OSError, ValueError):
+        status = load_status(options.folder)
     about = describe_run(run, options.folder, status, name)
     for line in opening(about, status):
         console.print(line, **PLAIN)
@@ -259,19 +249,9 @@ def show(run: Run, options: argparse.Namespace, name: str, readings: Sequence[Re
     }
     for index, *_ in by_tag["predictions"].rows:
         files[f"image-{index}.png"] = render(draw_image(index, about["split"], by_tag), "png")
-    try:
+    with writing_to(options.out):
         write_files(options.out, files)
-    except OSError as error:
-        raise cannot_write(options.out, error) from error
     console.print(f"\nwritten to {printable(options.out)}: {', '.join(files)}", soft_wrap=True, **PLAIN)
-
-
-def read_status(folder: Path) -> dict:
-    """The run's status as far as it can be read."""
-    try:
-        return load_status(folder)
-    except (OSError, ValueError):
-        return {}
 
 
 def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, Any]:

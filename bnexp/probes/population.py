@@ -1,6 +1,6 @@
-"""The statistics that evaluation ought to use: those of many training images under the weights of this moment.
+"""The statistics that evaluation ought to use: those of many training images under the present weights.
 
-Running statistics are an average over batches of the past, seen under the weights of then.
+Running statistics are an average over past batches, under the weights that the model had then.
 """
 
 import copy
@@ -15,31 +15,6 @@ from bnexp.probes.layers import takes_batch, tapped, tracking_norms
 from bnexp.train.run import EVALUATION_BATCH, Run
 
 
-class Moments:
-    """Mean and variance of every channel over all batches added, in float64, by Chan's formula."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.m2: Tensor | float = 0.0  # the sum of squared distances to the mean
-
-    def add(self, x: Tensor) -> None:
-        """``x`` (N, C) or (N, C, ...)."""
-        x = x.detach().float().transpose(0, 1).flatten(1)  # (C, values)
-        mean = x.mean(1)
-        m2 = (x - mean[:, None]).square().sum(1).double()
-        count, gap = x.shape[1], mean.double() - self.mean
-        total = self.count + count
-        self.mean = self.mean + gap * (count / total)
-        self.m2 = self.m2 + m2 + gap.square() * (self.count * count / total)
-        self.count = total
-
-    @property
-    def var(self) -> Tensor:
-        """Unbiased, as running variances are."""
-        return self.m2 / (self.count - 1)
-
-
 @torch.no_grad()
 def recompute_statistics(
     model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor, nn.Module], object]
@@ -52,21 +27,24 @@ def recompute_statistics(
         running_var  = sum(n_b (var_b + (mean_b - running_mean)^2)) / (n - 1)
 
     the cumulative averages of Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (arXiv:2105.07576). They hold
-    for batches of the size that the model is trained with, because deeper layers see what the batch statistics of the
-    earlier ones make of them.
+    for batches of the size that the model is trained with, because deeper layers see inputs that were normalized by
+    the batch statistics of earlier ones.
 
-    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Only the running
-    means and variances change; without batches nothing does. Norms without them, and models without norms, are fine.
+    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Only running means and
+    variances change; without batches, or without norms that keep them, nothing does.
     """
     norms = tracking_norms(model)
     if not norms:
         return
-    moments = {name: Moments() for name in norms}
+    sums: dict[str, Tensor] = {}  # of 1, x and x^2 over all values of a channel, (3, C) in float64
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def see(name: str, x: Tensor, _: Tensor) -> None:
-        moments[name].add(x)
+        x = x.detach().float().transpose(0, 1).flatten(1)  # (C, values)
+        var, mean = (each.double() for each in torch.var_mean(x, 1, correction=0))
+        batch = x.shape[1] * torch.stack([torch.ones_like(mean), mean, var + mean.square()])
+        sums[name] = sums.get(name, 0.0) + batch
 
     try:
         model.train()
@@ -78,10 +56,11 @@ def recompute_statistics(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for name, norm in norms.items():
-        if moments[name].count > 1:
-            norm.running_mean.copy_(moments[name].mean)
-            norm.running_var.copy_(moments[name].var)
+    for name, (count, total, squares) in sums.items():
+        if count[0] > 1:
+            mean = total / count
+            norms[name].running_mean.copy_(mean)
+            norms[name].running_var.copy_((squares - count * mean.square()).clamp(min=0) / (count - 1))
 
 
 def population_size(run: Run, num_images: int) -> int:

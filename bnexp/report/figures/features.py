@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WIDTH, NAMES = 7.2, 1.6  # inches: the page, and its left column
 PIXEL = 1 / 100  # inches that a pixel of a picture takes
 TEXT, MOST_BARS, LONGEST_NAME = 0.17, 10, 20  # inches of a line of text; classes with a bar, letters of their names
-TRUE, WRONG, OTHER = "#009e73", "#d55e00", "#8c8c8c"
+TRUE, WRONG, OTHER, PAPER = "#009e73", "#d55e00", "#8c8c8c", "#f0f0f0"  # a grey page, on which white can be seen
 CAPTION = (
     "Every map is drawn from its smallest value (black) to its largest (white), units of a dense layer together.\n"
     "Beside them: the smallest and the largest value in the layer. Norms end with their activation."
@@ -35,7 +35,8 @@ def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Fi
         pictures = [np.asarray(readings[f"image-{index}/{each['layer']}"].pixels) for each in layers]
         num_bars = min(MOST_BARS, len(prediction) - 3)
         heights = [TEXT * (num_bars + 1), *(max(len(each) * PIXEL, 3 * TEXT) for each in pictures)]
-        figure = Figure(figsize=(WIDTH, sum(heights) + 0.12 * len(heights) + 6 * TEXT), dpi=DPI, layout="constrained")
+        size = (WIDTH, sum(heights) + 0.1 * len(heights) + 5 * TEXT)
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=PAPER)
         FigureCanvasAgg(figure)
         shape = {"width_ratios": [NAMES, WIDTH - NAMES], "height_ratios": heights}
         rows = figure.subplots(len(heights), 2, squeeze=False, gridspec_kw=shape)
@@ -78,6 +79,7 @@ def draw_bars(axes: "Axes", prediction: Sequence[Any], classes: Sequence[str]) -
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    axes.set_facecolor(PAPER)
     axes.grid(False)
 
 
