@@ -15,7 +15,7 @@ from bnexp.train.run import Run
 SIDE, GAP = 64, 2  # pixels that a map has at least, and between maps
 ACROSS, MOST_MAPS = 8, 16  # maps of a layer in a row, and in all
 UNITS_ACROSS, MOST_UNITS = 40, 240  # the same for the units of a layer without maps
-UNIT, PAPER = 12, 255  # pixels of a unit's square, and the grey where no unit is left
+UNIT, PAPER = 12, 240  # pixels of a unit's square, and the grey where no unit is left: not the white of a unit
 
 
 class Features(Probe):
@@ -109,7 +109,7 @@ def picture_output(output: Tensor) -> tuple[Tensor, int]:
     """
     if has_maps(output.shape):
         maps = to_grey(output[None, :MOST_MAPS])[0]
-        return tile_maps(in_rows(maps, ACROSS, 255)), len(maps)
+        return tile_maps(in_rows(maps, min(ACROSS, len(maps)), 255)), len(maps)
     units = to_grey(output.reshape(1, 1, 1, -1)[..., :MOST_UNITS]).flatten()
     return in_rows(units, UNITS_ACROSS, PAPER).repeat_interleave(UNIT, 0).repeat_interleave(UNIT, 1), len(units)
 
@@ -126,7 +126,6 @@ def to_grey(maps: Tensor) -> Tensor:
 
 def in_rows(pieces: Tensor, across: int, empty: int) -> Tensor:
     """(n, ...) to (rows, across, ...), filled up with ``empty``."""
-    across = min(across, len(pieces))
     rest = pieces.new_full((-len(pieces) % across, *pieces.shape[1:]), empty)
     return torch.cat([pieces, rest]).unflatten(0, (-1, across))
 

@@ -16,10 +16,18 @@ from bnexp.train.run import Run
 
 SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| says next to nothing
 SMALL_VARIANCE = 1e-8  # an input with less is a constant: a thousandth of the usual eps
+GAPS = ("mean_gap", "variance_gap", "gamma_min", "dead")  # of a norm to its recomputed self
 NORM_HEAD = (
-    "layer", "channels", "running_mean", "running_var", "population_mean", "population_var", "mean_gap",
-    "variance_gap", "gamma", "beta", "dead",
-)  # fmt: skip
+    "layer",
+    "channels",
+    "running_mean",
+    "running_var",
+    "population_mean",
+    "population_var",
+    "gamma",
+    "beta",
+    *GAPS,
+)
 
 TENSORS = {"running_mean": "running_mean", "running_var": "running_var", "weight": "gamma", "bias": "beta"}
 
@@ -50,14 +58,10 @@ class Statistics(Probe):
         if not tracking_norms(run.model):
             return
         running, recomputed = shadow(run).eval(), recomputed_model(run, self.images)
-        others = tracking_norms(recomputed)
-        names, numbers = [], []
-        for name, norm in tracking_norms(running).items():
-            gaps = compare_statistics(norm, others[name])
-            names += [f"statistics/{name}/{what}" for what in gaps]
-            numbers += gaps.values()
-        for tag, value in zip(names, torch.stack(numbers).tolist(), strict=True):
-            yield Scalar(tag, value)
+        for norm in norm_table(running, recomputed).records():
+            if norm["dead"] is not None:
+                for name in GAPS:
+                    yield Scalar(f"statistics/{norm['layer']}/{name}", float(norm[name]))
         valid = evenly_spaced(run.dataset.valid, self.images)
         if len(valid):
             for kind, model in (("running", running), ("recomputed", recomputed)):

@@ -37,14 +37,9 @@ GAPS = (
 )
 
 
-def records_of(table: kinds.Table) -> list[dict[str, Any]]:
-    """The rows of a table as {column: cell}."""
-    return [dict(zip(table.head, row, strict=True)) for row in table.rows]
-
-
 def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> Iterator[Table | str]:
     """The tables and sentences that apply, in order, for a terminal ``width`` columns wide."""
-    norms, scores, confusion = records_of(readings["norms"]), readings["scores"], readings["confusion"]
+    norms, scores, confusion = readings["norms"].records(), readings["scores"], readings["confusion"]
     if tracking := [norm for norm in norms if norm["running_mean"] is not None]:
         yield statistics_table(tracking, RANGES.format_map(about))
     if norms:
@@ -234,7 +229,7 @@ def to_json(about: Mapping[str, Any], readings: Readings) -> str:
     confusion, classes = readings["confusion"], readings["confusion"].head[1:]
     content = about | {
         "scores": {name: {"loss": loss, "accuracy": accuracy} for name, loss, accuracy in readings["scores"].rows},
-        "norms": {norm["layer"]: norm for norm in records_of(readings["norms"])},
+        "norms": {norm["layer"]: norm for norm in readings["norms"].records()},
         "classes": classes,
         "confusion": [counts for _, *counts in confusion.rows],
         "recall": dict(zip(classes, recalls_of(confusion), strict=True)),

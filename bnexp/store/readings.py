@@ -37,6 +37,10 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
 
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as {column: cell}."""
+        return [dict(zip(self.head, row, strict=True)) for row in self.rows]
+
 
 @dataclass(frozen=True)
 class Band:

@@ -487,7 +487,7 @@ def test_a_picture_holds_the_maps_of_every_layer_of_its_image(folder):
         x = model.conv1(run.dataset.prepare(image))
         expected = {"conv1": x, "norm1": model.norm1(x)}
         expected["conv2"] = model.conv2(model.pool1(expected["norm1"]))
-        outputs = {each["layer"]: each for each in report.records_of(found["outputs"]) if each["image"] == index}
+        outputs = {each["layer"]: each for each in found["outputs"].records() if each["image"] == index}
         assert list(outputs) == ["conv1", "norm1", "pool1", "conv2", "norm2", "pool2"]
         # Alone or beside others, an image gives the same maps but for the last bits of sums: a grey may be the next.
         for name, maps in expected.items():
@@ -558,8 +558,9 @@ def test_a_picture_shows_maps_in_rows_of_8_and_units_as_squares_of_one_grey():
     ninth = picture[68:132, 2:66]
     assert torch.equal(ninth[::16, ::16], to_grey(maps[None])[0, 8])
     units, _ = picture_output(torch.tensor([-1.0, 0.0, 1.0]))
-    assert units.shape == (UNIT, 3 * UNIT)
-    assert units[0, ::UNIT].tolist() == [0, 128, 255] and units[-1, UNIT - 1 :: UNIT].tolist() == [0, 128, 255]
+    assert units.shape == (UNIT, 40 * UNIT)
+    squares = [0, 128, 255] + [240] * 37
+    assert units[0, ::UNIT].tolist() == squares and units[-1, UNIT - 1 :: UNIT].tolist() == squares
     assert [picture_output(torch.zeros(shape))[1] for shape in ((64, 7, 7), (300,), (5, 1, 1))] == [16, 240, 5]
 
 

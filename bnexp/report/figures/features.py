@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexp.report.figures.curves import DPI, style
-from bnexp.report.readings import records_of, show_cell, show_prediction
+from bnexp.report.readings import show_cell, show_prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,14 +31,16 @@ def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Fi
         from matplotlib.figure import Figure
 
         prediction = next(row for row in readings["predictions"].rows if row[0] == index)
-        layers = [each for each in records_of(readings["outputs"]) if each["image"] == index]
+        layers = [each for each in readings["outputs"].records() if each["image"] == index]
         pictures = [np.asarray(readings[f"image-{index}/{each['layer']}"].pixels) for each in layers]
         num_bars = min(MOST_BARS, len(prediction) - 3)
-        heights = [TEXT * (num_bars + 1), *(max(len(each) * PIXEL, 3 * TEXT) for each in pictures)]
+        room = WIDTH - NAMES
+        heights = [max(len(each) * min(PIXEL, room / each.shape[1]), 3 * TEXT) for each in pictures]
+        heights = [TEXT * (num_bars + 1), *heights]
         size = (WIDTH, sum(heights) + 0.1 * len(heights) + 5 * TEXT)
         figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=PAPER)
         FigureCanvasAgg(figure)
-        shape = {"width_ratios": [NAMES, WIDTH - NAMES], "height_ratios": heights}
+        shape = {"width_ratios": [NAMES, room], "height_ratios": heights}
         rows = figure.subplots(len(heights), 2, squeeze=False, gridspec_kw=shape)
         left = {"x": 0.01, "ha": "left"}
         color = "#222222" if prediction[1] == prediction[2] else WRONG
