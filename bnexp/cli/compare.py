@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
+from bnexp.cli.flags import parse_line
 from bnexp.cli.sweep.grid import Grid, read_grid
 from bnexp.cli.sweep.jobs import prepare, take_all
 from bnexp.cli.sweep.lockstep import race
 from bnexp.config.compose import session
-from bnexp.config.explain import explained
+from bnexp.config.explain import parse_words
 from bnexp.errors import UserError
 from bnexp.report.figures.curves import PANELS, curve
 from bnexp.report.records import read_runs
@@ -21,18 +20,17 @@ from bnexp.report.report import report
 from bnexp.report.tables import show_sweep
 from bnexp.report.variants import Variant, find_key, into_variants, named
 from bnexp.store.readings import Band
-from bnexp.store.settings import HOUSEKEEPING
+from bnexp.store.settings import NUMBERS, decides
 from bnexp.store.untrusted import as_file_name
 from bnexp.store.writer import write_bands, write_layout
 
 
 def compare(arguments: Sequence[str]) -> int:
     """``bnexp compare``: the runs of ``train -m`` in lockstep, and what they say together; 1 if any failed."""
-    if flags := [word for word in arguments if word.startswith("-")]:
-        raise UserError(f"{flags[0]}: compare takes settings only, several values need no flag: norm=none,library")
     named = [word for word in arguments if word.startswith("baseline=")]
-    with session(), ExitStack() as locks:
-        grid = read_grid([word for word in arguments if word not in named])
+    line = parse_line("compare", [word for word in arguments if word not in named], many=True)
+    with session(line.source), ExitStack() as locks:
+        grid = read_grid(line.words)
         baseline = find_baseline(grid, named[-1].partition("=")[2] if named else None)
         folder, jobs, configs = prepare(grid, "compare")
         take_all(jobs, locks)
@@ -50,12 +48,11 @@ def compare(arguments: Sequence[str]) -> int:
 
 def find_baseline(grid: Grid, wanted: str | None) -> str:
     """The variant that all others are compared with: the first, unless ``wanted`` names one, or its overrides."""
-    varied = [key for key in grid.swept if key not in HOUSEKEEPING]
+    varied = [key for key in grid.swept if decides(key) & NUMBERS]
     if not varied:
         raise UserError("compare: nothing varies but the seed; give a setting several values, norm=none,library say")
     words = [] if wanted is None else re.split(r",(?=[^,=]+=)", wanted)
-    with explained(words):
-        parsed = OverridesParser.create().parse_overrides([word for word in words if "=" in word])
+    parsed = parse_words([word for word in words if "=" in word])
     asked = {f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed}  # 1e-2 is 0.01
     for variant, point in zip(grid.variants, grid.points, strict=True):
         own = {word for word in point if word.partition("=")[0] in varied}

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config import build, check, parts, schema
-from bnexp.config.compose import change, composed, stored_config
+from bnexp.config.compose import composed, moved, session
 from bnexp.config.start import fitting
 from bnexp.errors import UserError
 from bnexp.probes.confusion import Confusion
@@ -35,7 +36,6 @@ from bnexp.store.run_folder import CONFIG, STATUS, load_status
 from bnexp.store.untrusted import printable
 from bnexp.train.run import EVALUATION_BATCH, Run
 
-ELSEWHERE = ("allow", "data.root", "device", "threads")  # settings that may differ where a run is inspected
 MOST_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
 MOST_LAYERS = 8  # pictured by default
 SPLITS = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is looked at
@@ -44,7 +44,11 @@ PLAIN = {"markup": False, "highlight": False, "emoji": False}
 
 def summary(arguments: list[str]) -> int:
     """``bnexp summary [overrides]``: the layers of the model that these overrides make; reads no data."""
-    cfg = composed(arguments)
+    line = parse_line("summary", arguments)
+    if was_shown(line):
+        return 0
+    with session(line.source):
+        cfg = composed(line.words)
     check.check(cfg, runs=False)
     source = parts.part(cfg, "data")()
     Console().print(summary_table(parts.make_model(cfg, source), source.in_shape))
@@ -98,9 +102,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "bnexp inspect",
         description="Look at a run that has a checkpoint; its own files stay as they are.",
-        epilog=f"{', '.join(f'{key}=...' for key in ELSEWHERE)} after RUN: where data and devices are others here.",
     )
     parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    where = "data.root=DIR, device=NAME, threads=N or allow=[PACKAGE], where they are others here than in training"
+    parser.add_argument("overrides", metavar="setting=value", nargs="*", help=where)
     parser.add_argument("--images", metavar="0,1,2", help="test images to picture, counted from 0; the first three")
     parser.add_argument("--layers", metavar="conv1,...", help="layers to picture; at most 8 that put out maps")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write; inspect/ in the run's folder")
@@ -109,9 +114,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"inspect: {message}; bnexp inspect --help shows what it takes")
 
     parser.error = refuse
-    is_override = re.compile(rf"({'|'.join(map(re.escape, ELSEWHERE))})=").match
-    options = parser.parse_args([word for word in arguments if not is_override(word)])
-    options.overrides = list(filter(is_override, arguments))
+    options = parser.parse_intermixed_args(list(arguments))
     check_folder(options.folder)
     inside = options.folder / "inspect"
     if options.out is None and inside.is_symlink():
@@ -154,8 +157,7 @@ def read_images(text: str | None) -> list[int] | None:
 
 def load_run(options: argparse.Namespace) -> Run:
     """The run as its last checkpoint left it."""
-    cfg = stored_config(options.folder)
-    change(cfg, options.overrides, "inspect")
+    cfg = moved(options.folder, options.overrides, "inspect")
     cfg.engine = OmegaConf.structured(schema.Train).engine  # nothing is trained: a graph's run can be seen on a CPU
     check.check(cfg, free=False)
     source = parts.part(cfg, "data")()

@@ -9,8 +9,7 @@ from importlib import import_module
 
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
-from bnexp.config.choices import nearest
-from bnexp.errors import UserError
+from bnexp.errors import UserError, nearest
 from bnexp.store.untrusted import printable
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands without a file of their own name
@@ -18,6 +17,7 @@ HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
+    startup.replace_unprintable()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("--help", "-h", "help"):
         print(help_text())
@@ -56,11 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("bnexp: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):  # a value looked up only now
-            from bnexp.config.explain import explain
-
-            complain(explain(error, " ".join(rest)))
-            return 2
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(error, MemoryError) or re.search("allocate memory|[Oo]verflow", what):
             complain(f"too large for the memory here ({what}); try something smaller")

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from bnexp.cli.compare import conclude
+from bnexp.cli.flags import parse_line
 from bnexp.cli.sweep.grid import Grid, Job, read_grid
 from bnexp.cli.sweep.jobs import prepare, take_all
 from bnexp.cli.sweep.launch import hydra_config, run_all
@@ -36,12 +37,13 @@ def study(arguments: Sequence[str]) -> int:
     if not arguments:
         list_studies()
         return 0
-    if odd := [word for word in arguments[1:] if word.startswith("-") or "=" not in word]:
+    line = parse_line("study", arguments[1:], many=True)
+    if odd := [word for word in line.words if "=" not in word]:
         raise UserError(f"{odd[0]}: study takes a name and settings only, such as quick=true; see bnexp study --help")
-    chosen, overrides = choose(load(arguments[0]), arguments[1:])
+    chosen, overrides = choose(load(arguments[0]), line.words)
     name = Path(arguments[0]).stem
     expectations = chosen.expectations()
-    with session(), ExitStack() as locks:
+    with session(line.source), ExitStack() as locks:
         grid, roles = make_grid(chosen, overrides)
         hydra_config(grid, Path())  # a launcher that does not exist is heard of before any work
         folder, jobs, configs = prepare(grid, f"study-{name}")

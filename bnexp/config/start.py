@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.config import build
-from bnexp.config.compose import group_name, settings
+from bnexp.config.compose import group_name, hparams
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.store.files import not_written, write_new
-from bnexp.store.run_folder import CONFIG, Status
+from bnexp.store.run_folder import CONFIG, METRICS, Status
 from bnexp.train import loop
 from bnexp.train.run import Run
 
@@ -42,7 +42,8 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
     from bnexp.config import parts
     from bnexp.store import checkpoint
     from bnexp.store.run_folder import Status
-    from bnexp.store.writer import Writer, read_lines
+    from bnexp.store.untrusted import read_lines
+    from bnexp.store.writer import Writer
     from bnexp.train.recorder import Journal, merit
 
     state = checkpoint.load(folder, run.device, run.model, mend=True)
@@ -51,8 +52,8 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
             run.load_state_dict(state)
     status = Status(folder, parts.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
-    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
-    earlier = read_lines(folder) if cfg.keep == "best" else []
+    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg), group_name(cfg))
+    earlier = read_lines(folder / METRICS) if cfg.keep == "best" else []
     best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
     return Journal(writer, status, folder, cfg.keep, best)
 

@@ -139,7 +139,7 @@ def list_layers(model: nn.Module, in_shape: Sequence[int], device: torch.device 
 
     shadow = copy.deepcopy(model).to(device).eval()
     with torch.no_grad(), tapped(named_layers(shadow), see):
-        shadow(torch.empty(smallest_batch(model), *in_shape, device=device))
+        shadow(torch.zeros(smallest_batch(model), *in_shape, device=device))
     unseen = [
         Layer(name, (), (), num_parameters[name], type(layer).__name__ if is_norm(layer) else "", 0)
         for name, layer in layers.items() if name not in found and (num_parameters[name] or is_norm(layer))

@@ -15,7 +15,7 @@ from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.records import TARGETS, RunRecord
 from bnexp.report.variants import plain
-from bnexp.store.settings import flatten
+from bnexp.store.settings import numbers
 
 Values = Sequence[float]
 # How a curve becomes a number; drift is the mean distance from the first reading, spread the standard deviation.
@@ -154,18 +154,18 @@ def _by_seed(expectation: Expectation, runs: Sequence[RunRecord]) -> dict[tuple,
     if expectation.best is not None:
         return _best(expectation.best, chosen)
     varied = _varied(chosen)
-    values = [tuple(repr(flatten(run.config).get(key)) for key in varied) for run in chosen]
+    values = [tuple(repr(numbers(run.config).get(key)) for key in varied) for run in chosen]
     return {(run.seed, *own): _read(expectation, run) for run, own in zip(chosen, values, strict=True)}
 
 
 def _has(run: RunRecord, only: Mapping[str, Any]) -> bool:
-    flat = flatten(run.config)
+    flat = numbers(run.config)
     return all(flat.get(key) == value for key, value in only.items())
 
 
 def _varied(runs: Sequence[RunRecord]) -> list[str]:
     """The settings in which the runs differ, but for the seed."""
-    flats = [flatten(run.config) for run in runs]
+    flats = [numbers(run.config) for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
     return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
 
@@ -175,7 +175,7 @@ def _best(key: str, runs: Sequence[RunRecord]) -> dict[tuple, float]:
     accuracy = TARGETS[1]
     best: dict[tuple, tuple[float, float]] = {}
     for run in runs:
-        score, value = accuracy.of(run), flatten(run.config).get(key)
+        score, value = accuracy.of(run), numbers(run.config).get(key)
         if not isinstance(value, int | float):
             raise Missing(f"{key}={plain(value)} is not a number")
         if score is not None and not run.diverged and math.isfinite(score):

@@ -1,7 +1,7 @@
 """Sorts runs into variants, so that seeds can be averaged and paired.
 
-Runs are one variant when their configs agree in everything but the seed and the HOUSEKEEPING. Of a seed
-that ran twice the later run counts.
+Runs are one variant when their configs agree in everything but what decides no numbers:
+the seed, the schedule of looking, the place. Of a seed that ran twice the later run counts.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bnexp.errors import UserError
 from bnexp.report.records import TARGETS, Problem, RunRecord
-from bnexp.store.settings import HOUSEKEEPING, flatten
+from bnexp.store.settings import NUMBERS, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
@@ -35,8 +35,8 @@ class Variant:
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides of its runs but for the seed and the housekeeping."""
-        return [each for each in self.first.overrides if each.lstrip("+").split("=")[0] not in HOUSEKEEPING]
+        """Those overrides of its runs that decide numbers."""
+        return [each for each in self.first.overrides if decides(each.lstrip("+").split("=")[0]) & NUMBERS]
 
 
 def group_names(run: RunRecord) -> dict[str, str]:
@@ -44,9 +44,7 @@ def group_names(run: RunRecord) -> dict[str, str]:
     names = {}
     for group, options in run.config.items():
         if isinstance(options, dict) and isinstance(options.get("_target_"), str):
-            *_, module, last = ["", *options["_target_"].split(".")]
-            is_ours = options["_target_"].startswith("bnexp.") and last[:1].isupper()
-            names[group] = module if is_ours else last.lower()
+            names[group] = short_name(options["_target_"])
     for override in run.overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key.split("@")[0] in names and value:
@@ -56,7 +54,7 @@ def group_names(run: RunRecord) -> dict[str, str]:
 
 def identity(run: RunRecord, ignore: str | None = None) -> str:
     """What two runs share if and only if they are the same variant."""
-    flat = {key: value for key, value in flatten(run.config).items() if key != ignore}
+    flat = {key: value for key, value in numbers(run.config).items() if key != ignore}
     return json.dumps(flat, sort_keys=True, default=str)
 
 
@@ -78,7 +76,7 @@ def into_variants(
         seeds[repr(run.seed)] = run
     runs = [sorted(seeds.values(), key=_by_seed) for seeds in groups.values()]
     names = [group_names(each[0]) for each in runs]
-    parts = _distinguish([flatten(each[0].config) for each in runs], names, ignore)
+    parts = _distinguish([numbers(each[0].config) for each in runs], names, ignore)
     variants = [
         Variant(label, part, [run for run in each if not run.diverged], [run for run in each if run.diverged])
         for label, part, each in zip(_named(runs, _labels(parts, names)), parts, runs, strict=True)
@@ -148,7 +146,7 @@ def plain(value) -> str:
 
 def find_key(records: Sequence[RunRecord], wanted: str) -> str:
     """The dotted key meant by ``wanted``, also by its last part; `UserError` unless exactly one fits."""
-    keys = dict.fromkeys(key for run in records for key in flatten(run.config))
+    keys = dict.fromkeys(key for run in records for key in numbers(run.config))
     fits = [wanted] if wanted in keys else [key for key in keys if short(key) == wanted]
     if len(fits) != 1:
         close = fits or difflib.get_close_matches(wanted, keys, n=3) or list(keys)
@@ -180,8 +178,8 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
     labels = [each.label for each in into_variants(kept, ignore=key)[0]]
     notes = []
     for label, variant, bucket in zip(labels, best, buckets.values(), strict=True):
-        value = flatten(variant.first.config).get(key)
-        values = [flatten(each.first.config).get(key) for each in bucket]
+        value = numbers(variant.first.config).get(key)
+        values = [numbers(each.first.config).get(key) for each in bucket]
         among = ", ".join(plain(each) for each in _ordered(values))
         note = f"{label} stands at its best {key}={plain(value)} of {among}, by mean {metric.title}"
         if len(values) > 1 and _numeric(values) and value in (min(values), max(values)):

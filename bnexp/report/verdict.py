@@ -13,7 +13,7 @@ from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.records import BY_KEY, METRICS, TARGETS, Metric, Pair, Problem, RunRecord
 from bnexp.report.variants import Variant, find_key, group_names, into_variants, pick_best, plain, short
-from bnexp.store.settings import flatten
+from bnexp.store.settings import numbers
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def compare(
     variants = [base, *(each for each in variants if each is not base)]
     chosen: dict[str, object] = {}
     if best_over is not None:
-        values = [flatten(each.first.config).get(best_over) for each in variants]
+        values = [numbers(each.first.config).get(best_over) for each in variants]
         names = [f"{short(best_over)}={plain(value)}" for value in values]
         variants = [replace(each, label=f"{each.label} {n}") for each, n in zip(variants, names, strict=True)]
         chosen = {each.label: value for each, value in zip(variants, values, strict=True)}
@@ -124,7 +124,7 @@ def _fits(run: RunRecord, override: str) -> bool:
     key, equals, value = override.lstrip("+").partition("=")
     if not equals:
         return key in group_names(run).values()
-    flat = flatten(run.config)
+    flat = numbers(run.config)
     settings = [group_names(run).get(key), *(flat[each] for each in flat if key in (each, short(each)))]
     return override in run.overrides or any(_equal(each, value) for each in settings if each is not None)
 

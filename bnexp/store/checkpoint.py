@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.store.files import writing
+from bnexp.store.files import replacing, writing
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
 MARK, NUM_DIGITS = b"sha256 ", 64
@@ -37,19 +37,14 @@ def save(state: dict, folder: Path, *also: Path) -> Path:
 
 def write(state: dict, path: Path, *also: Path, previous: Path | None = None) -> Path:
     """Write ``state`` to ``path`` in one move, on the disk when this returns; ``previous`` gets what was there."""
-    scratch = path.with_name(f".{path.name}.new")  # one name, so that many who are killed here leave one file
+    with replacing(path) as file:
+        save_into(file, state)
+        seal(file)
+        for name in also:
+            also_call(Path(file.name), name)
+        if previous is not None and path.exists():
+            also_call(path, previous)
     with writing(path):
-        try:
-            with open(scratch, "wb") as file:
-                save_into(file, state)
-            seal(scratch)
-            for name in also:
-                also_call(scratch, name)
-            if previous is not None and path.exists():
-                also_call(path, previous)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
         sync_folder(path.parent)
     return path
 
@@ -62,17 +57,16 @@ def save_into(file: BinaryIO, state: dict) -> None:
         raise cause if isinstance(cause, OSError | KeyboardInterrupt) else error from None
 
 
-def seal(path: Path) -> None:
+def seal(file: BinaryIO) -> None:
     """Put the sum of the whole file at its end, and all of it on the disk."""
-    with open(path, "r+b") as file:
-        file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
-        file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
-        num_bytes = file.tell()
-        digest = checksum(file, num_bytes)
-        file.seek(num_bytes)
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
+    file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
+    file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
+    num_bytes = file.tell()
+    digest = checksum(file, num_bytes)
+    file.seek(num_bytes)
+    file.write(digest)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def checksum(file: BinaryIO, num_bytes: int) -> bytes:

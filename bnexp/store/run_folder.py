@@ -4,12 +4,14 @@
     events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
 """
 
+import errno
 import fcntl
 import os
 import platform
 import socket
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ PROBES = "probes.jsonl"
 WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
 OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # how names of what a run writes begin
 STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake of readings alone
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of flock, on some network file systems
 DONE = ("finished", "diverged")  # results; every other status leaves something to do
 
 
@@ -118,6 +121,10 @@ def taken(folder: Path) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                _warn_of_no_locks(folder.absolute().parent, error.strerror)
             yield True
     except OSError as error:
         if error.filename is None or folder not in (Path(error.filename), *Path(error.filename).parents):
@@ -125,13 +132,23 @@ def taken(folder: Path) -> Iterator[bool]:
         raise StorageError(not_written(error, folder)) from error
 
 
+@cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Say on stderr, once for each folder of runs, that nothing keeps two processes from one run there."""
+    print(
+        f"bnexp: warning: {folder}: its file system has no locks ({reason}); go on without, and start no two "
+        "processes on one run there",
+        file=sys.stderr,
+    )
+
+
 def in_other_hands(folder: Path) -> UserError:
-    """That a living process is at work on the run in ``folder``."""
+    """The error for a run that another process holds."""
     return UserError(f"{folder}: {holder(folder)} is at work on this run; wait for it, or stop it first")
 
 
 def holder(folder: Path) -> str:
-    """Who is at work on the run, as far as its status tells: it may not have written its own yet."""
+    """Which process is at work on the run, as far as its status tells."""
     status = read_status(folder)
     if status.get("status") != "running" or not is_alive(status.get("host"), status.get("pid")):
         return "another process"
@@ -154,7 +171,10 @@ def is_alive(host: object, pid: object) -> bool:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only."""
+    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only.
+
+    Where the file system has no locks, the run's status tells.
+    """
     try:
         with open(folder / LOCK, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:  # or a pipe
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -162,6 +182,12 @@ def is_taken(folder: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        status = read_status(folder)
+        is_elsewhere = status.get("host") != socket.gethostname() or status.get("pid") == os.getpid()
+        return status.get("status") == "running" and not is_elsewhere and is_alive(status["host"], status.get("pid"))
     return False
 
 

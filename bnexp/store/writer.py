@@ -105,11 +105,6 @@ class Lines:
             os.fsync(self.file.fileno())
 
 
-def read_lines(folder: Path) -> list[dict]:
-    """The readings of a run that goes on, oldest first."""
-    return [json.loads(line) for line in (folder / METRICS).read_bytes().splitlines()]
-
-
 class EventFile:
     """TensorBoard's file of a run. Written at once and in this thread, so that a full disk is heard of here."""
 

@@ -263,7 +263,7 @@ def test_the_seed_gives_the_same_batches_whatever_the_norm_and_the_model():
         (["schedule.warmup_steps=-5"], ["warmup_steps", "-5", "-0.2"]),
         (["schedule=step", "schedule.gamma=-1"], ["gamma", "-1"]),
         (["~norm"], ["norm: has to be given"]),
-        (["+model={0:1}"], ["model.0", "plain options"]),
+        (["+model={0:1}"], ["model={0:1}", "a name is expected"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

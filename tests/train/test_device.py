@@ -78,8 +78,8 @@ def test_other_errors_of_torch_stay_what_they_are():
 GROWTH = """
 import os, sys
 from pathlib import Path
-from bnexp import loop
-from bnexp.cli import main
+from bnexp.cli.main import main
+from bnexp.train import loop
 seen, (name, *arguments) = [], sys.argv[1:]
 whole = getattr(loop.Journal, name)
 def look(*args, **named):

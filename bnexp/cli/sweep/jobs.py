@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from bnexp.cli.sweep.grid import Grid, Job, flat
+from bnexp.cli.sweep.grid import Grid, Job
 from bnexp.cli.sweep.lockstep import check_sweep
 from bnexp.config import check
 from bnexp.config.compose import composed
@@ -17,6 +17,7 @@ from bnexp.config.schema import Train
 from bnexp.errors import UserError
 from bnexp.store.files import finite, write_new
 from bnexp.store.run_folder import check_free, in_other_hands, taken
+from bnexp.store.settings import LOOKING, NUMBERS, SEED, decides, differences, first_few
 from bnexp.store.untrusted import read_json
 
 
@@ -42,8 +43,7 @@ def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
 
 
 NAME, BANDS = "sweep.json", "bands"
-# Between two starts of one sweep: none of them changes a job.
-FREE_TO_CHANGE = ("out", "quiet", "threads", "replicas", "resume")
+FIXED = NUMBERS | SEED | LOOKING  # what the settings decide that may not change between two starts of a sweep
 
 
 def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
@@ -99,25 +99,23 @@ def _read_jobs(folder: Path) -> dict[str, dict]:
 
 
 def _comparable(cfg: DictConfig) -> dict:
+    """What a job is, as ``sweep.json`` lists it: all settings but those that may change between two starts."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
+    return {key: value for key, value in config.items() if decides(key) & FIXED}
 
 
 def _check_same_sweep(folder: Path, there: dict, here: dict) -> None:
     """Raise if the sweep in the folder is not this one."""
-    differences = [f"{name} only there" for name in there if name not in here]
-    differences += [f"{name} only here" for name in here if name not in there]
+    found = [f"{name} only there" for name in there if name not in here]
+    found += [f"{name} only here" for name in here if name not in there]
     defaults = OmegaConf.to_container(OmegaConf.structured(Train))  # of settings that are newer than that sweep
     for name in here.keys() & there.keys():
-        new = flat(here[name])
-        old = flat({key: defaults[key] for key in here[name] if key in defaults} | there[name])
-        for key in dict.fromkeys([*new, *old]):
-            if old.get(key, "-") != new.get(key, "-"):
-                differences.append(f"{key} is {old.get(key, '-')} there and {new.get(key, '-')} here")
-    if differences:
-        unique = list(dict.fromkeys(differences))
-        shown = "; ".join(unique[:6]) + (f"; and {len(unique) - 6} more" if len(unique) > 6 else "")
-        raise UserError(f"out={folder}: holds another sweep ({shown}); repeat its command or choose another folder")
+        old = {key: defaults[key] for key in here[name] if key in defaults} | there[name]
+        found += differences(old, here[name])
+    if found:
+        raise UserError(
+            f"out={folder}: holds another sweep ({first_few(found)}); repeat its command or choose another folder"
+        )
 
 
 def default_folder(kind: str) -> Path:

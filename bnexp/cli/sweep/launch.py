@@ -16,7 +16,9 @@ from bnexp.cli.sweep.grid import Grid, Job
 from bnexp.cli.sweep.jobs import take_all
 from bnexp.cli.sweep.lockstep import race, tell_alone, together
 from bnexp.cli.sweep.worker import LAST, run_job
+from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
+from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
 from bnexp.train.interrupt import Interrupted, deferred_signals
 
@@ -86,9 +88,12 @@ def tell_wait(jobs: Sequence[Job]) -> None:
 
 def hydra_config(grid: Grid, folder: Path) -> DictConfig:
     """What Hydra's launcher is made of."""
-    fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
     with explained(grid.hydra):
-        return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
+        fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
+        cfg = composed_with_hydra([*fixed, *grid.hydra], RunMode.MULTIRUN)
+    if cfg.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: jobs that change the folder would write elsewhere; leave it out")
+    return cfg
 
 
 def written_at(folder: Path) -> int:

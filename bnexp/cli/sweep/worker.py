@@ -15,12 +15,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from bnexp import startup
 from bnexp.cli.sweep import jobs
 from bnexp.config import build, parts
 from bnexp.config.start import fail, open_job
 from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError
-from bnexp.startup import keep_memory
 from bnexp.store.run_folder import DONE, read_status, taken
 from bnexp.train import loop, progress
 from bnexp.train.interrupt import PATIENCE
@@ -78,7 +78,8 @@ def run_ours(cfg: DictConfig, is_alone: bool) -> str:
         if status in DONE:
             return status
         if not is_alone:
-            keep_memory()
+            startup.keep_memory()
+            startup.replace_unprintable()
             gc.freeze()  # all that was imported stays: a worker trains and ends sooner if nobody looks through it
             spread(cfg, hydra_cfg)
         try:
@@ -119,7 +120,7 @@ def share_of(cfg: DictConfig, launcher: DictConfig) -> int:
     if "n_jobs" not in launcher:
         return 1
     num_cores, asked = len(os.sched_getaffinity(0)), launcher.n_jobs or 1
-    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.NAME).read_text())["jobs"])
+    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.NAME).read_bytes())["jobs"])
     at_most = num_cores // min(num_jobs, asked if asked > 0 else max(1, num_cores + 1 + asked))
     if at_most < 2:
         return 1
