@@ -1,4 +1,4 @@
-"""``bnexp compare``: variants in lockstep, and what they say together."""
+"""``bnexp compare``: trains variants in lockstep and reports on them together."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ from bnexp.store.writer import write_bands, write_layout
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """``bnexp compare``: the runs of ``train -m`` in lockstep, and what they say together; 1 if any failed."""
+    """``bnexp compare``: the runs of ``train -m`` in lockstep, and a report; 1 if any failed."""
     named = [word for word in arguments if word.startswith("baseline=")]
     line = parse_line("compare", [word for word in arguments if word not in named], many=True)
     with session(line.source), ExitStack() as locks:
@@ -47,7 +47,7 @@ def compare(arguments: Sequence[str]) -> int:
 
 
 def find_baseline(grid: Grid, wanted: str | None) -> str:
-    """The variant that all others are compared with: the first, unless ``wanted`` names one, or its overrides."""
+    """The variant that the others are compared with: the one that ``wanted`` names, by default the first."""
     varied = [key for key in grid.swept if decides(key) & NUMBERS]
     if not varied:
         raise UserError("compare: nothing varies but the seed; give a setting several values, norm=none,library say")
@@ -70,7 +70,7 @@ def conclude(
     best_over: str | None = None,
     names: Mapping[Path, str] | None = None,
 ) -> None:
-    """Report on the runs in ``folder`` against ``runs``, the baseline's; write figures, tables and bands there."""
+    """Report on the runs in ``folder``; ``runs`` are the baseline's. Writes figures, tables and bands there."""
     names = names or {}
     label = find_label(runs, best_over, names)
     if label is not None:
@@ -79,11 +79,11 @@ def conclude(
         return
     if not quiet:
         show_sweep(folder)
-    print(f"no comparison: no run of the baseline, {baseline}, came to its end", file=sys.stderr)
+    print(f"no comparison: no run of the baseline, {baseline}, has finished", file=sys.stderr)
 
 
 def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Path, str]) -> str | None:
-    """How the report calls the variant whose runs lie in ``folders``; None if none of them came to its end."""
+    """The report's label of the variant whose runs lie in ``folders``; None if none of them has finished."""
     records = named(read_runs([folders[0].parent])[0], names)
     for variant in into_variants(records, ignore=best_over and find_key(records, best_over))[0]:
         if any(run.path in folders for run in variant.runs + variant.diverged):
@@ -92,10 +92,10 @@ def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Pa
 
 
 def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
-    """A TensorBoard run of means and intervals per variant under ``bands/``, and the layout that draws them."""
+    """Write a TensorBoard run of means and intervals for each variant under ``bands/``, and their layout."""
     tags = [tag for tag in PANELS if any(tag in run.curves for variant in variants for run in variant.runs)]
     bands = folder / "bands"
-    shutil.rmtree(bands, ignore_errors=True)  # from an earlier start of this comparison; made anew from its runs
+    shutil.rmtree(bands, ignore_errors=True)  # from an earlier start of this comparison
     for variant in variants:
         rows = [
             (step, Band(tag, mean, low, high)) for tag in tags

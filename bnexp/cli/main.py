@@ -1,4 +1,4 @@
-"""The front door: a table of commands, answered without importing torch or Hydra until one of them runs."""
+"""Dispatches commands and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if command in ("--version", "-V"):
-        from importlib.metadata import version  # takes as long as all else here together
+        from importlib.metadata import version  # slow to import
 
         print(f"bnexp {version('bnexp')}")
         return 0
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "completion":
             return completion(rest)
         if odd := [word for word in arguments or sys.argv if re.search("[\0\ud800-\udfff]", word)]:
-            raise UserError(f"{odd[0]}: not UTF-8 text; give what is meant by it another name")
+            raise UserError(f"{odd[0]}: not UTF-8 text; rename the file or folder")
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             where = f"{error.filename}: " if error.filename else ""
             complain(where + (error.strerror or str(error)))
             return 1
-        # Whoever read our output has gone, or its disk is full. What lies in run folders is not touched by that.
+        # The reader of the output has gone, or its disk is full; run folders are not touched by that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(f"cannot write the output: {error.strerror}")
         return 1
@@ -74,7 +74,7 @@ def complain(what: object) -> None:
 
 
 def keep_traceback(error: Exception) -> str:
-    """Write down for whoever mends it where an error came from, in a file of which the name is returned."""
+    """Write the traceback to a temporary file, for a bug report; returns its name."""
     import tempfile
     import traceback
 

@@ -33,7 +33,7 @@ def defaults() -> dict[str, str]:
 
 
 def _files(group: str, folder: Path | None) -> dict[str, Path]:
-    return {path.stem: path for place in (conf_dir(), folder) if place for path in (place / group).glob("*.yaml")}
+    return {path.stem: path for place in (folder, conf_dir()) if place for path in (place / group).glob("*.yaml")}
 
 
 @cache

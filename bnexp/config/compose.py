@@ -49,7 +49,7 @@ def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
         return
     search_path = create_config_search_path(str(conf_dir()))
     if source.folder is not None:
-        search_path.append("command-line", f"file://{source.folder.resolve()}")
+        search_path.prepend("command-line", f"file://{source.folder.resolve()}", "schema")
     Hydra.create_main_hydra2("bnexp", search_path)
     _source = source
     try:

@@ -1,4 +1,4 @@
-"""What a look at a run yields: a tag and a value of one kind. Writers know how to keep each kind."""
+"""Readings: a tag and a value of one kind. Probes and the loop yield them, writers write them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values fell between neighbouring ``edges`` (ascending, one more than ``counts``)."""
+    """``counts[i]`` values lay between ``edges[i]`` and ``edges[i + 1]``; edges ascend, one more than counts."""
 
     tag: str
     edges: tuple[float, ...]
@@ -52,4 +52,4 @@ class Band:
     upper: float
 
 
-Reading = Scalar | Histogram | Image | Table  # what a probe yields; bands are of several runs
+Reading = Scalar | Histogram | Image | Table  # of one run; bands are of several

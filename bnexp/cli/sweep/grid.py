@@ -1,8 +1,8 @@
-"""Many runs from one command line: which jobs there are, who does which, and what is left to do.
+"""Expands a command line with lists of values into the jobs of a sweep.
 
-A sweep is a folder with one run folder per job and ``sweep.json``, which says what the jobs are. Whoever is
-started on it, first or again or beside another, finds out from the folder alone what remains: a job is done
-when its ``status.json`` says so, and taken while a living process holds its lock.
+A sweep is a folder with one run folder per job and ``sweep.json``, which lists the jobs. A process that is started on
+it, for the first time, again or beside others, learns from the folder alone what is left: a job is done when its
+``status.json`` says so, and taken while a living process holds its lock.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a command line with several values asks for: ``swept`` keys in order, and each job's overrides."""
+    """The jobs of a command line: the ``swept`` keys in order, and each job's overrides (``points``) and name."""
 
     swept: tuple[str, ...]
     points: tuple[tuple[str, ...], ...]
@@ -81,13 +81,13 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
             out = plain_value(override)
-            if out and re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
+            if out and re.search(r"['\"\\]|\$\{", out):  # Hydra's launchers would read them differently
                 raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
         elif key == "sweep_order":
             order = str(override.value())
         else:
             fixed.append(typed(override))
-            lists.pop(key, None)  # as everywhere in Hydra, what is said last counts
+            lists.pop(key, None)  # as in Hydra, the last word counts
     if (count := math.prod(map(len, lists.values()))) > MOST_JOBS and order == "product":
         raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
     check_words(ours)
@@ -118,13 +118,13 @@ def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
 
 
 def _name(values: dict[str, str]) -> str:
-    """``none-s0``: the values that vary, with the last part of their key unless the value says enough."""
+    """``none-s0``: the values that vary, after the last part of their key where the value alone is not clear."""
     parts = []
     for key, value in values.items():
         prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
         parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
     name = "-".join(parts).strip(".") or "run"
-    if len(name.encode()) > LONGEST_NAME:  # what makes it another name may stand at its end
+    if len(name.encode()) > LONGEST_NAME:  # what sets it apart may stand at its end
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
     return name

@@ -1,4 +1,4 @@
-"""The folder of a sweep: its jobs, what is left of them, and whether it is the same sweep."""
+"""The folder of a sweep: opened or found again, its jobs checked, its runs locked."""
 
 import itertools
 import json
@@ -36,18 +36,18 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfi
 
 
 def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
-    """Hold every run's lock until ``locks`` are let go."""
+    """Hold every run's lock until ``locks`` is closed; :class:`UserError` if another process holds one."""
     for job in jobs:
         if not locks.enter_context(taken(job.folder)):
             raise in_other_hands(job.folder)
 
 
 NAME, BANDS = "sweep.json", "bands"
-FIXED = NUMBERS | SEED | LOOKING  # what the settings decide that may not change between two starts of a sweep
+FIXED = NUMBERS | SEED | LOOKING  # settings that decide these must be the same at every start of a sweep
 
 
 def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
-    """The sweep's folder, new or found again; refuses one that holds another sweep, saying what differs.
+    """The sweep's folder, new or found again; :class:`UserError` for one that holds another sweep.
 
     ``configs`` holds the composed config of every job by name.
     """
@@ -77,13 +77,12 @@ def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Pa
 
 
 def _check_alone(folder: Path) -> None:
-    """Refuse a folder in which a new sweep would replace what is not its own, or count runs that are not: loose files
-    may lie there, a log say."""
+    """Raise :class:`UserError` for a folder with runs or results of something else; other loose files may be there."""
     if not folder.is_dir():
         return
     entries = [each for each in folder.iterdir() if not each.name.startswith(".")]
     in_the_way = [each.name for each in entries if each.is_dir() or each.stem in ("comparison", "study")]
-    if in_the_way and not (folder / NAME).exists():  # looked for last, for another process may be making it
+    if in_the_way and not (folder / NAME).exists():  # checked last: another process may be making it
         raise UserError(f"out={folder}: holds {min(in_the_way)} and no sweep; choose a new folder, or an empty one")
 
 
@@ -92,9 +91,9 @@ def _read_jobs(folder: Path) -> dict[str, dict]:
     try:
         jobs = read_json(folder / NAME).get("jobs")
     except (OSError, ValueError) as error:
-        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({error}); choose another") from error
+        raise UserError(f"out={folder}: holds no sweep that can go on ({error}); choose another") from error
     if not isinstance(jobs, dict) or not all(isinstance(each, dict) for each in jobs.values()):
-        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({NAME} lists no jobs); choose another")
+        raise UserError(f"out={folder}: holds no sweep that can go on ({NAME} lists no jobs); choose another")
     return jobs
 
 
@@ -105,7 +104,7 @@ def _comparable(cfg: DictConfig) -> dict:
 
 
 def _check_same_sweep(folder: Path, there: dict, here: dict) -> None:
-    """Raise if the sweep in the folder is not this one."""
+    """Raise :class:`UserError` if the sweep in the folder is another one."""
     found = [f"{name} only there" for name in there if name not in here]
     found += [f"{name} only here" for name in here if name not in there]
     defaults = OmegaConf.to_container(OmegaConf.structured(Train))  # of settings that are newer than that sweep
