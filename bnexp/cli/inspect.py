@@ -36,10 +36,10 @@ from bnexp.store.run_folder import CONFIG, STATUS, load_status
 from bnexp.store.untrusted import printable
 from bnexp.train.run import EVALUATION_BATCH, Run
 
-MOST_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
+POPULATION_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
 MOST_LAYERS = 8  # pictured by default
-SPLITS = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is looked at
-PLAIN = {"markup": False, "highlight": False, "emoji": False}
+SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is looked at
+UNMARKED = {"markup": False, "highlight": False, "emoji": False}
 
 
 def summary(arguments: list[str]) -> int:
@@ -84,17 +84,17 @@ def summary_table(model: nn.Module, in_shape: Sequence[int]) -> Table:
 
 def inspect(arguments: list[str]) -> int:
     """``bnexp inspect RUN``: a finished run under probes, from its last checkpoint; its own files stay as they are."""
-    options = parse(arguments)
+    options = parse_inspect(arguments)
     run = load_run(options)
     name, indices = choose_images(run, options.images)
     with writing_to(options.out):  # find out before the work
         options.out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=options.out).close()
-    show(run, options, name, list(look(run, name, indices, options.layers)), Console())
+    show_inspection(run, options, name, list(look_at_run(run, name, indices, options.layers)), Console())
     return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     """``folder``, ``images``, ``layers``, ``out`` and ``overrides`` of the command line.
 
     ``images`` and ``layers`` are None where they are not given; :class:`UserError` for what no run can have.
@@ -175,11 +175,11 @@ def load_run(options: argparse.Namespace) -> Run:
 
 def choose_images(run: Run, given: list[int] | None) -> tuple[str, list[int]]:
     """The part of the data to look at, ``test``, ``valid`` or ``train``, and the images of it to picture."""
-    name = next(name for name in SPLITS if len(getattr(run.dataset, name)))
+    name = next(name for name in SPLIT_NAMES if len(getattr(run.dataset, name)))
     num_images = len(getattr(run.dataset, name))
     if beyond := [index for index in given or () if index >= num_images]:
         raise UserError(
-            f"--images {beyond[0]}: there are {num_images:,} {SPLITS[name]} images, counted from 0; "
+            f"--images {beyond[0]}: there are {num_images:,} {SPLIT_NAMES[name]} images, counted from 0; "
             f"the last is {num_images - 1}"
         )
     return name, list(range(min(3, num_images))) if given is None else given
@@ -195,10 +195,10 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise UserError(f"--out {folder}: {why}") from error
 
 
-def look(run: Run, name: str, indices: Sequence[int], layers: Sequence[str] | None) -> Iterator[Reading]:
+def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[str] | None) -> Iterator[Reading]:
     """The readings of probes on a run that stays as it is: of its norms, of the part ``name``, of single images."""
     split, model = getattr(run.dataset, name), shadow(run).eval()
-    recomputed = recomputed_model(run, MOST_IMAGES)
+    recomputed = recomputed_model(run, POPULATION_IMAGES)
     yield norm_table(model, recomputed)
     yield score_table(run, split, model, recomputed)
     yield from Confusion(split=name, images=len(split)).look(run, None)
@@ -228,7 +228,9 @@ def why_one_score(layers: Sequence[Layer]) -> str:
     return f"Its norms ({norms[0]}) look at one image at a time: no statistics of a batch are involved."
 
 
-def show(run: Run, options: argparse.Namespace, name: str, readings: Sequence[Reading], console: Console) -> None:
+def show_inspection(
+    run: Run, options: argparse.Namespace, name: str, readings: Sequence[Reading], console: Console
+) -> None:
     """Print the readings, and write inspection.json, confusion.csv and the pictures."""
     by_tag = {reading.tag: reading for reading in readings}
     by_tag["confusion"] = by_tag[f"confusion/{name}"]
@@ -236,13 +238,13 @@ def show(run: Run, options: argparse.Namespace, name: str, readings: Sequence[Re
     with suppress(OSError, ValueError):
         status = load_status(options.folder)
     about = describe_run(run, options.folder, status, name)
-    for line in opening(about, status):
-        console.print(line, **PLAIN)
+    for line in opening_lines(about, status):
+        console.print(line, **UNMARKED)
     console.print()
     console.print(summary_table(run.model, run.dataset.in_shape))
     for each in report.show_findings(about, by_tag, console.width):
         console.print()
-        console.print(each, **PLAIN)
+        console.print(each, **UNMARKED)
     console.print()
     report.show_images(console, about["split"], by_tag)
     files = {
@@ -253,7 +255,7 @@ def show(run: Run, options: argparse.Namespace, name: str, readings: Sequence[Re
         files[f"image-{index}.png"] = render(draw_image(index, about["split"], by_tag), "png")
     with writing_to(options.out):
         write_files(options.out, files)
-    console.print(f"\nwritten to {printable(options.out)}: {', '.join(files)}", soft_wrap=True, **PLAIN)
+    console.print(f"\nwritten to {printable(options.out)}: {', '.join(files)}", soft_wrap=True, **UNMARKED)
 
 
 def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, Any]:
@@ -265,15 +267,15 @@ def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, A
         "step": run.num_steps,
         "epoch": run.epoch,
         "device": str(run.device),
-        "split": SPLITS[name],
+        "split": SPLIT_NAMES[name],
         "images": len(getattr(run.dataset, name)),
-        "training_images": population_size(run, MOST_IMAGES) if tracks else 0,
+        "training_images": population_size(run, POPULATION_IMAGES) if tracks else 0,
         "batch_size": min(run.batches.batch_size, len(run.dataset.train)),
         "why_one_score": None if tracks else why_one_score(list_layers(run.model, run.dataset.in_shape)),
     }
 
 
-def opening(about: dict[str, Any], status: dict) -> Iterator[str]:
+def opening_lines(about: dict[str, Any], status: dict) -> Iterator[str]:
     """What is looked at, and what must be known before the numbers are read."""
     ended, step = printable(about["status"] or "of unknown status", 40), status.get("step", about["step"])
     weights = f"weights of step {about['step']:,} (epoch {about['epoch']:.3g}) on {about['device']}"

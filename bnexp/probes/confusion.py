@@ -11,7 +11,7 @@ from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
-SPLITS = ("train", "valid", "test")
+SPLIT_CHOICES = ("train", "valid", "test")
 
 
 class Confusion(Probe):
@@ -25,8 +25,8 @@ class Confusion(Probe):
 
     def __init__(self, every: int = 1000, split: str = "valid", images: int = 10_000) -> None:
         super().__init__(every)
-        if split not in SPLITS:
-            raise self.refusal("split", split, f"no part of the data; choose one of {', '.join(SPLITS)}")
+        if split not in SPLIT_CHOICES:
+            raise self.refusal("split", split, f"no part of the data; choose one of {', '.join(SPLIT_CHOICES)}")
         self.split = split
         self.images = self.at_least("images", images, 1, "images that are classified")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 from bnexp.norms.base import ACTIVATIONS
 
-MOST_IMAGES = 1024  # that a norm is expected to need
+LARGEST_BLOCK = 1024  # that a norm is expected to need
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
@@ -60,7 +60,7 @@ def smallest_batch(model: nn.Module) -> int:
     """
     tracking = set(tracking_norms(model).values())
     others = [module for module in model.modules() if module not in tracking]
-    return next((size for size in range(2, MOST_IMAGES + 1) if takes_batch(others, size)), 2)
+    return next((size for size in range(2, LARGEST_BLOCK + 1) if takes_batch(others, size)), 2)
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:

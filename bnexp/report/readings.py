@@ -24,14 +24,14 @@ Readings = Mapping[str, Any]
 MOST_CONFUSIONS, MOST_CLASSES = 5, 10  # in words, and in the table of the classes with the lowest recall
 WIDE_MEAN, WIDE_VARIANCE = 0.5, math.log(1.5)  # gaps beyond these are marked
 SOME_IMAGES, SOME_SHARE = 5, 0.02  # fewer images than that, or a smaller share of them, may be chance
-TILE = 12  # columns of a terminal that a small picture takes; half as many rows
+TILE_SIDE = 12  # columns of a terminal that a small picture takes; half as many rows
 STATISTICS = {
     "running": "running: averages of the batches of training",
     "recomputed": "population: recomputed from {training_images:,} training images",
     "batch": "batch: every {batch_size:,} {split} images by their own",
 }
-RANGES = "smallest to largest over channels; population: of {training_images:,} training images, now"
-GAPS = (
+RANGE_CAPTION = "smallest to largest over channels; population: of {training_images:,} training images, now"
+GAP_CAPTION = (
     "gap from running to population, over all channels: of means in standard deviations, of variances as a factor\n"
     "dead: channels with |gamma| < 0.001 or a population variance < 1e-08"
 )
@@ -41,9 +41,9 @@ def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> I
     """The tables and sentences that apply, in order, for a terminal ``width`` columns wide."""
     norms, scores, confusion = readings["norms"].records(), readings["scores"], readings["confusion"]
     if tracking := [norm for norm in norms if norm["running_mean"] is not None]:
-        yield statistics_table(tracking, RANGES.format_map(about))
+        yield statistics_table(tracking, RANGE_CAPTION.format_map(about))
     if norms:
-        yield gap_table(norms, GAPS if tracking else None)
+        yield gap_table(norms, GAP_CAPTION if tracking else None)
     yield score_table(about, scores)
     if about["why_one_score"]:
         yield about["why_one_score"]
@@ -211,11 +211,11 @@ def half_blocks(pictures: Mapping[str, Any], width: int) -> Text:
     """Small pictures, uint8 (H, W) or (H, W, 3), side by side in at most ``width`` columns, under their names."""
     from PIL import Image
 
-    shown = list(pictures.items())[: max(1, width // (TILE + 1))]
-    text = Text("".join(f"{name[-TILE:]:<{TILE + 1}}" for name, _ in shown).rstrip() + "\n", no_wrap=True)
+    shown = list(pictures.items())[: max(1, width // (TILE_SIDE + 1))]
+    text = Text("".join(f"{name[-TILE_SIDE:]:<{TILE_SIDE + 1}}" for name, _ in shown).rstrip() + "\n", no_wrap=True)
     images = [Image.fromarray(np.asarray(pixels)).convert("RGB") for _, pixels in shown]
-    tiles = [np.asarray(image.resize((TILE, TILE), Image.Resampling.BOX)).tolist() for image in images]
-    for row in range(0, TILE, 2):
+    tiles = [np.asarray(image.resize((TILE_SIDE, TILE_SIDE), Image.Resampling.BOX)).tolist() for image in images]
+    for row in range(0, TILE_SIDE, 2):
         for tile in tiles:
             for upper, lower in zip(tile[row], tile[row + 1], strict=True):
                 text.append("▀", f"rgb({','.join(map(str, upper))}) on rgb({','.join(map(str, lower))})")

@@ -252,7 +252,7 @@ def test_each_batch_finds_the_running_statistics_of_the_run_and_only_norms_are_i
 def test_looking_leaves_the_run_as_it_is(folder):
     run = rebuilt(folder("renorm"))
     before, random = copy.deepcopy(run.state_dict()["model"]), torch.random.get_rng_state()
-    list(command.look(run, "test", [0], ["norm1"]))
+    list(command.look_at_run(run, "test", [0], ["norm1"]))
     assert all(torch.equal(before[key], each) for key, each in run.model.state_dict().items())
     assert torch.equal(random, torch.random.get_rng_state())
     assert not any(module._forward_hooks for module in run.model.modules())
@@ -446,9 +446,8 @@ def test_statistics_that_are_not_finite_are_called_so():
 
 
 def test_the_limits_named_below_the_table_of_norms_are_those_of_the_probe():
-    assert (
-        f"|gamma| < {statistics.SMALL_SCALE:g} or a population variance < {statistics.SMALL_VARIANCE:g}" in report.GAPS
-    )
+    scale, variance = statistics.SMALL_SCALE, statistics.SMALL_VARIANCE
+    assert f"|gamma| < {scale:g} or a population variance < {variance:g}" in report.GAP_CAPTION
 
 
 @pytest.mark.parametrize("loss, accuracy, warns", [(2.0, 0.5, True), (2.0, 0.97, False), (0.1, 0.5, False)])
@@ -638,8 +637,8 @@ def test_a_terminal_with_enough_colours_shows_small_pictures_and_nothing_else_do
     report.show_images(console, "test", looked(rebuilt(folder()), [3]))
     text = console.file.getvalue()
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines() if "▀" in line]
-    assert len(rows) == (report.TILE // 2 if shows else 0)
-    assert all(len(row) <= 80 and row.count("▀") == 6 * report.TILE for row in rows)
+    assert len(rows) == (report.TILE_SIDE // 2 if shows else 0)
+    assert all(len(row) <= 80 and row.count("▀") == 6 * report.TILE_SIDE for row in rows)
     assert ("input        conv1        norm1" in text) is shows
 
 

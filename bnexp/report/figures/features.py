@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from bnexp.store.readings import Reading
 
-WIDTH, NAMES = 7.2, 1.6  # inches: the page, and its left column
+PAGE_WIDTH, NAMES_WIDTH = 7.2, 1.6  # inches: the page, and its left column
 PIXEL = 1 / 100  # inches that a pixel of a picture takes
-TEXT, MOST_BARS, LONGEST_NAME = 0.17, 10, 20  # inches of a line of text; classes with a bar, letters of their names
-TRUE, WRONG, OTHER, PAPER = "#009e73", "#d55e00", "#8c8c8c", "#f0f0f0"  # a grey page, on which white can be seen
-CAPTION = (
+TEXT_LINE = 0.17  # inches
+MOST_BARS, LONGEST_NAME = 10, 20  # classes with a bar, and letters of their names
+TRUE, WRONG, OTHER, PAGE = "#009e73", "#d55e00", "#8c8c8c", "#f0f0f0"  # a grey page, on which white can be seen
+FEATURES_CAPTION = (
     "Every map is drawn from its smallest value (black) to its largest (white), units of a dense layer together.\n"
     "Beside them: the smallest and the largest value in the layer. Norms end with their activation."
 )
@@ -34,18 +35,18 @@ def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Fi
         layers = [each for each in readings["outputs"].records() if each["image"] == index]
         pictures = [np.asarray(readings[f"image-{index}/{each['layer']}"].pixels) for each in layers]
         num_bars = min(MOST_BARS, len(prediction) - 3)
-        room = WIDTH - NAMES
-        heights = [max(len(each) * min(PIXEL, room / each.shape[1]), 3 * TEXT) for each in pictures]
-        heights = [TEXT * (num_bars + 1), *heights]
-        size = (WIDTH, sum(heights) + 0.1 * len(heights) + 5 * TEXT)
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=PAPER)
+        room = PAGE_WIDTH - NAMES_WIDTH
+        heights = [max(len(each) * min(PIXEL, room / each.shape[1]), 3 * TEXT_LINE) for each in pictures]
+        heights = [TEXT_LINE * (num_bars + 1), *heights]
+        size = (PAGE_WIDTH, sum(heights) + 0.1 * len(heights) + 5 * TEXT_LINE)
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=PAGE)
         FigureCanvasAgg(figure)
-        shape = {"width_ratios": [NAMES, room], "height_ratios": heights}
+        shape = {"width_ratios": [NAMES_WIDTH, room], "height_ratios": heights}
         rows = figure.subplots(len(heights), 2, squeeze=False, gridspec_kw=shape)
         left = {"x": 0.01, "ha": "left"}
         color = "#222222" if prediction[1] == prediction[2] else WRONG
         figure.suptitle(show_prediction(split, prediction), size=11, weight="bold", color=color, **left)
-        figure.supxlabel(CAPTION, size=7.5, color="#666666", **left)
+        figure.supxlabel(FEATURES_CAPTION, size=7.5, color="#666666", **left)
         show_pixels(rows[0][0], np.asarray(readings[f"image-{index}"].pixels))
         draw_bars(rows[0][1], prediction, readings["predictions"].head[3:])
         for (names, axes), layer, pixels in zip(rows[1:], layers, pictures, strict=True):
@@ -81,7 +82,7 @@ def draw_bars(axes: "Axes", prediction: Sequence[Any], classes: Sequence[str]) -
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_facecolor(PAPER)
+    axes.set_facecolor(PAGE)
     axes.grid(False)
 
 
