@@ -45,7 +45,8 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
-    mallopt(M_MMAP_THRESHOLD, KEPT)
+    if not mallopt(M_MMAP_THRESHOLD, KEPT):
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions of glibc accept
     mallopt(M_TRIM_THRESHOLD, KEPT)
 
 

@@ -16,9 +16,9 @@ from bnexp.config.explain import parse_words
 from bnexp.errors import UserError
 from bnexp.report.figures.curves import PANELS, curve
 from bnexp.report.records import read_runs
-from bnexp.report.report import report
+from bnexp.report.report import make_report
 from bnexp.report.tables import show_sweep
-from bnexp.report.variants import Variant, find_key, into_variants, named
+from bnexp.report.variants import Variant, find_key, into_variants, with_names
 from bnexp.store.readings import Band
 from bnexp.store.settings import NUMBERS, decides
 from bnexp.store.untrusted import as_file_name
@@ -74,7 +74,9 @@ def conclude(
     names = names or {}
     label = find_label(runs, best_over, names)
     if label is not None:
-        comparison = report([folder], baseline=label, best_over=best_over, out=folder, quiet=quiet, names=names)
+        comparison = make_report(
+            [folder], baseline=label, best_over=best_over, out=folder, quiet=quiet, names=names
+        )  # fmt: skip
         write_band_runs(folder, comparison.variants)
         return
     if not quiet:
@@ -84,7 +86,7 @@ def conclude(
 
 def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Path, str]) -> str | None:
     """The report's label of the variant whose runs lie in ``folders``; None if none of them has finished."""
-    records = named(read_runs([folders[0].parent])[0], names)
+    records = with_names(read_runs([folders[0].parent])[0], names)
     for variant in into_variants(records, ignore=best_over and find_key(records, best_over))[0]:
         if any(run.path in folders for run in variant.runs + variant.diverged):
             return variant.label

@@ -14,7 +14,7 @@ COMMANDS = {
     "report": "the same verdict, tables and figure from run folders that are finished",
     "inspect": "a trained model looked at again: statistics of its norms, mistakes, feature maps",
     "summary": "a table of the model: layers, shapes, parameters and where norms sit",
-    "bench": "time every batch norm that equals float64's (norms), or our loop beside others (loop)",
+    "bench": "compare every implementation of batch norm with float64, then time those that agree",
     "completion": "print the bash script that completes commands, groups and values",
 }
 EXAMPLES = """\

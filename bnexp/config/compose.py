@@ -63,7 +63,7 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
     """The config that these overrides make, its interpolations resolved; ``logs`` starts the logging it asks for."""
     with session():
         check_words(words, _source.folder)
-        words = as_typed(words)
+        words = quote_texts(words)
         with explained(words):
             cfg = composed_with_hydra(words, RunMode.RUN)
             HydraConfig.instance().set_config(cfg)
@@ -82,7 +82,7 @@ def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:
     return GlobalHydra.instance().hydra.compose_config(_source.main, list(words), mode)
 
 
-def as_typed(words: Sequence[str]) -> list[str]:
+def quote_texts(words: Sequence[str]) -> list[str]:
     """The words with the values of text settings in quotes where Hydra would read a number: ``out=2026_11_28``."""
     return [typed(override) for override in parse_words(words)]
 
@@ -101,7 +101,7 @@ def values_of(override: Override) -> list[str]:
     texts = text.split(",")
     if len(texts) != len(values) or not takes_text(override.key_or_group):
         return values
-    return [word.partition("=")[2] for word in as_typed([f"{key}={each}" for each in texts])]
+    return [word.partition("=")[2] for word in quote_texts([f"{key}={each}" for each in texts])]
 
 
 def takes_text(key: str) -> bool:

@@ -56,11 +56,11 @@ class Study:
             for key, value in each.items():
                 pairs = value.values() if key == "where" and isinstance(value, dict) else ()
                 if not fits(value, hints.get(key, Any)) or not all(len(pair) == 2 for pair in pairs):
-                    raise UserError(f"expect {each}: {key} cannot be {value}; see bnexp/expectations.py")
+                    raise UserError(f"expect {each}: {key} cannot be {value}; see bnexp/report/expectations.py")
             try:
                 found.append(Expectation(**each))
             except TypeError as error:
-                raise UserError(f"expect {each}: {error}; see bnexp/expectations.py") from error
+                raise UserError(f"expect {each}: {error}; see bnexp/report/expectations.py") from error
             found[-1].check(list(self.variants))
         return found
 

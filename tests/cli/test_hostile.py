@@ -402,7 +402,7 @@ def test_arguments_that_are_no_text_are_refused(word, command, attack):
 def test_folders_in_each_other_are_not_looked_into_for_ever(attack, tmp_path):
     (tmp_path / "run" / "/".join(60 * "d")).mkdir(parents=True)
     for command in ("report", "inspect"):
-        refused(attack(command, "run"), "more than 50 folders in each other")
+        refused(attack(command, "run"), "more than 50 levels of folders")
 
 
 # ---------------------------------------------------------------- checkpoints

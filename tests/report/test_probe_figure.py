@@ -16,7 +16,7 @@ from bnexp.report.figures.probes import FEWEST, LANDSCAPE, TITLES, draw
 from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.report import write_comparison
 from bnexp.report.variants import Variant
-from bnexp.report.verdict import compare
+from bnexp.report.verdict import compare_records
 
 STEPS = (100, 200, 300)
 
@@ -466,7 +466,7 @@ def comparison_of(tmp_path):
         runs = tmp_path / str(probed)
         for norm in ("none", "library"):
             write_run(runs / norm, norm, 0, probed)
-        return compare(*read_runs([runs]))
+        return compare_records(*read_runs([runs]))
 
     return compared
 
@@ -502,7 +502,7 @@ def test_pictures_of_an_earlier_report_are_taken_away_and_those_of_others_are_no
     write_comparison(out, comparison_of(False))
     assert names(out) == FOUR
     (out / "landscape.png").write_bytes(b"somebody's holiday")
-    write_comparison(out, compare(*read_runs([tmp_path / "False"])))
+    write_comparison(out, compare_records(*read_runs([tmp_path / "False"])))
     assert names(out) == {*FOUR, "landscape.png"}
 
 
@@ -513,7 +513,7 @@ def test_what_real_probes_yield_is_what_is_drawn(bnexp, tmp_path):
     arguments += " epochs=2 probe=[activations,landscape] probe.activations.every=2 probe.landscape.every=1 quiet=true"
     assert bnexp("compare", *arguments.split(), "threads=1", "out=c") == 0
     assert names(tmp_path / "c") >= FOUR | PICTURES
-    comparison = compare(*read_runs([tmp_path / "c"]))
+    comparison = compare_records(*read_runs([tmp_path / "c"]))
     figures = draw(comparison.variants)
     assert len(figures["activations"].axes) == len(figures["histograms"].axes) == 4
     for name, figure in figures.items():
