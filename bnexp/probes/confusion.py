@@ -45,7 +45,7 @@ def count_confusions(run: Run, split: Split, model: nn.Module) -> Tensor:
     """How many images of which class (rows) ``model`` takes for which (columns), (classes, classes), on the CPU."""
     num_classes = len(run.dataset.class_names)
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=run.device)
-    for picked in evaluation_batches(len(split)):
+    for picked in evaluation_batches(run, split, model):
         predicted = run.forward(run.dataset.prepare(split.images[picked]), model).argmax(1)
         counts += torch.bincount(split.labels[picked] * num_classes + predicted, minlength=num_classes**2)
     return counts.view(num_classes, num_classes).cpu()

@@ -80,7 +80,7 @@ def look_at_images(run: Run, split: Split, indices: Sequence[int], layers: Seque
     """
     model, classes = shadow(run).eval(), run.dataset.class_names
     seen: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-    for picked in evaluation_batches(len(split)):
+    for picked in evaluation_batches(run, split, model):
         if places := [place for place, index in enumerate(picked.tolist()) if index in indices]:
             logits, outputs = outputs_of(run, model, split.images[picked], places, layers)
             for i, index in enumerate(picked[places].tolist()):

@@ -4,7 +4,7 @@ Running statistics are an average over past batches, under the weights that the 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,9 +82,9 @@ def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
         yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
 
 
-def evaluation_batches(num_images: int) -> tuple[Tensor, ...]:
-    """The indices of the images that :meth:`bnexp.train.run.Run.evaluate` takes together."""
-    return torch.arange(num_images).split(EVALUATION_BATCH)
+def evaluation_batches(run: Run, split: Split, model: nn.Module) -> Sequence[Tensor]:
+    """The indices of the images of ``split`` that :meth:`Run.evaluate` shows ``model`` together, batch by batch."""
+    return torch.arange(len(split), device=run.device).split(EVALUATION_BATCH)
 
 
 def shadow(run: Run) -> nn.Module:
