@@ -721,7 +721,8 @@ def test_features_are_what_the_first_layers_make_of_validation_images_in_evaluat
 @pytest.mark.parametrize("valid", [1, 9])
 @pytest.mark.parametrize("model", ["mlp", "lenet"])
 def test_one_image_is_looked_at_among_others_where_evaluation_takes_statistics_of_the_batch(model, valid):
-    run = a_run(*variant(model, "library"), "norm.track_running_stats=false", f"data.valid={valid}", num_steps=1)
+    run = a_run(*variant(model, "library"), "norm.track_running_stats=false", num_steps=1)
+    object.__setattr__(run.dataset, "valid", evenly_spaced(run.dataset.valid, valid))
     readings = list(Features(images=1, channels=1).look(run, None))
     assert len(readings) == (5 if model == "lenet" else 0)
     assert all(each.pixels.shape[0] < 2 * 64 for each in readings), "one row"
