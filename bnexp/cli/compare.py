@@ -14,7 +14,7 @@ from bnexp.cli.sweep.lockstep import race
 from bnexp.config.compose import session
 from bnexp.config.explain import parse_words
 from bnexp.errors import UserError
-from bnexp.report.figures.curves import PANELS, curve
+from bnexp.report.figures.curves import PANELS, mean_curve
 from bnexp.report.records import read_runs
 from bnexp.report.report import make_report
 from bnexp.report.tables import show_sweep
@@ -101,7 +101,7 @@ def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
     for variant in variants:
         rows = [
             (step, Band(tag, mean, low, high)) for tag in tags
-            for step, mean, low, high in zip(*curve(variant, tag), strict=True)
+            for step, mean, low, high in zip(*mean_curve(variant, tag), strict=True)
         ]  # fmt: skip
         write_bands(bands, as_file_name(variant.label), rows)
     write_layout(bands, tags)

@@ -16,8 +16,9 @@ from torch import nn
 
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config import build, check, parts, schema
-from bnexp.config.compose import composed, moved, session
+from bnexp.config.compose import composed, session
 from bnexp.config.start import fitting
+from bnexp.config.stored import moved
 from bnexp.errors import UserError
 from bnexp.probes.confusion import Confusion
 from bnexp.probes.features import has_maps, look_at_images
@@ -26,8 +27,8 @@ from bnexp.probes.population import population_size, shadow
 from bnexp.probes.shapes import show_shape
 from bnexp.probes.statistics import norm_table, recomputed_model, score_table
 from bnexp.report import readings as report
-from bnexp.report.figures.curves import render
 from bnexp.report.figures.features import draw_image
+from bnexp.report.figures.style import render_figure
 from bnexp.report.records import run_folders
 from bnexp.store import checkpoint
 from bnexp.store.files import write_files
@@ -252,7 +253,7 @@ def show_inspection(
         "confusion.csv": report.to_csv(by_tag["confusion"]).encode(),
     }
     for index, *_ in by_tag["predictions"].rows:
-        files[f"image-{index}.png"] = render(draw_image(index, about["split"], by_tag), "png")
+        files[f"image-{index}.png"] = render_figure(draw_image(index, about["split"], by_tag), "png")
     with writing_to(options.out):
         write_files(options.out, files)
     console.print(f"\nwritten to {printable(options.out)}: {', '.join(files)}", soft_wrap=True, **UNMARKED)

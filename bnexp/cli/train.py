@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.flags import Line, parse_line, was_shown
-from bnexp.config.compose import composed, moved, rerun_config, run_name, session, stored_config
+from bnexp.config.compose import composed, run_name, session
+from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError
 from bnexp.startup import quick_imports
 from bnexp.store.run_folder import CONFIG, DONE, STATUS, claim, claim_new, in_other_hands, read_status, taken

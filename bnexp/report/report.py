@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -49,11 +49,13 @@ def make_report(
     comparison = compare_records(
         with_names(records, names or {}), problems, baseline=baseline, best_over=best_over
     )  # fmt: skip
-    figure = write_comparison(out, comparison) if out is not None else None
+    if out is not None:
+        comparison = write_comparison(out, comparison)
     if format is None:
         print_comparison(console, comparison)
-        if figure is not None:
-            console.print(f"figure: {printable(figure)}", markup=False, highlight=False, soft_wrap=True)
+        if out is not None:
+            figure = printable(Path(out) / "comparison.png")
+            console.print(f"figure: {figure}", markup=False, highlight=False, soft_wrap=True)
     else:
         text = {"json": comparison_json, "csv": comparison_csv, "markdown": comparison_markdown}[format](comparison)
         console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True, emoji=False)
@@ -156,19 +158,23 @@ def _cell(text: str) -> str:
     return re.sub(r"[\\`|]|<(?=[\w/!])|](?=\()", r"\\\g<0>", text).replace("\n", " ")
 
 
-def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
-    """Write comparison.png, .svg, .json and .md and the figures of probes into ``folder``; returns the png's path.
+def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Comparison:
+    """Write comparison.png, .svg, .json and .md and the figures of probes into ``folder``.
 
-    Each file is written atomically. Figures of probes that an earlier comparison.md here shows and this one does not
-    are deleted: they belong to other runs. Other pictures are left alone.
+    Returns the comparison with a note on every figure that one reading cannot fill. Each file is written atomically.
+    Figures of probes that an earlier comparison.md here shows and this one does not are deleted: they belong to other
+    runs. Other pictures are left alone.
     """
-    from bnexp.report.figures import curves, probes
+    from bnexp.report.figures.curves import draw_curves
+    from bnexp.report.figures.probes import TITLES, draw_probes
+    from bnexp.report.figures.style import render_figure
 
     folder = Path(folder)
-    probed = probes.draw(comparison.variants)
-    drawn = {"comparison": curves.draw(comparison.variants), **probed}
-    files = {f"{name}.{kind}": curves.render(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}
-    titles = {probes.TITLES[name]: f"{name}.png" for name in probed}
+    probed, notes = draw_probes(comparison.variants)
+    comparison = replace(comparison, notes=comparison.notes + notes)
+    drawn = {"comparison": draw_curves(comparison.variants), **probed}
+    files = {f"{name}.{kind}": render_figure(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}
+    titles = {TITLES[name]: f"{name}.png" for name in probed}
     files["comparison.json"] = comparison_json(comparison).encode()
     files["comparison.md"] = comparison_markdown(comparison, "comparison.png", titles).encode()
     try:
@@ -177,10 +183,10 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
         except (FileNotFoundError, ValueError):  # no such file, or one that bnexp did not write
             before = b""
         write_files(folder, files)
-        for name in probes.TITLES:
+        for name in TITLES:
             if name not in probed and f"]({name}.png)".encode() in before:
                 (folder / f"{name}.png").unlink(missing_ok=True)
                 (folder / f"{name}.svg").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written to ({error.strerror}); choose another") from error
-    return folder / "comparison.png"
+    return comparison

@@ -23,7 +23,7 @@ from torch import nn
 from bnexp.cli import inspect as command
 from bnexp.cli.main import main
 from bnexp.config import build
-from bnexp.config.compose import stored_config
+from bnexp.config.stored import stored_config
 from bnexp.probes import population, statistics
 from bnexp.probes.confusion import count_confusions
 from bnexp.probes.features import UNIT, look_at_images, picture_output, to_grey

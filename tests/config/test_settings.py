@@ -5,9 +5,10 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from bnexp.config.compose import composed, hparams, moved, rerun_config, stored_config
+from bnexp.config.compose import composed, hparams
 from bnexp.config.explain import parse_words, quoted, unreadable
 from bnexp.config.schema import Train
+from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import UserError
 from bnexp.store.settings import COMMAND, DECIDES, LOOKING, NUMBERS, PERSON, PLACE, SEED, decides, numbers, select
 

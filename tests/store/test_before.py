@@ -53,7 +53,7 @@ def test_a_sweep_is_reported_as_far_as_it_is_done_and_its_command_goes_on(old, b
 
 def test_every_part_that_an_old_config_names_is_where_it_was(old):
     from bnexp.config import check
-    from bnexp.config.compose import stored_config
+    from bnexp.config.stored import stored_config
 
     for path in sorted(old.rglob("config.yaml")):
         cfg = stored_config(path.parent)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexp.report.figures.curves import DPI, style
+from bnexp.report.figures.style import figure_style
 from bnexp.report.readings import show_cell, show_prediction
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ FEATURES_CAPTION = (
 
 def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Figure":
     """A page on image ``index`` of ``split``, from what :func:`bnexp.probes.features.look_at_images` yields, by tag."""
-    with style():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    with figure_style():
         from matplotlib.figure import Figure
 
         prediction = next(row for row in readings["predictions"].rows if row[0] == index)
@@ -39,8 +38,7 @@ def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Fi
         heights = [max(len(each) * min(PIXEL, room / each.shape[1]), 3 * TEXT_LINE) for each in pictures]
         heights = [TEXT_LINE * (num_bars + 1), *heights]
         size = (PAGE_WIDTH, sum(heights) + 0.1 * len(heights) + 5 * TEXT_LINE)
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=PAGE)
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=size, layout="constrained", facecolor=PAGE)
         shape = {"width_ratios": [NAMES_WIDTH, room], "height_ratios": heights}
         rows = figure.subplots(len(heights), 2, squeeze=False, gridspec_kw=shape)
         left = {"x": 0.01, "ha": "left"}
