@@ -1,4 +1,4 @@
-"""Configs: composed by Hydra from overrides, or read back from a run's folder; and their names."""
+"""Configs, composed by Hydra from overrides, and their names."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bnexp.config.choices import GROUPS, conf_dir, entries
 from bnexp.config.explain import check_words, explained, parse_words, quoted
 from bnexp.config.schema import Train, is_text
+from bnexp.errors import UserError
 from bnexp.store.settings import numbers, short_name
 
 ConfigStore.instance().store(name="schema", node=Train)
@@ -99,6 +100,14 @@ def values_of(override: Override) -> list[str]:
     if len(texts) != len(values) or not takes_text(override.key_or_group):
         return values
     return [word.partition("=")[2] for word in quote_texts([f"{key}={each}" for each in texts])]
+
+
+def plain_value(override: Override) -> Any:
+    """The one value of an override; text settings get the text that was typed."""
+    if override.is_sweep_override():
+        raise UserError(f"{override.input_line}: one value is expected")
+    (override,) = parse_words([typed(override)])
+    return override.value()
 
 
 def takes_text(key: str) -> bool:

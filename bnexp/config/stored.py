@@ -53,14 +53,6 @@ def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
     return cfg
 
 
-def plain_value(override: Override) -> Any:
-    """The one value of an override; text settings get the text that was typed."""
-    if override.is_sweep_override():
-        raise UserError(f"{override.input_line}: one value is expected")
-    (override,) = parse_words([typed(override)])
-    return override.value()
-
-
 def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
     """What ``bnexp train`` would make of the overrides of a run and then ``words``; also all these overrides.
 
