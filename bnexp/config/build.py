@@ -104,7 +104,7 @@ def count_threads(
         return int(cfg.threads)
     if device.type != "cpu":
         return 1
-    layers = list_layers(model, in_shape, batch_size=1, device="cpu")
+    layers = list_layers(model, in_shape, device="cpu")
     work = sum(layer.multiply_adds + PER_NUMBER * math.prod(layer.out_shape) for layer in layers)
     per_layer = cfg.batch_size * work // max(1, len(layers))
     return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // WORTH_A_THREAD))

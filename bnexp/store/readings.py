@@ -31,11 +31,15 @@ class Image:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head."""
+    """Rows of cells under a head: texts, numbers, tuples of numbers, or None for what there is not."""
 
     tag: str
     head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as {column: cell}."""
+        return [dict(zip(self.head, row, strict=True)) for row in self.rows]
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def as_summary(reading: Histogram | Image | Table) -> Summary:
         return Summary(value=[Summary.Value(tag=reading.tag, histo=histogram_proto(reading))])
     if isinstance(reading, Table):
         rows = [reading.head, ["---"] * len(reading.head), *reading.rows]
-        lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
         return text(reading.tag, "\n".join(lines))
     from PIL import Image as Picture  # here, because most runs have no use for it
 
