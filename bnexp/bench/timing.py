@@ -4,7 +4,6 @@ import ctypes
 import os
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from bnexp.bench.cases import PHASES, REFERENCE, SITES, Case
 from bnexp.bench.parity import CHUNK, Inputs, State, copied, make_inputs, parity, verdict
 from bnexp.errors import UserError
-from bnexp.norms.kernels.batch_norm import interpreted
+from bnexp.norms.base import contract_of
 
 MAX_BUFFERS = 512  # tiny inputs would need thousands to fill a cache, and are bound by launches anyway
 INTERPRETED = 2**18  # values that Triton's interpreter gets through in seconds
@@ -42,18 +41,13 @@ class Contestant:
 
 
 def is_interpreted(module: nn.Module, device: torch.device) -> bool:
-    """Whether ``module`` runs Triton kernels, and interpreted; :class:`UserError` where they cannot run at all.
-
-    A norm that runs kernels says so by a ``require_device(device)`` beside it.
-    """
-    require = getattr(sys.modules[type(module).__module__], "require_device", None)
-    if require is None:
-        return False
+    """Whether ``module`` runs Triton kernels, and interpreted; :class:`UserError` where they cannot run at all."""
+    norm = contract_of(module)
     try:
-        require(device)
+        norm.require_device(device)
     except UserError as error:
         raise UserError("needs a CUDA device" if device.type == "cpu" else str(error)) from error
-    return interpreted()
+    return norm.is_interpreted()
 
 
 def tier(module: nn.Module) -> str:

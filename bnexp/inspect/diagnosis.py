@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnexp.data.dataset import Split
 from bnexp.errors import UserError
 from bnexp.inspect import featuremaps
+from bnexp.norms.base import contract_of
 from bnexp.probes.layers import Layer, list_layers
 from bnexp.probes.population import recompute_statistics, tracking_norms, training_batches
 from bnexp.probes.statistics import compare
@@ -199,7 +200,7 @@ def norm_statistics(model: nn.Module, recomputed: nn.Module) -> Iterator[NormSta
                 spanned(other.running_mean), spanned(other.running_var),
                 found["mean_gap"], found["variance_gap"], spanned(gamma), spanned(beta), round(found["dead"]),
             )  # fmt: skip
-        elif hasattr(module, "reduces_over") and own is not None:
+        elif contract_of(module).normalizes and own is not None:
             yield NormStatistics(name, len(own), gamma=spanned(gamma), beta=spanned(beta))
 
 

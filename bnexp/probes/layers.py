@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnexp.norms.base import ACTIVATIONS
+from bnexp.norms.base import contract_of
 
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 
@@ -18,15 +18,14 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         is_inside = name.startswith(tuple(f"{outer}." for outer in found))
-        if not is_inside and (hasattr(module, "reduces_over") or not any(module.children())):
+        if not is_inside and (contract_of(module).normalizes or not any(module.children())):
             found[name] = module
     return found
 
 
 def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
     """The norms that end with an activation other than the identity."""
-    modules = {name: module for name, module in model.named_modules()}
-    return {name: m for name, m in modules.items() if ACTIVATIONS.get(getattr(m, "activation", None)) is not None}
+    return {name: m for name, m in model.named_modules() if contract_of(m).activation != "identity"}
 
 
 @contextmanager
@@ -60,12 +59,12 @@ class Layer(NamedTuple):
 def describe_norm(module: nn.Module, num_dims: int) -> str:
     """``BatchNorm over N, H, W``, the class alone if it averages nothing, empty for what is no norm.
 
-    A norm is what says so, by a method ``reduces_over(num_dims) -> str`` that names the dimensions its
-    statistics are taken over, for an input with ``num_dims`` dimensions.
+    ``num_dims`` is the number of dimensions of its input.
     """
-    if not hasattr(module, "reduces_over"):
+    contract = contract_of(module)
+    if not contract.normalizes:
         return ""
-    name, over = type(module).__name__, module.reduces_over(num_dims)
+    name, over = type(module).__name__, contract.reduces_over(num_dims)
     return f"{name} over {over}" if over else name
 
 
@@ -94,7 +93,7 @@ def list_layers(
     for name, module in shadow.named_modules():
         if inside_norm and name.startswith(inside_norm):
             continue
-        if hasattr(module, "reduces_over"):
+        if contract_of(module).normalizes:
             inside_norm += (f"{name}.",)
             watch(name, module)
         elif not any(module.children()):

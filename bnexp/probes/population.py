@@ -12,17 +12,14 @@ from torch import Tensor, nn
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
 from bnexp.errors import UserError
+from bnexp.norms.base import contract_of
 from bnexp.probes.layers import tapped
 from bnexp.train.run import Run
 
 
 def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms that keep running statistics, by name."""
-    kept = ("running_mean", "running_var")
-    return {
-        name: module for name, module in model.named_modules()
-        if all(isinstance(getattr(module, each, None), Tensor) for each in kept)
-    }  # fmt: skip
+    return {name: module for name, module in model.named_modules() if contract_of(module).keeps_running_statistics()}
 
 
 class Moments:
@@ -135,8 +132,7 @@ def takes(model: nn.Module, batch_size: int) -> bool:
     """Whether the norms that divide a batch can divide one of this size."""
     try:
         for module in model.modules():
-            if hasattr(module, "check_batch_size"):
-                module.check_batch_size(batch_size)
+            contract_of(module).check_batch_size(batch_size)
     except UserError:
         return False
     return True

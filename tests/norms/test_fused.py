@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnexp.errors import UserError
 from bnexp.norms import library, scratch
-from bnexp.norms.fused import BatchNorm, require_device
+from bnexp.norms.fused import BatchNorm
 from bnexp.norms.kernels import batch_norm as bn
+from bnexp.norms.kernels.batch_norm import require_device
 
 needs_kernels = pytest.mark.skipif(
     not bn.interpreted(), reason="CPU tensors need TRITON_INTERPRET=1; test_fused_gpu.py runs on the GPU"

@@ -130,7 +130,8 @@ def compile_launch(arch, case, aligned, function, args, kwargs):
             signature[name] = kinds[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]  # as every allocation of torch is
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            kind = function.params[i].annotation_type  # how the launcher types an argument, if it is stated
+            signature[name] = kind or ("fp32" if isinstance(value, float) else "i32")
     target = GPUTarget("cuda", arch, 32)
     built = triton.compile(
         ASTSource(function, signature, constants, attributes), target=target, options=options

@@ -121,8 +121,6 @@ def check(arguments, training=True, momentum=0.1, eps=1e-5, activation="identity
             # Sums and statistics are float32 whatever x is; the output that sigmoid and tanh save is not.
             saved = residual is not None and activation in ("sigmoid", "tanh") and name.startswith("d")
             rounding = max(ROUNDING[torch.float32], rounding if saved else 0.0)
-        if x.dtype == torch.float64 and name.startswith("run"):
-            rounding = 1e-7  # momentum reaches the kernels as a float32
         if name.startswith("run"):  # with infinity in the channel torch has inf on a CPU and NaN on a GPU
             want, have = (t.where(t.isfinite(), float("nan")) for t in (want, have))
         scale = max(1.0, want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0)

@@ -162,10 +162,9 @@ def test_a_summary_shows_the_norm_on_the_meta_device(name):
     assert layers["norm1"].out_shape == (32, 6, 24, 24)
     assert layers["norm1"].num_parameters == sum(p.numel() for p in module.parameters())
     shown = [layers[each].norm for each in ("norm1", "norm3")]
-    averages = hasattr(module, "reduces_over")
-    assert averages == (name != "none")
-    over = [f"{type(module).__name__} over {module.reduces_over(d)}" for d in (4, 2)] if averages else ["", ""]
-    assert shown == over
+    assert module.normalizes == (name != "none")
+    over = [f"{type(module).__name__} over {module.reduces_over(d)}" for d in (4, 2)]
+    assert shown == (over if module.normalizes else ["", ""])
 
 
 @every_norm

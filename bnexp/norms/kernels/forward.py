@@ -1,7 +1,7 @@
 """The forward kernels: statistics, apply, and both at once where a channel fits on chip.
 
 Everything is computed in float32 (float64 for float64 inputs), which is the type of mean, rstd and the
-workspace. Chan, Golub, LeVeque (1979): Updating Formulae and a Pairwise Algorithm for Computing Sample
+workspace. Without its annotation momentum would reach a compiled kernel as float32, whatever the input is. Chan, Golub, LeVeque (1979): Updating Formulae and a Pairwise Algorithm for Computing Sample
 Variances.
 """
 
@@ -77,7 +77,7 @@ def _keep(
     tl.store(p_mean + o_c, b_mean, mask=m_c)
     tl.store(p_rstd + o_c, b_rstd, mask=m_c)
     if p_running_mean is not None:
-        new = momentum
+        new = tl.full((1, 1), momentum, b_mean.dtype)
         if p_counter is not None:  # momentum=None: the cumulative average
             new = 1.0 / tl.load(p_counter).to(b_mean.dtype)
         b_old = tl.load(p_running_mean + o_c, mask=m_c, other=0.0).to(b_mean.dtype)
@@ -108,7 +108,7 @@ def _finish(
 @kernel
 def apply_kernel(
     p_x, p_residual, p_y, p_bits, p_weight, p_bias, p_mean, p_rstd, p_parts, p_running_mean, p_running_var,
-    p_counter, momentum, rows, inner_v, chans, groups, programs, tiles, tiles_each,
+    p_counter, momentum: tl.float64, rows, inner_v, chans, groups, programs, tiles, tiles_each,
     EPS: tl.constexpr, PARTS: tl.constexpr, SOURCE: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def apply_kernel(
 @kernel
 def local_kernel(
     p_x, p_residual, p_y, p_bits, p_weight, p_bias, p_mean, p_rstd, p_running_mean, p_running_var, p_counter,
-    momentum, rows, inner_v, chans,
+    momentum: tl.float64, rows, inner_v, chans,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, CUMULATIVE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
