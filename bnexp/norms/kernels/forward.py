@@ -1,8 +1,8 @@
 """The forward kernels: statistics, apply, and both at once where a channel fits on chip.
 
-Everything is computed in float32 (float64 for float64 inputs), which is the type of mean, rstd and the
-workspace. Without its annotation momentum would reach a compiled kernel as float32, whatever the input is. Chan, Golub, LeVeque (1979): Updating Formulae and a Pairwise Algorithm for Computing Sample
-Variances.
+Everything is computed in float32 (float64 for float64 inputs), which is the type of mean, rstd and the workspace.
+``momentum`` is annotated, because triton passes a float as float32 otherwise. Chan, Golub, LeVeque (1979): Updating
+Formulae and a Pairwise Algorithm for Computing Sample Variances.
 """
 
 import triton
