@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from bnexp.config.check import check_last_batch
+from bnexp.config.check import check_evaluation, check_last_batch
 from bnexp.config.parts import build_optimizer, every_of, find_device, make_model, part, probes_of
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
@@ -43,6 +43,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         model = model.to(device, memory_format=layout)
     dataset = datasets[key]
     check_last_batch(cfg, source, len(dataset.train))
+    check_evaluation(cfg, source, dataset)
     batches = Batches(
         dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
     )

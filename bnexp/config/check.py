@@ -14,6 +14,7 @@ from bnexp.config.choices import GROUPS
 from bnexp.config.parts import build_optimizer, every_of, find_device, meta_model, part, probes_of
 from bnexp.config.schema import Train
 from bnexp.config.targets import check_options
+from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of
 from bnexp.store import run_folder
@@ -112,6 +113,22 @@ def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
     last = num_images % cfg.batch_size
     if last and not cfg.drop_last:
         check_batch(cfg, source, meta_model(cfg, source), last)
+
+
+def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
+    """Refuse to evaluate on one image where norms without running statistics would get one value per channel."""
+    model = meta_model(cfg, source).eval()
+    if not any(contract_of(module).uses_batch_statistics() for module in model.modules()):
+        return
+    for name, split in (("valid", dataset.valid), ("test", dataset.test)):
+        if len(split) == 1:
+            try:
+                model(torch.empty(1, *source.in_shape, device="meta"))
+            except ValueError as error:
+                raise UserError(
+                    f"norm.track_running_stats=false: evaluation on 1 {name} image leaves a norm one value per "
+                    f"channel ({error}); use more {name} images, none, or norm.track_running_stats=true"
+                ) from error
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> None:

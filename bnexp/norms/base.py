@@ -185,7 +185,7 @@ class BatchNormBase(Norm, _BatchNorm):
     """
 
     implements_batch_norm = True  # a subclass that computes something else says False
-    made_for_small_batches = False
+    made_for_small_batches = False  # True: corrects for noisy statistics of a few examples
     qconfig = NotForSyncBatchNorm()
 
     def __init__(
