@@ -21,7 +21,7 @@ from bnexp.probes.features import Features, grey, grid
 from bnexp.probes.gradients import Gradients
 from bnexp.probes.landscape import Landscape, loss_and_gradient
 from bnexp.probes.layers import activation_sites, layers, tapped
-from bnexp.probes.population import recompute_statistics, shadow, some_images, spread, training_batches
+from bnexp.probes.population import recompute_statistics, shadow, some_images, spread, tracking_norms, training_batches
 from bnexp.probes.shapes import Shapes
 from bnexp.probes.statistics import Statistics
 from bnexp.store.readings import Histogram, Image, Scalar, Table
@@ -126,7 +126,7 @@ def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     seen = {tag.partition("/")[0] for each in others.values() for tag in each} - {"loss", "accuracy", "optimizer"}
     assert seen == {
         "activation", "gradient", "update", "landscape", "shapes",
-        *(["statistics"] if norm not in ("none", "group") else []), *(["features"] if model != "mlp" else []),
+        *(["statistics"] if tracking_norms(run.model) else []), *(["features"] if model != "mlp" else []),
     }  # fmt: skip
 
 

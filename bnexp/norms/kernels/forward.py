@@ -35,7 +35,7 @@ def statistics_kernel(
         offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
         b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
         count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
-        b_tile_mean, b_tile_m2 = moments(b_x, mask, count, ROWS, COLS, LAST)
+        b_tile_mean, b_tile_m2 = moments(b_x, mask, count, LAST)
         # Chan's update of (count, mean, M2) by those of one more tile, always in the order of the tiles.
         b_share = count / (b_count + count)
         b_d = b_tile_mean - b_mean
@@ -165,7 +165,7 @@ def local_kernel(
     offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
     b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
     count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
-    b_mean, b_m2 = moments(b_x, mask, count, ROWS, COLS, LAST)
+    b_mean, b_m2 = moments(b_x, mask, count, LAST)
     b_rstd = 1.0 / tl.sqrt(b_m2 / count + EPS)
     o_c, m_c = channels(i_group, chans, COLS, LAST)
     p_weigh = p_counter if CUMULATIVE else None
