@@ -36,17 +36,17 @@ def advice(model: nn.Module, *, num_steps: int, batch_size: int) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, norm in model.named_modules():
         if isinstance(norm, BatchNormBase):
-            for sentence in (_memory(norm, num_steps), _noise(norm, batch_size), _convention(norm)):
-                if sentence:
-                    names.setdefault(sentence, []).append(name or "the model")
-    return [f"{sentence} ({_layers(where)})" for sentence, where in names.items()]
+            problems = _slow_statistics(norm, num_steps), _noisy_statistics(norm, batch_size), _swapped_momentum(norm)
+            for sentence in filter(None, problems):
+                names.setdefault(sentence, []).append(name or "the model")
+    return [f"{sentence} ({_count_layers(where)})" for sentence, where in names.items()]
 
 
-def _layers(names: list[str]) -> str:
+def _count_layers(names: list[str]) -> str:
     return f"{len(names)} layers, the first is {names[0]}" if len(names) > 1 else f"1 layer, {names[0]}"
 
 
-def _memory(norm: BatchNormBase, num_steps: int) -> str:
+def _slow_statistics(norm: BatchNormBase, num_steps: int) -> str:
     """The sentence for running statistics that the planned steps cannot move."""
     share = norm.share_left(num_steps)
     if share <= MOST_LEFT or norm.momentum is None:  # a cumulative average forgets with the first batch
@@ -74,7 +74,7 @@ def _steps_to_forget(norm: BatchNormBase) -> int:
     return bisect_left(range(enough), True, key=lambda n: norm.share_left(n) <= MOST_LEFT)
 
 
-def _noise(norm: BatchNormBase, batch_size: int) -> str:
+def _noisy_statistics(norm: BatchNormBase, batch_size: int) -> str:
     """The sentence for statistics of so few examples that they are mostly chance."""
     block = norm.virtual_batch
     num_examples = block or batch_size
@@ -97,7 +97,7 @@ def _noise(norm: BatchNormBase, batch_size: int) -> str:
     return f"{given}: {says}; {_either(remedies)}"
 
 
-def _convention(norm: BatchNormBase) -> str:
+def _swapped_momentum(norm: BatchNormBase) -> str:
     """The sentence for a momentum that was probably meant as the weight of the old average."""
     momentum = norm.momentum
     if momentum is None or momentum <= MOST_MOMENTUM or not norm.track_running_stats:

@@ -4,6 +4,8 @@ A norm is called once per site, ``norm(x, residual) = activation(normalize(x) + 
 addition and activation together are what one kernel can do in one pass over memory.
 """
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -156,20 +158,20 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-class NotForSyncBatchNorm:
-    """An attribute ``qconfig`` that raises :class:`UserError` when it is read and has not been set.
+class NoSyncBatchNorm:
+    """An attribute ``qconfig`` that is missing, but raises :class:`UserError` for ``SyncBatchNorm``'s conversion.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` reads it of every norm that it replaces. The SyncBatchNorm would
-    drop residual, activation and options in silence.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` looks for it in every norm that it replaces, and the replacement
+    would drop residual, activation and options in silence. Torch's quantization sets it, which it may.
     """
 
-    def __get__(self, norm: nn.Module | None, owner: type) -> "NotForSyncBatchNorm":
-        if norm is None:
-            return self
-        raise UserError(
-            f"{owner.__module__}.{owner.__qualname__}: cannot become a torch.nn.SyncBatchNorm, which knows no residual "
-            "and no activation; leave this norm out of convert_sync_batchnorm"
-        )
+    def __get__(self, norm: nn.Module | None, owner: type) -> None:
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise UserError(
+                f"{owner.__module__}.{owner.__qualname__}: cannot become a torch.nn.SyncBatchNorm, which knows no "
+                "residual and no activation; leave this norm out of convert_sync_batchnorm"
+            )
+        raise AttributeError("qconfig")
 
 
 class BatchNormBase(Norm, _BatchNorm):
@@ -186,7 +188,7 @@ class BatchNormBase(Norm, _BatchNorm):
 
     implements_batch_norm = True  # a subclass that computes something else says False
     made_for_small_batches = False  # True: corrects for noisy statistics of a few examples
-    qconfig = NotForSyncBatchNorm()
+    qconfig = NoSyncBatchNorm()
 
     def __init__(
         self,

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bnexp.norms.base import BatchNormBase
-from bnexp.norms.kernels.batch_norm import batch_norm, interpreted, require_device
-from bnexp.norms.kernels.tiling import dense, plan_for
+from bnexp.norms.kernels.batch_norm import batch_norm, interpreted, require_kernels
+from bnexp.norms.kernels.tiling import dense, tiling_for
 
 
 class BatchNorm(BatchNormBase):
@@ -39,7 +39,7 @@ class BatchNorm(BatchNormBase):
         )
 
     def require_device(self, device: torch.device) -> None:
-        require_device(device)
+        require_kernels(device)
 
     def is_interpreted(self) -> bool:
         return interpreted()
@@ -50,5 +50,5 @@ class BatchNorm(BatchNormBase):
             return text
         shape, stride, dtype, device = self._seen
         x, _ = dense(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
-        p = plan_for(x, device)
+        p = tiling_for(x, device)
         return f"{text}, tier={p.tier} ({p.reason})"

@@ -1,4 +1,4 @@
-"""Group normalization: statistics of one example over groups of its channels, whatever else is in the batch."""
+"""Group normalization: statistics of one example over groups of its channels, independent of the batch."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 from bnexp.norms.base import Norm, check_activation, check_eps, check_input, divisors, finish, scale_and_shift
 
-WORDS = ("layer", "instance")  # groups that fit every width
+NAMED_GROUPS = ("layer", "instance")  # groups that fit every width
 
 
 class GroupNorm(Norm):
@@ -90,10 +90,10 @@ class GroupNorm(Norm):
 
 def count_groups(groups: int | str, num_features: int) -> int:
     """``groups`` as a number for ``num_features`` channels; :class:`UserError` unless it divides them."""
-    if groups in WORDS:
+    if groups in NAMED_GROUPS:
         return 1 if groups == "layer" else num_features
     if type(groups) is not int or groups < 1:
-        raise UserError(f"norm.groups={groups}: not known; give a positive whole number, {' or '.join(WORDS)}")
+        raise UserError(f"norm.groups={groups}: not known; give a positive whole number, {' or '.join(NAMED_GROUPS)}")
     if num_features % groups:
         able = ", ".join(map(str, divisors(num_features)))
         raise UserError(

@@ -1,4 +1,4 @@
-"""No normalization: the other side of every comparison."""
+"""No normalization, only a shift per channel and the activation."""
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,8 @@ from bnexp.norms.base import Norm, check_activation, check_input, finish, scale_
 class Shift(Norm):
     """``activation(x + bias + residual)`` with one bias per channel, zero at the start.
 
-    Batch norm carries its own per-channel shift, so the layers before a norm have none. Here the shift
-    stays and nothing else does: with and without normalization the network can express the same offsets,
-    and no model needs a branch for it.
+    Batch norm has a shift per channel, so the layers before a norm have none. This keeps the shift alone: with and
+    without normalization the network can express the same offsets, and no model needs a branch for it.
     """
 
     normalizes = False

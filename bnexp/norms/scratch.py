@@ -1,4 +1,4 @@
-"""Batch normalization as the paper writes it, in plain tensor operations: the version to read."""
+"""Batch normalization as the paper writes it, in plain tensor operations."""
 
 import math
 

@@ -81,15 +81,15 @@ def launches(arch):
         kind = tiling.statistics_dtype(x)
         weight, bias, mean, var = (torch.empty(shape[1], dtype=kind, device="meta") for _ in range(4))
         counter, r = torch.empty((), dtype=torch.int64, device="meta"), x if residual else None
-        y, used_mean, rstd, bits = launch.batch_norm(
+        y, used_mean, rstd, bits = launch.launch_forward(
             x, r, weight, bias, mean, var, counter, training, momentum, 1e-5, activation, True
         )
         saved = None if not residual or activation == "identity" else bits if activation == "relu" else y
         arguments = (y, x, weight, bias, used_mean, rstd, saved, activation)
-        launch.batch_norm_backward(*arguments, training)
+        launch.launch_backward(*arguments, training)
         if halves:
-            launch.apply(x, r, weight, bias, used_mean, rstd, activation)
-            launch.batch_norm_backward(
+            launch.launch_apply(x, r, weight, bias, used_mean, rstd, activation)
+            launch.launch_backward(
                 *arguments, training, torch.empty((2, 3, shape[1]), device="meta"), mean
             )
 

@@ -224,7 +224,8 @@ def test_torchs_conversion_to_synchronized_statistics_changes_no_norm_in_silence
             nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))
     else:
         assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))[0] is module
-    module.qconfig = "mine"
+    assert not hasattr(module, "qconfig")
+    module.qconfig = "mine"  # as torch's quantization does
     assert module.qconfig == copy.deepcopy(module).qconfig == "mine"
 
 

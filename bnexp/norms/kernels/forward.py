@@ -52,7 +52,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def _combine(p_parts, o_c, m_c, chans, programs, PARTS: tl.constexpr):
+def _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS: tl.constexpr):
     """Count, mean and M2 of all programs' parts: Chan's formula for many sets, relative to the first mean."""
     i_part = tl.arange(0, PARTS)[:, None]
     o_part = i_part.to(tl.int64) * chans + o_c
@@ -124,7 +124,7 @@ def apply_kernel(
     DTYPE: tl.constexpr = p_mean.dtype.element_ty
     o_c, m_c = channels(i_group, chans, COLS, LAST)
     if SOURCE == "parts":
-        b_count, b_mean, b_m2 = _combine(p_parts, o_c, m_c, chans, programs, PARTS)
+        b_count, b_mean, b_m2 = _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS)
         b_rstd = 1.0 / tl.sqrt(b_m2 / b_count + EPS)
         if i_program == 0:
             _keep(p_mean, p_rstd, p_running_mean, p_running_var, p_counter, momentum,
