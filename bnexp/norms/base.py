@@ -82,12 +82,6 @@ def contract_of(module: nn.Module) -> Norm:
     return answers
 
 
-def norms_in(model: nn.Module) -> dict[str, Norm]:
-    """The contract of every module of ``model`` that normalizes, by name, in the order of definition."""
-    contracts = {name: contract_of(module) for name, module in model.named_modules()}
-    return {name: contract for name, contract in contracts.items() if contract.normalizes}
-
-
 def check_activation(activation: str) -> str:
     """Return ``activation`` if a norm can end with it, else raise :class:`UserError`."""
     if activation not in ACTIVATIONS:

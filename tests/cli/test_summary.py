@@ -126,6 +126,8 @@ def test_a_norm_is_one_row_and_says_itself_what_it_reduces_over():
 
 def test_a_norm_that_averages_nothing_shows_its_class_and_other_layers_a_dash():
     class Silent(none.Shift):
+        normalizes = True
+
         def reduces_over(self, num_dims):
             return ""
 

@@ -6,7 +6,7 @@ from test_models import NORMS, make_norm
 from torch import nn
 
 from bnexp.errors import UserError
-from bnexp.norms.base import CONTRACT, Norm, contract_of, norms_in
+from bnexp.norms.base import CONTRACT, Norm, contract_of
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -64,8 +64,3 @@ def test_every_name_of_the_contract_can_be_given_by_a_foreign_module():
     for name in CONTRACT:
         setattr(foreign, name, "relu")
     assert [getattr(contract_of(foreign), name) for name in CONTRACT] == ["relu"] * len(CONTRACT)
-
-
-def test_the_norms_of_a_model_are_those_that_normalize():
-    model = nn.Sequential(nn.Linear(3, 6), make_norm("scratch")(6), make_norm("none")(6), nn.Sequential(Norm()))
-    assert list(norms_in(model)) == ["1", "3.0"]
