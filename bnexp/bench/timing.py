@@ -3,7 +3,6 @@
 import os
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from bnexp.bench.cases import PHASES, REFERENCE, SITES, Case
 from bnexp.bench.parity import CHUNK, Inputs, State, copy_inputs, differences_from_float64, make_inputs, parity_failure
 from bnexp.bench.settings import BenchSettings
 from bnexp.errors import UserError
-from bnexp.norms.kernels.batch_norm import interpreted
+from bnexp.norms.base import contract_of
 
 MAX_BUFFERS = 512  # small inputs would need thousands to fill a cache, and launches dominate their time anyway
 MAX_INTERPRETED = 2**18  # number of values that Triton's interpreter computes in seconds
@@ -117,18 +116,13 @@ def check_parity(entry: Implementation, inputs: Inputs, state: State, add: bool)
 
 
 def runs_interpreted(module: nn.Module, device: torch.device) -> bool:
-    """Whether ``module`` runs Triton kernels in the interpreter; :class:`UserError` where they cannot run at all.
-
-    A norm that runs kernels has a function ``require_device(device)`` in its file.
-    """
-    require = getattr(sys.modules[type(module).__module__], "require_device", None)
-    if require is None:
-        return False
+    """Whether an interpreter runs the kernels of ``module``; :class:`UserError` where they cannot run at all."""
+    norm = contract_of(module)
     try:
-        require(device)
+        norm.require_device(device)
     except UserError as error:
         raise UserError("needs a CUDA device" if device.type == "cpu" else str(error)) from error
-    return interpreted()
+    return norm.is_interpreted()
 
 
 def tier_of(module: nn.Module) -> str:

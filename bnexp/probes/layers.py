@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.norms.base import ACTIVATIONS
+from bnexp.norms.base import contract_of
 
 LARGEST_BLOCK = 1024  # that a norm is expected to need
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module names the dimensions of its statistics, by a method ``reduces_over(num_dims)``."""
-    return hasattr(module, "reduces_over")
+    """Whether the module normalizes, by what its contract says."""
+    return contract_of(module).normalizes
 
 
 def describe_norm(module: nn.Module, num_dims: int) -> str:
@@ -28,25 +28,20 @@ def describe_norm(module: nn.Module, num_dims: int) -> str:
     """
     if not is_norm(module):
         return ""
-    name, over = type(module).__name__, module.reduces_over(num_dims)
+    name, over = type(module).__name__, contract_of(module).reduces_over(num_dims)
     return f"{name} over {over}" if over else name
 
 
 def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms that keep running statistics, torch's own among them, by name."""
-    kept = ("running_mean", "running_var")
-    return {
-        name: module for name, module in model.named_modules()
-        if all(isinstance(getattr(module, each, None), Tensor) for each in kept)
-    }  # fmt: skip
+    return {name: module for name, module in model.named_modules() if contract_of(module).keeps_running_statistics()}
 
 
 def takes_batch(modules: Iterable[nn.Module], batch_size: int) -> bool:
     """Whether the norms among ``modules`` that split a batch can split one of this size."""
     try:
         for module in modules:
-            if hasattr(module, "check_batch_size"):
-                module.check_batch_size(batch_size)
+            contract_of(module).check_batch_size(batch_size)
     except UserError:
         return False
     return True
@@ -84,8 +79,7 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
     """The norms that end with an activation other than the identity."""
-    modules = {name: module for name, module in model.named_modules()}
-    return {name: m for name, m in modules.items() if ACTIVATIONS.get(getattr(m, "activation", None)) is not None}
+    return {name: m for name, m in model.named_modules() if contract_of(m).activation != "identity"}
 
 
 @contextmanager

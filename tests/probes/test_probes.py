@@ -22,7 +22,7 @@ from bnexp.probes.confusion import Confusion
 from bnexp.probes.features import Features, tile_maps, to_grey
 from bnexp.probes.gradients import Gradients
 from bnexp.probes.landscape import Landscape, loss_and_gradient
-from bnexp.probes.layers import activation_sites, named_layers, tapped
+from bnexp.probes.layers import activation_sites, named_layers, tapped, tracking_norms
 from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, some_images, training_batches
 from bnexp.probes.shapes import Shapes
 from bnexp.probes.statistics import Statistics
@@ -128,7 +128,7 @@ def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     seen = {tag.partition("/")[0] for each in others.values() for tag in each} - {"loss", "accuracy", "optimizer"}
     assert seen == {
         "activation", "confusion", "gradient", "recall", "update", "landscape", "shapes",
-        *(["statistics"] if norm not in ("none", "group") else []), *(["features"] if model != "mlp" else []),
+        *(["statistics"] if tracking_norms(run.model) else []), *(["features"] if model != "mlp" else []),
     }  # fmt: skip
 
 
