@@ -1,6 +1,6 @@
 """Every option of every norm in every model: checked, built, trained a step, evaluated and looked at.
 
-Whoever shows a model a batch of its own has to show one that its norms take.
+Helpers that show a model a batch of their own must show one that its norms take.
 """
 
 import math
@@ -13,6 +13,7 @@ from bnexp.config.choices import choices, conf_dir
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
 from bnexp.norms.kernels.batch_norm import interpreted
+from bnexp.probes.layers import list_layers
 from bnexp.probes.population import recompute_statistics, some_images, training_batches
 
 SMALL = ("data.limit=64", "data.valid=32", "batch_size=16", "threads=1", "device=cpu", "steps=2")
@@ -55,6 +56,8 @@ def test_every_option_of_every_norm_trains_and_is_looked_at(overrides):
         assert run.forward(run.dataset.prepare(images)).isfinite().all()
     recompute_statistics(run.model, training_batches(run, 40), run.forward)
     run.step()
+    assert list_layers(run.model, run.dataset.in_shape, device="cpu")[-1].out_shape == (10,)
+    assert run_of("model=mlp", "model.hidden=[6]", "threads=auto", *overrides).threads == 1
 
 
 @pytest.mark.parametrize("model", choices("model"))
