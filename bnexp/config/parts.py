@@ -85,7 +85,11 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
     decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
     optimizer = part(cfg, "optimizer", without=OURS)
-    return make_optimizer(partial(without_compiler(optimizer.func), **optimizer.keywords), model, **decays)
+    options = dict(optimizer.keywords)
+    for key, value in options.items():
+        if isinstance(value, list) and all(isinstance(number, int | float) for number in value):
+            options[key] = tuple(map(float, value))  # torch takes betas of 0.0 and 0.9 and refuses 0 and 0.9
+    return make_optimizer(partial(without_compiler(optimizer.func), **options), model, **decays)
 
 
 def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
