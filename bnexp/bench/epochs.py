@@ -20,10 +20,12 @@ from bnexp.bench.rivals import Loop, bare_loop, prepared, tutorial_loop
 from bnexp.bench.turns import Stopwatch, in_turns
 from bnexp.store.run_folder import Status
 from bnexp.store.writer import NullWriter, Writer
-from bnexp.train.loop import Plan, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop as TrainingLoop
+from bnexp.train.loop import Plan
 from bnexp.train.probe import Probe, same_chance
 from bnexp.train.progress import LiveProgress, NullProgress
-from bnexp.train.recorder import Journal
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
 
 TUTORIALS = ((TUTORIAL, ""), (goals.AS_IT_COMES, ""))
@@ -67,18 +69,18 @@ def our_loop(run: Run, plan: Plan, *, writes: bool = True) -> Loop:
     def loop(watch: Stopwatch) -> None:
         run.num_steps = 0
         with TemporaryDirectory() as name, open(os.devnull, "w") as null:
-            journal, progress = Journal(NullWriter()), NullProgress()
+            recorder, progress = Recorder(NullWriter()), NullProgress()
             if writes:
                 folder = Path(name)
-                journal = Journal(Writer(folder), Status(folder, "", []), folder)
+                recorder = Recorder(Writer(folder), Status(folder, "", []), folder)
                 progress = LiveProgress("bench", Console(file=null, force_terminal=True), in_sweep=False)
-                watch.count(journal, "write", "writer")
+                watch.count(recorder, "write", "writer")
                 watch.count(progress, "update", "progress")
                 watch.count(progress.bar.live, "refresh", "bar", thread_time)  # it waits for its turn in a thread
-            for thing, method in ((journal, "save"), (journal, "end"), (progress, "start"), (progress, "end")):
+            for thing, method in ((recorder, "save"), (recorder, "end"), (progress, "start"), (progress, "end")):
                 watch.count_once(thing, method)
             with watch.running():
-                ended = drive(run, plan, journal, progress)
+                ended = drive(TrainingLoop(run, plan, recorder), progress)
         if ended != "finished":
             raise RuntimeError(f"the run {ended}, its times mean nothing")
 

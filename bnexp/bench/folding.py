@@ -1,6 +1,6 @@
 """Many small runs as one (``replicas``) beside the same runs one after the other, both captured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -23,24 +23,26 @@ def fold_rows(
         return [training_only(run, case.num_steps) for run in made]
 
     apart, together = runs(engine), runs(engine)
-    Fold(together, CapturedStack if engine == "graph" else None)
+    fold = Fold(CapturedStack if engine == "graph" else None)
 
-    def epoch(groups: Sequence[Sequence[Run]]) -> float:
-        """Each group in lockstep, one group after the other."""
+    def epoch(groups: Sequence[Sequence[Run]], step: Callable[[Sequence[Run]], None]) -> float:
+        """``step(group)`` to the end of an epoch, one group after the other."""
         watch = Stopwatch(device)
         with watch.running():
             for group in groups:
                 for run in group:
                     run.num_steps = 0
                 for _ in range(case.num_steps):
-                    for run in group:
-                        run.step()
+                    step(group)
                 for run in group:
                     run.meter.read()
         return watch.epoch(case.scale).clock
 
     in_turn = f"in turn, {engine}"
-    contestants = {in_turn: partial(epoch, [[run] for run in apart]), FOLDED: partial(epoch, [together])}
+    contestants = {
+        in_turn: partial(epoch, [[run] for run in apart], lambda runs: runs[0].step()),
+        FOLDED: partial(epoch, [together], fold.step),
+    }
     found = in_turns(contestants, rounds)
     fields = {"model": case.model, "batch_size": case.batch_size}
     slow, fast = (Row("fold", name, "s", found[name], **fields) for name in contestants)

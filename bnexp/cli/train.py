@@ -14,7 +14,7 @@ from bnexp.cli.sweep.jobs import prepare
 from bnexp.cli.sweep.launch import hydra_config, run_all, written_at
 from bnexp.config import build, check
 from bnexp.config.compose import change, run_hydra, run_name, session, stored_config
-from bnexp.config.start import advise, open_journal
+from bnexp.config.start import advise, open_recorder
 from bnexp.errors import RunFailed, UserError
 from bnexp.report.tables import show_sweep
 from bnexp.startup import quick_imports
@@ -22,7 +22,7 @@ from bnexp.store.run_folder import CONFIG, DONE, in_other_hands, read_status, ta
 from bnexp.store.settings import FREE_TO_RESUME
 
 if TYPE_CHECKING:
-    from bnexp.train.loop import Journal
+    from bnexp.train.recorder import Recorder
     from bnexp.train.run import Run
 
 
@@ -66,25 +66,27 @@ def train_one(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if not mine:  # whoever goes on with runs may have been quicker
             raise in_other_hands(folder)
         advise(cfg, run)
-        finish(cfg, run, open_journal(cfg, run, overrides, folder))
+        finish(cfg, run, open_recorder(cfg, run, overrides, folder))
 
 
-def finish(cfg: DictConfig, run: "Run", journal: "Journal") -> None:
+def finish(cfg: DictConfig, run: "Run", recorder: "Recorder") -> None:
     """Drive the run to its end; the last line on stdout is its folder."""
     from bnexp.config import build
     from bnexp.store.run_folder import STATUS
-    from bnexp.train import loop, progress
+    from bnexp.train import progress
+    from bnexp.train.drive import drive
+    from bnexp.train.loop import Loop
 
     shown = progress.make_progress(run_name(cfg), quiet=cfg.quiet)
     try:
-        loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+        drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
     except UserError:
         raise
     except Exception as error:
-        what, kept = f"{type(error).__name__}: {error}", journal.folder / STATUS
+        what, kept = f"{type(error).__name__}: {error}", recorder.folder / STATUS
         raise RunFailed(f"the run failed at step {run.num_steps}: {what}; the traceback is in {kept}") from error
     finally:
-        print(journal.folder, flush=True)
+        print(recorder.folder, flush=True)
 
 
 def rerun(arguments: list[str]) -> int:
@@ -158,7 +160,7 @@ def go_on(cfg: DictConfig, folder: Path) -> str | None:
             return status["status"]
         check.check(cfg, free=False)
         run = build.build(cfg)
-        finish(cfg, run, open_journal(cfg, run, status.get("overrides", []), folder))
+        finish(cfg, run, open_recorder(cfg, run, status.get("overrides", []), folder))
     return None
 
 

@@ -14,6 +14,7 @@ from bnexp.config.choices import GROUPS
 from bnexp.config.parts import every_of, find_device, meta_model, part, probes_of
 from bnexp.config.schema import Train
 from bnexp.config.targets import check_options
+from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.store import run_folder
 from bnexp.train.recorder import KEEP
@@ -60,10 +61,10 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     check_schedule(cfg)
     check_model(cfg, runs)
     if runs:
-        for group in ("norm", "engine"):  # one that does not run everywhere says so before any work
-            require_device = getattr(sys.modules[part(cfg, group).func.__module__], "require_device", None)
-            if require_device is not None:
-                require_device(device)
+        traits_of(part(cfg, "engine").func).require_device(device)
+        require_device = getattr(sys.modules[part(cfg, "norm").func.__module__], "require_device", None)
+        if require_device is not None:  # a norm that does not run everywhere
+            require_device(device)
     if free and cfg.out is not None:
         run_folder.check_free(cfg.out)
 

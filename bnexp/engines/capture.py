@@ -1,6 +1,6 @@
-"""What capturing takes: a recorder, numbers that only the device moves, and steps that are captured once and replayed.
+"""Steps that are captured once as a CUDA graph and replayed, and counters that a captured step moves.
 
-What a step is, of one run or of many, say :mod:`bnexp.engines.graph` and :mod:`bnexp.engines.graph_fold`.
+:mod:`bnexp.engines.graph` defines the step of one run, :mod:`bnexp.engines.graph_fold` that of many.
 """
 
 import sys
@@ -20,19 +20,19 @@ from bnexp.errors import UserError
 
 
 def check_warmup(warmup_steps: int) -> None:
-    """Raise :class:`UserError` for what is no number of steps."""
+    """Raise :class:`UserError` unless ``warmup_steps`` is a whole number, 1 or more."""
     if type(warmup_steps) is not int or warmup_steps < 1:
         raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
 
 
 @cache
 def tell(reason: str) -> None:
-    """Say on stderr, once, why nothing is captured."""
+    """Say on stderr, once for each reason, why nothing is captured."""
     print(f"bnexp: warning: engine=graph: {reason}; going step by step as engine=eager does", file=sys.stderr)
 
 
 def why_not(optimizer: Optimizer) -> str | None:
-    """What about an optimizer is known not to be capturable, None if nothing is."""
+    """Why an optimizer is known not to be capturable, None if no reason is known."""
     if all(group.get("fused") for group in optimizer.param_groups):
         return None
     name = type(optimizer).__name__
@@ -40,25 +40,25 @@ def why_not(optimizer: Optimizer) -> str | None:
 
 
 class Counter:
-    """A number on the device that a captured step moves, and what the host knows it to be."""
+    """A number on the device that a captured step moves, and its value as the host counts it."""
 
     def __init__(self, device: torch.device) -> None:
         self.tensor = torch.zeros(1, dtype=torch.int64, device=device)
         self.known = 0
 
     def put(self, value: int) -> None:
-        """Set it, if it is not that already."""
+        """Set the number to ``value``, if it is another."""
         if value != self.known:
             self.tensor.fill_(value)
             self.known = value
 
 
 class CudaGraphs:
-    """How CUDA captures: the seam at which a test can put in another recorder."""
+    """Captures by CUDA. A test on a CPU puts another recorder in its place."""
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
-        """A side stream, as captures have, on which it is an error to wait for the device."""
+        """Run the block on a side stream, as captures do; waiting for the device is an error in it."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         before = torch.cuda.get_sync_debug_mode()
         stream.wait_stream(current)
@@ -72,7 +72,7 @@ class CudaGraphs:
         current.wait_stream(stream)
 
     def capture(self, function: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record what ``function`` does and return what does it again; ``generators`` move on with every replay."""
+        """Record ``function()`` and return a function that repeats it; every replay moves ``generators`` on."""
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
@@ -82,14 +82,14 @@ class CudaGraphs:
 
 
 class Replayed(ABC):
-    """Steps of one batch size that are captured once and replayed, bit for bit those that are not captured.
+    """Steps that are captured once for each batch size and replayed, bit for bit the uncaptured steps.
 
-    The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, which
-    comes with the second, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers);
-    all that they moved is put back. A short last batch has a graph of its own.
+    The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, at the
+    second step, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers); all that
+    they moved is put back. A short last batch has a graph of its own.
 
-    Which step it is (``at``) and where its batch begins in the epoch's order (``start``) are on the device, and a
-    captured step moves them on. ``setup_seconds`` is what getting ready has taken so far.
+    The number of the step (``at``) and where its batch begins in the epoch's order (``start``) are on the device, and
+    a captured step moves them on. ``setup_seconds`` counts the time of captures.
     """
 
     def __init__(
@@ -104,22 +104,22 @@ class Replayed(ABC):
 
     @abstractmethod
     def device_step(self, size: int) -> Any:
-        """A step of ``size`` images with nothing from the host in it: what is captured, and what it returns."""
+        """Take a step of ``size`` images with nothing from the host in it; this is what is captured."""
 
     @abstractmethod
     def generators(self) -> list[torch.Generator]:
-        """Those that a step draws from."""
+        """The generators that a step draws from."""
 
     @abstractmethod
     def learned(self) -> list[Tensor]:
-        """All that has a gradient after a step."""
+        """All tensors that have a gradient after a step."""
 
     @abstractmethod
     def moved(self) -> Iterable[Tensor]:
-        """All that a step changes, but for the generators and what :class:`Replayed` has of its own."""
+        """All tensors that a step changes, except the generators' and those of :class:`Replayed` itself."""
 
     def take(self, start: int, at: int, size: int) -> Any:
-        """Step ``at``, whose batch begins at ``start``. What it returns may be overwritten by the next."""
+        """Take step ``at``, whose batch begins at ``start``. The next step may overwrite the result."""
         self.start.put(start)
         self.at.put(at)
         if not self.has_stepped or (size not in self.replays and not self.capture(size)):
@@ -127,7 +127,7 @@ class Replayed(ABC):
         else:
             replay, gradients, result = self.replays[size]
             for p, gradient in gradients:
-                p.grad = gradient  # where this graph leaves it, for whoever looks
+                p.grad = gradient  # this graph writes it there, and probes read it
             replay()
         self.has_stepped = True
         self.start.known += size
@@ -135,16 +135,16 @@ class Replayed(ABC):
         return result
 
     def picked(self, size: int) -> Tensor:
-        """The places (size,) of a step's batch in the epoch's order."""
+        """The places (size,) of the step's batch in the epoch's order."""
         return self.start.tensor + self.places[:size]
 
     def move_on(self, size: int) -> None:
-        """The end of a captured step."""
+        """Move ``start`` and ``at`` on, at the end of a captured step."""
         self.start.tensor.add_(size)
         self.at.tensor.add_(1)
 
     def capture(self, size: int) -> bool:
-        """Capture steps of ``size`` images, moving nothing; False, said once, if that cannot be done."""
+        """Capture a step of ``size`` images and leave everything as it was; False, told once, if that fails."""
         if self.has_failed:
             return False
         began = perf_counter()
@@ -173,7 +173,7 @@ class Replayed(ABC):
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Put everything back that a step moves: weights, buffers, the optimizer's state, generators, counters."""
+        """Put back all that a step in the block moves: weights, buffers, optimizer state, generators, counters."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
         moved = [*self.moved(), *state, *rates, self.start.tensor, self.at.tensor]

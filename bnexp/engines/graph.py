@@ -1,7 +1,7 @@
-"""The graph engine: a whole step captured once as a CUDA graph and replayed, so that the host hardly does anything.
+"""The graph engine: a whole step is captured once as a CUDA graph and replayed, so that the host hardly does anything.
 
-Captured are the gathering of the batch, augmentation, forward, backward, the optimizer, the learning rate and the
-meter. The host only counts along, shuffles once an epoch and reads what was measured. Evaluation has graphs of its own.
+A captured step gathers and augments the batch, runs forward and backward, sets the learning rate and moves the weights
+and the meter. The host counts steps, shuffles once an epoch and reads the meter. Evaluation has graphs of its own.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,20 +10,23 @@ import torch
 from torch import Tensor
 
 from bnexp.data.dataset import Split
+from bnexp.engines.base import says
 from bnexp.engines.capture import Counter, CudaGraphs, Replayed, check_warmup, tell, why_not
+from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
 from bnexp.train.meter import Measured, Meter
 from bnexp.train.run import Run
 
 
-def require_device(device: torch.device) -> None:
+def require_gpu(device: torch.device) -> None:
     """Raise :class:`UserError` where there are no CUDA graphs."""
     if device.type != "cuda":
         raise UserError(f"engine=graph: a CUDA graph needs a GPU, and this is device={device}; use engine=eager")
 
 
+@says(require_device=require_gpu, make_stack=CapturedStack)
 def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
-    """Steps by :class:`Captured`; eager ones, and stderr says why, where a step cannot be captured."""
+    """Return the step of :class:`Captured`, or where a step cannot be captured the eager one; stderr says why."""
     check_warmup(warmup_steps)
     reason = why_not(run.optimizer)
     if run.scaler.is_enabled():
@@ -35,9 +38,9 @@ def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
 
 
 class StaticMeter(Meter):
-    """A meter whose last entries stand in buffers that never move, because a captured step writes there.
+    """A meter whose last entries stand in buffers at fixed addresses, where a captured step writes them.
 
-    The host says how many they are (:meth:`count`); everybody who reads has them taken over first.
+    The host counts these entries (:meth:`count`). Every reading first moves them to the lists of :class:`Meter`.
     """
 
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
@@ -54,21 +57,21 @@ class StaticMeter(Meter):
         self.next.put(0)
 
     def record(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
-        """What :meth:`Meter.add` takes, into the next place; on the device alone."""
+        """Write what :meth:`Meter.add` takes into the next place; on the device alone."""
         values = {"losses": loss, "hits": (logits.argmax(1) == labels).sum(), "found": found}
         for name, value in values.items():
             self.buffers[name].index_copy_(0, self.next.tensor, value.view(1))
         self.next.tensor.add_(1)
 
     def count(self, size: int) -> None:
-        """A step of ``size`` images was recorded."""
+        """Count a recorded step of ``size`` images."""
         self.sizes.append(size)
         self.next.known += 1
         if self.next.known == len(self.buffers["losses"]):
             self.take_over()
 
     def take_over(self) -> None:
-        """Move what stands in the buffers to where other meters have it, without waiting for the device."""
+        """Move the entries from the buffers to the lists, without waiting for the device."""
         for name, buffer in self.buffers.items():
             getattr(self, name).extend(buffer[: self.next.known].clone().unbind())
         self.next.put(0)
@@ -87,7 +90,7 @@ class StaticMeter(Meter):
 
 
 class Captured(Replayed):
-    """The steps of one run by replay, bit for bit those of the eager engine on the same device."""
+    """The steps of one run by replay, bit for bit the eager engine's on the same device."""
 
     def __init__(self, run: Run, graphs: CudaGraphs, warmup_steps: int) -> None:
         super().__init__(graphs, warmup_steps, run.device, run.batches.batch_size, run.optimizer)
@@ -111,7 +114,7 @@ class Captured(Replayed):
         run.setup_seconds, self.setup_seconds = run.setup_seconds + self.setup_seconds, 0.0
 
     def take_hold(self) -> None:
-        """Put what captured steps need in the place of the run's own; a run in a fold never comes here."""
+        """Give the run the meter and the evaluation of captured steps. A run in a fold never does this."""
         run = self.run
         self.meter.load_state_dict(run.meter.state_dict())
         run.meter, run.tally = self.meter, self.tally
@@ -141,7 +144,7 @@ class Captured(Replayed):
         return *model.parameters(), *model.buffers(), self.meter.next.tensor, *self.meter.buffers.values()
 
     def tally(self, split: Split) -> tuple[Tensor, Tensor]:
-        """:meth:`Run.tally_of` the run's model in evaluation mode, by a graph per split."""
+        """:meth:`Run.tally_of` of the run's model in evaluation mode, by one graph for each split."""
         run = self.run
         if self.has_failed:
             return run.tally_of(split, run.model)

@@ -1,4 +1,4 @@
-"""The graph engine for many runs computed as one (:mod:`bnexp.engines.fold`): the common step, captured."""
+"""The common step of many runs computed as one (:mod:`bnexp.engines.fold`), captured as a CUDA graph."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,9 +11,9 @@ from bnexp.train.run import Run
 
 
 class CapturedStack(Stack):
-    """A stack whose step is captured; taken eagerly, and stderr says why, where that cannot be.
+    """A stack whose step is captured; where it cannot be, the step is eager and stderr says why.
 
-    Evaluations, and steps of runs that are not level, are eager. When a run leaves, the others are captured anew.
+    Evaluation is eager. When a run leaves, the step of the others is captured anew.
     """
 
     def __init__(self, runs: Sequence[Run], warmup_steps: int = 3, graphs: CudaGraphs | None = None) -> None:
@@ -24,16 +24,16 @@ class CapturedStack(Stack):
         else:
             self.replayed = ReplayedStack(self, graphs or CudaGraphs(), warmup_steps)
 
-    def step(self) -> list[tuple[Tensor, ...]]:
-        return super().step() if self.replayed is None else self.replayed.step()
+    def take(self) -> list[tuple[Tensor, ...]]:
+        return super().take() if self.replayed is None else self.replayed.step()
 
     def release(self) -> None:
         super().release()
-        self.replayed = None  # which knows us, and whose graphs hold memory
+        self.replayed = None  # it refers back to this stack, and its graphs hold memory
 
 
 class ReplayedStack(Replayed):
-    """The steps of a stack by replay, bit for bit those that it takes eagerly."""
+    """The steps of a stack by replay, bit for bit its eager steps."""
 
     def __init__(self, stack: Stack, graphs: CudaGraphs, warmup_steps: int) -> None:
         self.stack, self.batches = stack, [run.batches for run in stack.runs]
@@ -48,9 +48,9 @@ class ReplayedStack(Replayed):
         self.set_rates = [group["lr"] for group in groups]
 
     def step(self) -> list[tuple[Tensor, ...]]:
-        """What :meth:`Stack.step` does."""
+        """:meth:`Stack.take`."""
         places = {batches.advance() for batches in self.batches}
-        assert len(places) == 1, "runs that are level are at the same place of their epochs"
+        assert len(places) == 1, "runs at the same step are at the same place of their epochs"
         ((start, end),) = places
         for i, batches in enumerate(self.batches):
             if self.drawn[i] is not batches.order:

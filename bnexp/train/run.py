@@ -54,10 +54,8 @@ class Run:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.num_steps = 0
         self.num_bad_gradients = 0  # steps whose loss was finite and whose gradient was not, as far as was read
-        self.seconds = 0.0  # spent on this run, kept by whoever drives it
-        self.setup_seconds = 0.0  # what the engine took to get ready, not yet read
-        self.seconds_elsewhere = 0.0  # of the last step: worked in other runs' turns for this one, less the reverse
-        self.is_ahead = False  # its weights have taken a step, in another run's turn, that it has not counted yet
+        self.seconds = 0.0  # spent on this run; counted by its loop
+        self.setup_seconds = 0.0  # that the engine took to get ready and that no reading holds yet
         self.take_step = engine(self) if engine else self.eager_step
 
     @property
@@ -151,12 +149,16 @@ class Run:
 
     def state_dict(self) -> dict:
         """Everything that the next step depends on, and what has been measured but not yet read."""
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        for key, value in model.items():
+            model[key] = whole(value)
+        state = {i: {key: whole(value) for key, value in each.items()} for i, each in optimizer["state"].items()}
         return {
             "num_steps": self.num_steps,
             "seconds": self.seconds,
             "num_bad_gradients": self.num_bad_gradients,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer | {"state": state},
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "meter": self.meter.state_dict(),
@@ -171,6 +173,13 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
         self.meter.load_state_dict(state["meter"])
+
+
+def whole(value: object) -> object:
+    """``value``, or a copy of a tensor that is a part of a larger one, as in a fold: torch saves all of the larger."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def first_non_finite(losses: list[float]) -> int | None:

@@ -15,8 +15,10 @@ from bnexp.config.compose import composed
 from bnexp.store.run_folder import read_status
 from bnexp.store.writer import NullWriter
 from bnexp.train import device
-from bnexp.train.loop import Journal, Plan, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop, Plan
 from bnexp.train.progress import NullProgress
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run, find_non_finite
 
 TINY = ("model=mlp", "data.size=16", "data.limit=64", "batch_size=16", "steps=8", "log_every=4", "device=cpu")
@@ -78,15 +80,15 @@ def test_other_errors_of_torch_stay_what_they_are():
 GROWTH = """
 import os, sys
 from pathlib import Path
-from bnexp import loop
-from bnexp.cli import main
+from bnexp.cli.main import main
+from bnexp.train.recorder import Recorder
 seen, (name, *arguments) = [], sys.argv[1:]
-whole = getattr(loop.Journal, name)
+whole = getattr(Recorder, name)
 def look(*args, **named):
     whole(*args, **named)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     seen.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-setattr(loop.Journal, name, look)
+setattr(Recorder, name, look)
 assert main([*arguments, "quiet=true", "model=mlp", "device=cpu", "threads=1"]) == 0
 print(*seen, file=sys.stderr)
 """
@@ -133,7 +135,7 @@ def test_steps_whose_gradient_is_not_finite_are_counted_and_the_loss_after_them_
     run = build.build(composed([*TINY]))
     poison(run, 5)
     plan = build.plan_of(composed([*TINY]), run.batches.steps_per_epoch)
-    assert drive(run, plan, Journal(NullWriter()), NullProgress()) == "diverged"
+    assert drive(Loop(run, plan, Recorder(NullWriter())), NullProgress()) == "diverged"
     assert run.num_bad_gradients == 1, "the loss of step 6 is finite, that of 7 is not and counts as diverged"
 
 
@@ -159,13 +161,13 @@ def test_under_fp16_a_bad_gradient_is_skipped_counted_and_the_training_goes_on(b
 def test_no_checkpoint_holds_what_came_after_a_loss_that_is_not_finite(tmp_path):
     run = toy(bad_step=5)
 
-    class Saves(Journal):
+    class Saves(Recorder):
         steps = []
 
         def save(self, run):
             self.steps.append(run.num_steps)
 
-    assert drive(run, Plan(log_every=12, eval_every=12, checkpoint_every=1), Saves(NullWriter()), NullProgress())
+    assert drive(Loop(run, Plan(log_every=12, eval_every=12, checkpoint_every=1), Saves(NullWriter())), NullProgress())
     assert Saves.steps == [1, 2, 3, 4]
 
 

@@ -22,8 +22,10 @@ from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError
 from bnexp.startup import keep_memory
 from bnexp.store.run_folder import DONE, read_status, taken
-from bnexp.train import loop, progress
+from bnexp.train import progress
+from bnexp.train.drive import drive
 from bnexp.train.interrupt import PATIENCE
+from bnexp.train.loop import Loop
 
 LAST: dict[str, Dataset] = {}  # of the job before in this process
 asked_at = -math.inf  # when this process, one of several side by side, was asked to stop
@@ -82,16 +84,16 @@ def run_ours(cfg: DictConfig, is_alone: bool) -> str:
             gc.freeze()  # all that was imported stays: a worker trains and ends sooner if nobody looks through it
             spread(cfg, hydra_cfg)
         try:
-            run, journal = open_job(cfg, overrides, kept(cfg))
+            run, recorder = open_job(cfg, overrides, kept(cfg))
         except Exception as error:
             return fail(folder, overrides, error)
         shown = progress.make_progress(folder.name, quiet=cfg.quiet, in_sweep=True)
         try:
-            return loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+            return drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
         except StorageError:
             raise
         except Exception:
-            return "failed"  # and the journal says why
+            return "failed"  # and status.json says why
 
 
 def kept(cfg: DictConfig) -> dict[str, Dataset]:
