@@ -150,6 +150,7 @@ class Captured(Replayed):
             return run.tally_of(split, run.model)
         if id(split) not in self.tallies:
             sums: list[Tensor] = []
+            run.chunks(split, run.model)  # keeps an order on the device, which a capture could not bring there
             with self.graphs.warming_up():
                 run.tally_of(split, run.model)
             replay = self.graphs.capture(lambda: sums.extend(run.tally_of(split, run.model)), [])

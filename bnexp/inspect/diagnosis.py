@@ -133,10 +133,10 @@ def score(logits: Tensor, labels: Tensor) -> Score:
 def confusion(run: Run, split: Split, model: nn.Module) -> Tensor:
     """How many images of which class (rows) ``model`` takes for which (columns), int64 on the CPU."""
     num_classes = len(run.dataset.class_names)
-    predicted = [
-        run.forward(run.dataset.prepare(images), model).argmax(1) for images in split.images.split(EVALUATION_BATCH)
-    ]
-    counts = torch.bincount(split.labels * num_classes + torch.cat(predicted), minlength=num_classes**2)
+    chunks = run.chunks(split, model)
+    predicted = [run.forward(run.dataset.prepare(split.images[places]), model).argmax(1) for places in chunks]
+    labels = torch.cat([split.labels[places] for places in chunks])
+    counts = torch.bincount(labels * num_classes + torch.cat(predicted), minlength=num_classes**2)
     return counts.view(num_classes, num_classes).cpu()
 
 

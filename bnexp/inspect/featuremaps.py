@@ -14,7 +14,7 @@ from bnexp.data.dataset import Split
 from bnexp.probes.features import GAP, SIDE, grey, grid
 from bnexp.probes.layers import Layer, layers, tapped
 from bnexp.report.figures.curves import DPI, render
-from bnexp.train.run import EVALUATION_BATCH, Run
+from bnexp.train.run import Run
 
 MOST_LAYERS = 8  # that are shown unasked
 ACROSS, MOST_MAPS, MOST_UNITS = 8, 16, 256  # maps in a row of a picture, and maps and units of a layer in all
@@ -74,8 +74,10 @@ def portraits(run: Run, model: nn.Module, split: Split, indices: Sequence[int], 
     """
     chosen = {name: module for name, module in layers(model).items() if name in names}
     found: dict[int, Portrait] = {}
-    for start in range(0, len(split), EVALUATION_BATCH):
-        places = [index - start for index in indices if start <= index < start + EVALUATION_BATCH]
+    for chunk in run.chunks(split, model):
+        members = torch.arange(len(split), device=run.device)[chunk].tolist()
+        own = [index for index in indices if index in members]
+        places = [members.index(index) for index in own]
         if not places:
             continue
         outputs: dict[str, Tensor] = {}
@@ -84,12 +86,12 @@ def portraits(run: Run, model: nn.Module, split: Split, indices: Sequence[int], 
             is_map = output.dim() == 4 and output[0, 0].numel() > 1
             outputs.setdefault(name, (output if is_map else output.flatten(1))[places].float().cpu())
 
-        images, labels = (each[start : start + EVALUATION_BATCH] for each in (split.images, split.labels))
+        images, labels = split.images[chunk], split.labels[chunk]
         with tapped(chosen, see):
             probabilities = run.forward(run.dataset.prepare(images), model)[places].softmax(1).cpu()
-        for i, place in enumerate(places):
-            index, image, own = start + place, images[place].cpu(), {name: outputs[name][i] for name in names}
-            found[index] = Portrait(index, image, int(labels[place]), probabilities[i], own)
+        for i, (index, place) in enumerate(zip(own, places, strict=True)):
+            maps = {name: outputs[name][i] for name in names}
+            found[index] = Portrait(index, images[place].cpu(), int(labels[place]), probabilities[i], maps)
     return [found[index] for index in indices]
 
 

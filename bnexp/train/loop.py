@@ -69,6 +69,8 @@ class Loop:
         self.quick: set[tuple[str, ...]] = {()}  # the looks that were seen to take less than LONG
         self.due: list[Probe] = []
         self.before: list[object] = []  # what each probe that is due saw before the step
+        if (evaluation := run.describe_evaluation()) is not None:
+            recorder.note(run, evaluation=evaluation)
 
     @property
     def is_running(self) -> bool:

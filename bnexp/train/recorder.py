@@ -53,6 +53,10 @@ class Recorder:
             self._update(run)  # the status must hold every reading before the checkpoint that comes after them
             self._save(run.state_dict())
 
+    def note(self, run: Run, **fields: object) -> None:
+        """Have ``fields`` in status.json from its next writing on."""
+        self._update(run, metrics={}, **fields)
+
     def remember(self, run: Run | None) -> None:
         """Keep a copy of the state of ``run`` for :meth:`save_remembered`; with None forget it."""
         is_wanted = run is not None and self.folder is not None and run.num_steps != self.saved

@@ -1,21 +1,23 @@
 """A run: one variant with one seed. It can step and evaluate, and it can be put away and taken up again."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
+from bnexp.norms.base import BatchNormBase
 from bnexp.optim import set_learning_rate
 from bnexp.train.meter import Meter
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-EVALUATION_BATCH = 512  # images at a time; evaluation mode, so the results do not depend on it
+EVALUATION_BATCH = 512  # images that are evaluated together, at most
 
 
 class Run:
@@ -56,6 +58,7 @@ class Run:
         self.num_bad_gradients = 0  # steps whose loss was finite and whose gradient was not, as far as was read
         self.seconds = 0.0  # spent on this run; counted by its loop
         self.setup_seconds = 0.0  # that the engine took to get ready and that no reading holds yet
+        self.has_moved = False  # whether a step has moved the weights since the run was made or loaded
         self.take_step = engine(self) if engine else self.eager_step
 
     @property
@@ -100,7 +103,11 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.scale(loss).backward()
             found = find_non_finite(self.parameters)
-            self.scaler.step(self.optimizer)  # leaves the weights alone if the gradient is not finite
+            if self.has_moved or not found:
+                self.scaler.step(self.optimizer)  # skips the step if the gradient is not finite
+                self.has_moved = True
+            else:  # skipping its first step, a fused SGD would leave its momentum to chance: uninitialized memory
+                self.scaler.unscale_(self.optimizer)
             self.scaler.update()
         else:
             loss.backward()
@@ -130,12 +137,31 @@ class Run:
         """The sum of the losses and the number of hits over ``split``, on the device."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        chunks = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
-        for images, labels in chunks:
-            logits = self.forward(self.dataset.prepare(images), model)
+        for places in self.chunks(split, model):
+            labels = split.labels[places]
+            logits = self.forward(self.dataset.prepare(split.images[places]), model)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
         return loss, hits
+
+    def chunks(self, split: Split, model: nn.Module) -> Sequence[slice | Tensor]:
+        """The places in ``split`` of the images that are evaluated together, chunk after chunk.
+
+        They come as they are stored, unless a norm of ``model`` uses statistics of the batch: what an image is taken
+        for then depends on its neighbours, which files sorted by class would make alike. Then they are shuffled,
+        always in the same way, and the chunks are of equal size, to one image.
+        """
+        if uses_batch_statistics(model):
+            order = shuffled(len(split), self.device)
+            return order.tensor_split(-(-len(split) // EVALUATION_BATCH))
+        return [slice(start, start + EVALUATION_BATCH) for start in range(0, len(split), EVALUATION_BATCH)]
+
+    def describe_evaluation(self) -> str | None:
+        """How the model is evaluated if that is not image by image, None if it is."""
+        self.model.eval()
+        is_special = uses_batch_statistics(self.model)
+        self.model.train()
+        return f"batch statistics over shuffled chunks of at most {EVALUATION_BATCH} images" if is_special else None
 
     def forward(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
         """Logits in float32, by the run's model or by a copy of it, in the run's precision and memory format."""
@@ -165,6 +191,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.has_moved = False
         self.num_steps = state["num_steps"]
         self.seconds = state["seconds"]
         self.num_bad_gradients = state.get("num_bad_gradients", 0)  # older checkpoints have none
@@ -180,6 +207,18 @@ def whole(value: object) -> object:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return value
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether a norm of ``model``, in the mode that it is in, normalizes by statistics of the batch."""
+    norms = (module for module in model.modules() if isinstance(module, BatchNormBase | _BatchNorm))
+    return any(BatchNormBase.uses_batch_statistics(norm) for norm in norms)
+
+
+@cache
+def shuffled(num_images: int, device: torch.device) -> Tensor:
+    """The places (num_images,) of all images in a random order, always the same, on every device."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def first_non_finite(losses: list[float]) -> int | None:

@@ -504,7 +504,7 @@ def test_every_image_is_taken_for_what_the_matrix_says_whichever_are_shown_besid
 
 
 def test_images_are_found_beyond_the_first_evaluation_batch(folder, monkeypatch):
-    monkeypatch.setattr(featuremaps, "EVALUATION_BATCH", 40)
+    monkeypatch.setattr("bnexp.train.run.EVALUATION_BATCH", 40)
     run = rebuilt(folder())
     portraits = diagnose(run, [95, 0, 40, 39]).portraits
     assert [portrait.index for portrait in portraits] == [95, 0, 40, 39]

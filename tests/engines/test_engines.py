@@ -1,6 +1,7 @@
 """Engines: another way to take the same steps. Captured ones are tried on a CPU by a stand-in for CUDA graphs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from test_loop import different
 from bnexp.config import build
 from bnexp.config.choices import choices
 from bnexp.config.compose import composed
+from bnexp.engines.base import traits_of
 from bnexp.engines.capture import tell
+from bnexp.engines.compile import compiled
 from bnexp.engines.graph import Captured, captured
+from bnexp.errors import UserError
 from bnexp.optim import keep_rates_on
 
 TINY = ("device=cpu", "threads=1", "data.size=16", "data.limit=64", "batch_size=20", "steps=9")  # epochs of 3 or 4
@@ -197,6 +201,61 @@ def test_compiled_steps_are_the_eager_ones_to_rounding_and_count_exactly(train):
             assert value == models[1][key] == 6
         else:
             assert torch.allclose(value, models[1][key], atol=1e-5), key
+
+
+@pytest.fixture
+def tiny_compiled(monkeypatch):
+    """``tiny_compiled(width)``: a model of another width, whose compiled step ``aot_eager`` runs: that takes no time."""
+    compile_by = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_by(*args, backend="aot_eager", **options))
+
+    def make_tiny(width, *overrides):
+        return build.build(composed([*TINY, "model=mlp", f"model.hidden=[{width}]", "engine=compile", *overrides]))
+
+    return make_tiny
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overrides, told", [((), 0), (("norm.momentum=null",), 10)])
+def test_the_tenth_model_of_a_process_is_compiled_like_the_first(overrides, told, tiny_compiled, capsys):
+    """torch compiles at most 8 models by the same code, and counts them over the whole process."""
+    for width in range(2, 12):
+        run = tiny_compiled(width, *overrides)
+        advance(run, 2)
+    counted = torch._dynamo.utils.counters["frames"]
+    before = counted["total"], counted["ok"]
+    run = tiny_compiled(12, *overrides)
+    advance(run, 2)
+    assert counted["total"] - before[0] == counted["ok"] - before[1] > 0, "all that it tried to compile it compiled"
+    assert capsys.readouterr().err.count("compiled in pieces") == told + (told > 0)
+
+
+def test_without_a_compiler_a_run_that_asks_for_one_is_refused_before_any_work(bnexp, capsys, monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    assert bnexp("train", "engine=compile", "device=cpu", "model=mlp", "out=run") == 2
+    told = "engine=compile: torch.compile needs a C++ compiler and finds none here; install g++"
+    assert told in capsys.readouterr().err and not Path("run").exists()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match="needs a C compiler .* variable CC, or use engine=eager"):
+        traits_of(compiled).require_device(torch.device("cuda"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_that_fails_leaves_the_run_eager_and_says_why_once(capsys, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Python.h: No such file")
+
+    compile_by = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_by(*args, backend=fails, **options))
+    eager, run = (build.build(composed([*TINY, "model=mlp", *more])) for more in ((), ("engine=compile",)))
+    advance(eager, 3)
+    advance(run, 3)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "engine=compile: not compiled (" in told and "Python.h: No such file" in told
+    assert different(state(eager), state(run)) == []
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself

@@ -579,6 +579,19 @@ def test_an_interrupted_folded_comparison_goes_on_also_with_another_number_of_re
     assert_alike(compared, numbers(Path("compare")))
 
 
+def test_a_probe_that_compares_a_run_before_and_after_a_step_sees_in_a_fold_what_it_sees_otherwise(bnexp):
+    looking = ("probe=[gradients]", "probe.gradients.every=2")
+    sweep = ("train", "-m", *PLAIN, "norm=scratch", "seed=0,1", "steps=6", *looking)
+    assert bnexp(*sweep, "quiet=true", "out=plain") == 0
+    assert bnexp(*sweep, "quiet=true", "replicas=2", "out=folded") == 0
+    plain, folded = numbers(Path("plain")), numbers(Path("folded"))
+    for rows in (*plain.values(), *folded.values()):
+        assert sum(any(tag.startswith("update/") for tag in row) for row in rows) == 3
+        for row in rows:
+            row.pop("time/probes", None)
+    assert_alike(plain, folded)
+
+
 def test_a_folded_sweep_gives_the_table_that_it_gives_otherwise(bnexp, capsys, stacks):
     sweep = ("train", "-m", *PLAIN, "norm=none", "seed=0,1", "optimizer.lr=0.1,0.2,1e30")
     assert bnexp(*sweep, "out=plain") == 0

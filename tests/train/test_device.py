@@ -1,5 +1,6 @@
 """Limits and numbers: memory that runs out or grows, gradients and losses that are not finite, repeatable runs."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -8,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from test_loop import lines_of, toy
+from test_loop import different, lines_of, toy
 
 from bnexp.config import build
 from bnexp.config.compose import composed
@@ -156,6 +157,32 @@ def test_under_fp16_a_bad_gradient_is_skipped_counted_and_the_training_goes_on(b
     assert [line["gradient/non_finite"] for line in lines] == [1, 1]
     scaler = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["scaler"]
     assert scaler["scale"] == 65536 / 4, "halved twice, and so it stands in the checkpoint"
+
+
+GPU = pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["cpu", GPU])
+@pytest.mark.parametrize("num_before", [0, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw"])
+def test_a_step_that_the_loss_scaler_skips_changes_neither_weights_nor_state(optimizer, num_before, where):
+    """The fused kernels of torch: a skipped first step of SGD made its momentum of uninitialized memory."""
+    name, _, momentum = optimizer.partition("-")
+    more = ("optimizer.momentum=0.9",) if momentum else ()
+    run = build.build(composed([*TINY, f"device={where}", "precision=fp16", f"optimizer={name}", *more]))
+    poison(run, num_before)
+    for _ in range(num_before):
+        run.step()
+    weights, before = [p.detach().clone() for p in run.parameters], copy.deepcopy(run.state_dict())
+    run.step()
+    assert all(torch.equal(p, kept) for p, kept in zip(run.parameters, weights, strict=True))
+    after = run.state_dict()
+    assert different(before["optimizer"]["state"], after["optimizer"]["state"]) == []
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    run.step()
+    assert all(p.isfinite().all() and not torch.equal(p, kept) for p, kept in zip(run.parameters, weights, strict=True))
 
 
 def test_no_checkpoint_holds_what_came_after_a_loss_that_is_not_finite(tmp_path):

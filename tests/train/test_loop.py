@@ -254,6 +254,51 @@ def test_evaluation_is_over_the_whole_set_in_evaluation_mode_and_leaves_no_trace
     assert len(split) == 700
 
 
+UNTRACKED = ("model=mlp", "norm=library", "norm.track_running_stats=false", "batch_size=64")
+
+
+def by_class(split):
+    """The same images, sorted by class, as files in folders are."""
+    order = split.labels.argsort(stable=True)
+    return Split(split.images[order], split.labels[order])
+
+
+def test_an_evaluation_by_batch_statistics_does_not_depend_on_the_order_of_the_images():
+    run, _ = built(*UNTRACKED, "data.valid=700")
+    for _ in range(60):
+        run.step()
+    split = run.dataset.valid
+    results = {name: run.evaluate(each) for name, each in (("as it is", split), ("by class", by_class(split)))}
+    accuracies = [accuracy for _, accuracy in results.values()]
+    # Other neighbours still move images at the edge between two classes: 3 of 700 here. In stored order, of which a
+    # chunk has half of the classes, it is 200.
+    assert min(accuracies) > 0.85 and max(accuracies) - min(accuracies) < 0.02
+    assert run.evaluate(split) == results["as it is"], "always the same order"
+
+
+@pytest.mark.parametrize("num_images, sizes", [(3, [3]), (512, [512]), (513, [257, 256]), (700, [350, 350])])
+def test_chunks_of_an_evaluation_by_batch_statistics_are_shuffled_and_of_equal_size(num_images, sizes):
+    run, _ = built(*UNTRACKED, f"data.valid={num_images}")
+    chunks = run.chunks(run.dataset.valid, run.model.eval())
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert torch.equal(torch.cat(chunks).sort().values, torch.arange(num_images))
+    loss, _ = run.evaluate(run.dataset.valid)
+    assert loss < 10, "no chunk is a single image, which a norm refuses"
+
+
+def test_other_evaluations_keep_the_stored_order_whose_sums_keep_their_bits():
+    for norm in ("none", "library", "group"):
+        run, _ = built("model=mlp", f"norm={norm}", "data.valid=700", "batch_size=64")
+        assert run.chunks(run.dataset.valid, run.model.eval()) == [slice(0, 512), slice(512, 1024)]
+
+
+def test_the_status_says_how_a_run_was_evaluated_by_batch_statistics(train):
+    folders = {norm: train(*UNTRACKED, f"norm={norm}", "steps=1") for norm in ("library", "scratch")}
+    for folder in folders.values():
+        assert read_status(folder)["evaluation"] == "batch statistics over shuffled chunks of at most 512 images"
+    assert "evaluation" not in read_status(train("model=mlp", "norm=library", "steps=1"))
+
+
 class Synchronizations(TorchDispatchMode):
     """Counts how often the host asks for a tensor's value."""
 
@@ -410,7 +455,7 @@ class Asks(NullProgress):
         self.ended = status
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_bit(number, tmp_path):
     base = ("steps=9", "data.limit=128", "log_every=2")
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -430,6 +475,29 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_
     drive(Loop(again, plan, Recorder(writer)), NullProgress())
     assert writer.lines == [line for line in lines if line["step"] > 5]
     assert different(state_of(whole), state_of(again)) == []
+
+
+def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run, plan = built("steps=4", "data.limit=128")
+        assert drive(Loop(run, plan, recorded_in(tmp_path)), Asks(2, signal.SIGHUP)) == "finished"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_progress_that_cannot_be_shown_leaves_a_checkpoint(tmp_path):
+    class Closed(NullProgress):
+        def update(self, run, metrics):
+            if run.num_steps == 3:
+                raise OSError(5, "Input/output error")
+
+    run, plan = built("steps=9", "data.limit=128")
+    with pytest.raises(OSError, match="Input/output"):
+        drive(Loop(run, plan, recorded_in(tmp_path)), Closed())
+    assert read_status(tmp_path)["status"] == "interrupted"
+    assert checkpoint.load(tmp_path, torch.device("cpu"))["num_steps"] == 3
 
 
 def test_asking_twice_breaks_off_at_once(tmp_path):
