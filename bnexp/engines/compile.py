@@ -65,9 +65,10 @@ def compiled(run: Run) -> Callable[[], None]:
             try:
                 return run.eager_step()
             except torch._dynamo.exc.TorchDynamoException as error:  # before any weight has moved
-                is_last = not is_whole or isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+                has_failed = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+                is_last = has_failed or not is_whole
                 what = "not compiled" if is_last else "compiled in pieces, not as one graph"
-                reason = str(error).strip().splitlines()[0]
+                reason = str(error.inner_exception if has_failed else error).strip().partition("\n")[0]
                 print(f"bnexp: warning: engine=compile: {what} ({reason})", file=sys.stderr)
                 run.batches.load_state_dict(batches)
                 for buffer, kept in buffers:
