@@ -5,8 +5,7 @@
 
 import sys
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from time import perf_counter
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bnexp.errors import UserError
+from bnexp.train.run import Run
 
 
 def check_warmup(warmup_steps: int) -> None:
@@ -81,47 +81,58 @@ class CudaGraphs:
         return graph.replay
 
 
-class Replayed(ABC):
+class Replayed:
     """Steps that are captured once for each batch size and replayed, bit for bit the uncaptured steps.
+
+    ``step(picked)`` takes the step of one run, or the common one of many at the same step, on the training images at
+    the indices ``picked`` (runs, B), with nothing from the host in it. It uses ``optimizer``, leaves gradients in the
+    tensors ``learned``, and changes the tensors ``moved`` beside the optimizer's.
 
     The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, at the
     second step, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers); all that
     they moved is put back. A short last batch has a graph of its own.
 
-    The number of the step (``at``) and where its batch begins in the epoch's order (``start``) are on the device, and
-    a captured step moves them on. ``setup_seconds`` counts the time of captures.
+    The number of the step (``at``), where its batch begins in the epoch's order (``start``), the orders and the
+    learning rates of all steps are on the device. The time of captures is added to the runs' ``setup_seconds``.
     """
 
     def __init__(
-        self, graphs: CudaGraphs, warmup_steps: int, device: torch.device, batch_size: int, optimizer: Optimizer
+        self,
+        runs: Sequence[Run],
+        step: Callable[[Tensor], Any],
+        optimizer: Optimizer,
+        learned: Sequence[Tensor],
+        moved: Sequence[Tensor],
+        graphs: CudaGraphs,
+        warmup_steps: int,
     ) -> None:
-        self.graphs, self.warmup_steps, self.device, self.optimizer = graphs, warmup_steps, device, optimizer
-        self.places = torch.arange(batch_size, device=device)
+        self.runs, self.step, self.optimizer, self.learned, self.moved = runs, step, optimizer, learned, moved
+        self.graphs, self.warmup_steps = graphs, warmup_steps
+        self.batches = [run.batches for run in runs]
+        self.generators = [batches.generator for batches in self.batches]
+        self.drawn = [batches.order for batches in self.batches]
+        self.orders = torch.stack(self.drawn)  # (runs, training images)
+        device = runs[0].device
+        self.places = torch.arange(self.batches[0].batch_size, device=device)
         self.start, self.at = Counter(device), Counter(device)
+        groups = [group for run in runs for group in run.optimizer.param_groups]
+        factors = [runs[0].schedule(k, runs[0].total_steps) for k in range(runs[0].total_steps)]
+        rates = [[group["base_lr"] * factor for group in groups] for factor in factors]
+        self.rates = torch.tensor(rates, dtype=torch.float64).to(device, torch.float32)  # (steps, groups)
+        self.set_rates = [group["lr"] for group in groups]
         self.replays: dict[int, tuple[Callable[[], None], list[tuple[Tensor, Tensor | None]], Any]] = {}
         self.has_stepped = self.has_failed = False
-        self.setup_seconds = 0.0
 
-    @abstractmethod
-    def device_step(self, size: int) -> Any:
-        """Take a step of ``size`` images with nothing from the host in it; this is what is captured."""
-
-    @abstractmethod
-    def generators(self) -> list[torch.Generator]:
-        """The generators that a step draws from."""
-
-    @abstractmethod
-    def learned(self) -> list[Tensor]:
-        """All tensors that have a gradient after a step."""
-
-    @abstractmethod
-    def moved(self) -> Iterable[Tensor]:
-        """All tensors that a step changes, except the generators' and those of :class:`Replayed` itself."""
-
-    def take(self, start: int, at: int, size: int) -> Any:
-        """Take step ``at``, whose batch begins at ``start``. The next step may overwrite the result."""
+    def take(self) -> Any:
+        """Take the next step of the runs; return what ``step`` does, which the next step may overwrite."""
+        ((start, end),) = {batches.advance() for batches in self.batches}  # one place, as the runs are at one step
+        for i, batches in enumerate(self.batches):
+            if self.drawn[i] is not batches.order:
+                self.orders[i].copy_(batches.order)
+                self.drawn[i] = batches.order
+        size = end - start
         self.start.put(start)
-        self.at.put(at)
+        self.at.put(self.runs[0].num_steps)
         if not self.has_stepped or (size not in self.replays and not self.capture(size)):
             result = self.device_step(size)
         else:
@@ -134,58 +145,58 @@ class Replayed(ABC):
         self.at.known += 1
         return result
 
-    def picked(self, size: int) -> Tensor:
-        """The places (size,) of the step's batch in the epoch's order."""
-        return self.start.tensor + self.places[:size]
-
-    def move_on(self, size: int) -> None:
-        """Move ``start`` and ``at`` on, at the end of a captured step."""
+    def device_step(self, size: int) -> Any:
+        """The step of ``size`` images as it is captured: it also sets the learning rates and counts itself."""
+        picked = self.orders.index_select(1, self.start.tensor + self.places[:size])
+        torch._foreach_copy_(self.set_rates, list(self.rates.index_select(0, self.at.tensor).squeeze(0).unbind()))
+        result = self.step(picked)
         self.start.tensor.add_(size)
         self.at.tensor.add_(1)
+        return result
 
     def capture(self, size: int) -> bool:
         """Capture a step of ``size`` images and leave everything as it was; False, told once, if that fails."""
         if self.has_failed:
             return False
         began = perf_counter()
-        asking = [group for group in self.optimizer.param_groups if "capturable" in group]
+        switched = [group for group in self.optimizer.param_groups if "capturable" in group]
         results: list[Any] = []
         try:
             for _ in range(self.warmup_steps):
                 with self.undone(), self.graphs.warming_up():
                     self.device_step(size)
-            for group in asking:
+            for group in switched:
                 group["capturable"] = True  # the kernel is the same
-            for p in self.learned():
+            for p in self.learned:
                 p.grad = None
             with self.undone():
-                replay = self.graphs.capture(lambda: results.append(self.device_step(size)), self.generators())
+                replay = self.graphs.capture(lambda: results.append(self.device_step(size)), self.generators)
         except RuntimeError as error:
             self.has_failed = True
             tell(f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
             return False
         finally:
-            for group in asking:
+            for group in switched:
                 group["capturable"] = False
-        self.replays[size] = replay, [(p, p.grad) for p in self.learned()], results[0]
-        self.setup_seconds += perf_counter() - began
+        self.replays[size] = replay, [(p, p.grad) for p in self.learned], results[0]
+        for run in self.runs:
+            run.setup_seconds += (perf_counter() - began) / len(self.runs)
         return True
 
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Put back all that a step in the block moves: weights, buffers, optimizer state, generators, counters."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        moved = [*self.moved(), *state, *rates, self.start.tensor, self.at.tensor]
-        moved = [tensor for tensor in moved if isinstance(tensor, Tensor)]
-        kept = [tensor.detach().clone() for tensor in moved]
-        drawn = [(generator, generator.get_state()) for generator in self.generators()]
+        moved = [*self.moved, *state, *self.set_rates, self.start.tensor, self.at.tensor]
+        kept = [(tensor, tensor.detach().clone()) for tensor in moved if isinstance(tensor, Tensor)]
+        drawn = [(generator, generator.get_state()) for generator in self.generators]
+        device = self.runs[0].device
         try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 yield
         finally:
             for generator, state in drawn:
                 generator.set_state(state)
             with torch.no_grad():
-                for tensor, value in zip(moved, kept, strict=True):
+                for tensor, value in kept:
                     tensor.copy_(value)

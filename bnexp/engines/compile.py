@@ -20,27 +20,22 @@ MOST_MODELS = 2**20  # whose shared code one process compiles; torch's own limit
 
 def require_compiler(device: torch.device) -> None:
     """Raise :class:`UserError` without the compiler that torch.compile calls: of C++ for a CPU, of C for a GPU."""
-    if device.type == "cuda":
-        language, variable, usual = "C", "CC", "gcc"
+    if device.type == "cuda":  # by Triton, which looks for it so
+        needed, variable, usual = "a C compiler", "CC", "gcc"
         is_there = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     else:
-        language, variable, usual = "C++", "CXX", "g++"
-        is_there = has_cpp_compiler()
+        from torch._inductor import cpp_builder, exc
+
+        needed, variable, usual = "a C++ compiler", "CXX", "g++"
+        try:
+            is_there = cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            is_there = None
     if not is_there:
         raise UserError(
-            f"engine=compile: torch.compile needs a {language} compiler and finds none here; install {usual}, name "
-            f"another by the environment variable {variable}, or use engine=eager"
+            f"engine=compile: torch.compile needs {needed} and finds none here; install {usual}, name another by the "
+            f"environment variable {variable}, or use engine=eager"
         )
-
-
-def has_cpp_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler, in the way that it searches itself."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        return bool(cpp_builder.get_cpp_compiler())
-    except exc.InvalidCxxCompiler:
-        return False
 
 
 @says(require_device=require_compiler)

@@ -4,7 +4,7 @@ A captured step gathers and augments the batch, runs forward and backward, sets 
 and the meter. The host counts steps, shuffles once an epoch and reads the meter. Evaluation has graphs of its own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -89,64 +89,42 @@ class StaticMeter(Meter):
         return super().state_dict()
 
 
-class Captured(Replayed):
+class Captured:
     """The steps of one run by replay, bit for bit the eager engine's on the same device."""
 
     def __init__(self, run: Run, graphs: CudaGraphs, warmup_steps: int) -> None:
-        super().__init__(graphs, warmup_steps, run.device, run.batches.batch_size, run.optimizer)
-        self.run = run
-        self.order = torch.empty_like(run.batches.order)
-        self.drawn: Tensor | None = None  # the order that was last copied to ``order``
-        self.rates: list[Tensor] = []
+        self.run, self.graphs, self.warmup_steps = run, graphs, warmup_steps
         self.meter = StaticMeter(run.device)
+        self.replayed: Replayed | None = None
         self.tallies: dict[int, tuple[Split, Callable[[], None], list[Tensor]]] = {}
 
     def step(self) -> None:
-        run = self.run
-        if run.meter is not self.meter:
-            self.take_hold()
-        start, end = run.batches.advance()
-        if self.drawn is not run.batches.order:
-            self.order.copy_(run.batches.order)
-            self.drawn = run.batches.order
-        self.take(start, run.num_steps, end - start)
-        self.meter.count(end - start)
-        run.setup_seconds, self.setup_seconds = run.setup_seconds + self.setup_seconds, 0.0
+        if self.replayed is None:
+            self.replayed = self.take_hold()
+        self.meter.count(self.replayed.take())
 
-    def take_hold(self) -> None:
+    def take_hold(self) -> Replayed:
         """Give the run the meter and the evaluation of captured steps. A run in a fold never does this."""
         run = self.run
         self.meter.load_state_dict(run.meter.state_dict())
         run.meter, run.tally = self.meter, self.tally
-        factors = [run.schedule(k, run.total_steps) for k in range(run.total_steps)]
-        for group in run.optimizer.param_groups:
-            rates = torch.tensor([group["base_lr"] * factor for factor in factors], device=run.device)
-            self.rates.append(rates.to(group["lr"].dtype))
+        own = [self.meter.next.tensor, *self.meter.buffers.values()]
+        moved = [*run.model.parameters(), *run.model.buffers(), *own]
+        return Replayed([run], self.device_step, run.optimizer, run.parameters, moved, self.graphs, self.warmup_steps)
 
-    def device_step(self, size: int) -> None:
+    def device_step(self, picked: Tensor) -> int:
+        """The step on the images at ``picked`` (1, B); returns B."""
         run = self.run
-        images, labels = run.batches.gather(self.order.index_select(0, self.picked(size)))
-        for group, rates in zip(run.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].copy_(rates.index_select(0, self.at.tensor).view(()))
+        images, labels = run.batches.gather(picked[0])
         loss, logits = run.loss(images, labels)
         found = run.descend(loss)
         self.meter.record(loss.detach(), logits.detach(), labels, found)
-        self.move_on(size)
-
-    def generators(self) -> list[torch.Generator]:
-        return [self.run.batches.generator]
-
-    def learned(self) -> list[Tensor]:
-        return self.run.parameters
-
-    def moved(self) -> Iterable[Tensor]:
-        model = self.run.model
-        return *model.parameters(), *model.buffers(), self.meter.next.tensor, *self.meter.buffers.values()
+        return len(labels)
 
     def tally(self, split: Split) -> tuple[Tensor, Tensor]:
         """:meth:`Run.tally_of` of the run's model in evaluation mode, by one graph for each split."""
         run = self.run
-        if self.has_failed:
+        if self.replayed.has_failed:
             return run.tally_of(split, run.model)
         if id(split) not in self.tallies:
             sums: list[Tensor] = []

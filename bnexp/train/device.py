@@ -29,20 +29,14 @@ def memory_explained(device: torch.device, what: str, batch_size: int) -> Iterat
 
 def explain_memory(error: Exception, device: torch.device, what: str, batch_size: int) -> Exception:
     """:class:`OutOfMemory` for a failed allocation by ``what``: how much was in use, what helps. Else ``error``."""
-    if not is_about_memory(error):
+    is_on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if not is_on_host and not isinstance(error, torch.OutOfMemoryError | MemoryError):
         return error
     text = f"{device} has no memory left for {what} with batch_size={batch_size}, at most {peak(device):.1f} GiB"
     text += " were in use; try a smaller batch_size, a smaller data.size or a smaller model"
     told = OutOfMemory(text + (", or precision=bf16" if device.type == "cuda" else ""))
     told.__cause__ = error
     return told
-
-
-def is_about_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def peak(device: torch.device) -> float:

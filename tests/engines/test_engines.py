@@ -86,8 +86,8 @@ def test_a_capture_leaves_everything_as_it_was(optimizer):
     steps = capture(run, warmup_steps=5)
     advance(run, 2)  # uncaptured, then captured and replayed
     before = state(run)
-    steps.replays.clear()
-    assert steps.capture(20) is True
+    steps.replayed.replays.clear()
+    assert steps.replayed.capture(20) is True
     assert different(before, state(run)) == []
     assert [int(m.num_batches_tracked) for m in run.model.modules() if hasattr(m, "num_batches_tracked")] == [2] * 4
 

@@ -151,20 +151,17 @@ def is_number(value: object) -> bool:
 
 
 def groups_of(entries: Mapping[Job, Entry], configs: Mapping[str, DictConfig]) -> list[Group]:
-    """The groups that lockstep drives: a fold for jobs that are computed as one, else one for each run."""
-    folded = together(list(entries), configs)
-    tell_alone(folded, configs)
-    folded = [jobs for jobs in folded if len(jobs) > 1]
-    group_of = {job: jobs for jobs in folded for job in jobs}
+    """The groups that lockstep drives: of runs that are computed as one, or of a single run."""
+    jobs_of_groups = together(list(entries), configs)
+    tell_alone(jobs_of_groups, configs)
     groups = []
-    for job, entry in entries.items():
-        jobs = group_of.get(job)
-        if jobs is None:
-            groups.append(Group([entry.loop]))
-        elif job == jobs[0]:
-            engine = parts.part(configs[job.name], "engine")
-            make_stack = partial(traits_of(engine.func).make_stack, **engine.keywords)
-            groups.append(Group([entries[each].loop for each in jobs], Fold(make_stack).step))
+    for jobs in jobs_of_groups:
+        loops = [entries[job].loop for job in jobs]
+        engine = parts.part(configs[jobs[0].name], "engine")
+        if len(jobs) == 1:
+            groups.append(Group(loops))
+        else:
+            groups.append(Group(loops, Fold(partial(traits_of(engine.func).make_stack, **engine.keywords)).step))
     return groups
 
 
