@@ -14,7 +14,7 @@ from bnexp.engines.base import says
 from bnexp.engines.capture import Counter, CudaGraphs, Replayed, check_warmup, tell, why_not
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
-from bnexp.train.meter import Measured, Meter
+from bnexp.train.meter import Meter
 from bnexp.train.run import Run
 
 
@@ -68,25 +68,13 @@ class StaticMeter(Meter):
         self.sizes.append(size)
         self.next.known += 1
         if self.next.known == len(self.buffers["losses"]):
-            self.take_over()
+            self.settle()
 
-    def take_over(self) -> None:
+    def settle(self) -> None:
         """Move the entries from the buffers to the lists, without waiting for the device."""
         for name, buffer in self.buffers.items():
             getattr(self, name).extend(buffer[: self.next.known].clone().unbind())
         self.next.put(0)
-
-    def read(self) -> Measured:
-        self.take_over()
-        return super().read()
-
-    def is_finite(self) -> bool:
-        self.take_over()
-        return super().is_finite()
-
-    def state_dict(self) -> dict:
-        self.take_over()
-        return super().state_dict()
 
 
 class Captured:

@@ -69,8 +69,6 @@ class Loop:
         self.quick: set[tuple[str, ...]] = {()}  # the looks that were seen to take less than LONG
         self.due: list[Probe] = []
         self.before: list[object] = []  # what each probe that is due saw before the step
-        if (evaluation := run.describe_evaluation()) is not None:
-            recorder.note(run, evaluation=evaluation)
 
     @property
     def is_running(self) -> bool:
@@ -230,7 +228,7 @@ def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
 
 
 def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
-    """What these probes see of the run, and the seconds that looking took."""
+    """The readings of ``probes``, and the seconds that they took."""
     began = perf_counter()
     with same_chance(run):
         readings = [reading for probe, seen in zip(probes, before, strict=True) for reading in probe.look(run, seen)]
@@ -238,7 +236,7 @@ def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Re
 
 
 def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:
-    """Loss and accuracy on the splits that are due and not empty."""
+    """Loss and accuracy on the validation split and those asked for, unless empty."""
     splits = {"valid": run.dataset.valid}
     if eval_train:
         splits["train_eval"] = run.dataset.train

@@ -1,4 +1,4 @@
-"""The rich door: what a person sees of a run while it goes on."""
+"""What a person sees of a run, or of a comparison, while it trains."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -72,7 +72,7 @@ class LiveProgress(NullProgress):
 
     def end(self, run: Run, status: str) -> None:
         self.bar.stop()
-        if self.in_sweep:  # whose own table comes at its end
+        if self.in_sweep:  # a sweep prints one table at its end
             self.console.print(f"{self.name}  {status}  {describe(run, self.latest)}", highlight=False)
             return
         self.console.print(f"{self.name}: {status} after {run.num_steps:,} steps, {run.seconds:.1f} s", highlight=False)
@@ -86,7 +86,7 @@ class LiveProgress(NullProgress):
 
 
 class LiveTable:
-    """A table that is drawn over and over on a terminal, and printed once per milestone elsewhere."""
+    """A table that is redrawn on a terminal; elsewhere it is printed as a line at every milestone."""
 
     def __init__(self, columns: Sequence[str], *, quiet: bool) -> None:
         self.columns = columns
@@ -105,7 +105,7 @@ class LiveTable:
         self.live.stop()
 
     def update(self, step: int, total: int, is_milestone: bool, rows: Callable[[], list[list[str]]]) -> None:
-        """Show ``rows()`` at ``step`` of ``total``, if it is time to."""
+        """Show ``rows()`` at ``step`` of ``total``: at a milestone and, on a terminal, every 0.2 s."""
         now = perf_counter()
         self.first_step = step if self.first_step is None else self.first_step
         if self.quiet or not (is_milestone or (self.is_drawn and now - self.shown_at > 0.2)):
@@ -139,7 +139,7 @@ def describe(run: Run, latest: dict[str, float]) -> str:
 
 
 def make_progress(name: str, *, quiet: bool, in_sweep: bool = False) -> NullProgress:
-    """The progress that suits where stdout goes."""
+    """The progress for stdout: a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
     console = Console()
     if quiet:
         return NullProgress()

@@ -53,10 +53,6 @@ class Recorder:
             self._update(run)  # the status must hold every reading before the checkpoint that comes after them
             self._save(run.state_dict())
 
-    def note(self, run: Run, **fields: object) -> None:
-        """Have ``fields`` in status.json from its next writing on."""
-        self._update(run, metrics={}, **fields)
-
     def remember(self, run: Run | None) -> None:
         """Keep a copy of the state of ``run`` for :meth:`save_remembered`; with None forget it."""
         is_wanted = run is not None and self.folder is not None and run.num_steps != self.saved
@@ -94,7 +90,8 @@ class Recorder:
     def _update(self, run: Run, **fields: object) -> None:
         if self.status is not None:
             where = {"step": run.num_steps, "epoch": run.epoch, "seconds": run.seconds}
-            self.status.update(**where, non_finite_gradients=run.num_bad_gradients, **fields)
+            how = {"evaluation": run.evaluation} if run.evaluation else {}
+            self.status.update(**where, **how, non_finite_gradients=run.num_bad_gradients, **fields)
 
 
 def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
