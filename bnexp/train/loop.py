@@ -104,7 +104,7 @@ class Loop:
 
     def conclude(self, seconds: float) -> dict[str, float]:
         """Look at the run after a step that took ``seconds``, write down what is due, and return those readings."""
-        run, plan, recorder = self.run, self.plan, self.recorder
+        run, plan = self.run, self.plan
         began = perf_counter()
         origin = began - seconds - run.seconds
         self.busy += seconds
@@ -112,25 +112,17 @@ class Loop:
         saves = is_last or plan.wants_checkpoint(step, began - self.saved_at)
         readings: list[Reading] = []
         if step % plan.log_every == 0 or is_last or (saves and not run.meter.is_finite()):
-            measured = run.meter.read()
-            self.busy += perf_counter() - began
-            run.num_bad_gradients += measured.num_bad
-            if (bad := first_non_finite(measured.losses)) is not None:
-                run.seconds = perf_counter() - origin
-                before = measured.losses[bad - 1] if bad else self.last_finite_loss
-                self.end("diverged", diverged_step=step - len(measured.losses) + bad + 1, last_finite_loss=before)
+            readings += self.read_meter(began, origin)
+            if not self.is_running:
                 return {}
-            self.last_finite_loss = measured.losses[-1]
-            readings += progress_of(run, measured, self.busy)
-            self.busy = 0.0
         if step % plan.eval_every == 0 or is_last:
             readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
         if self.due:
             readings += look(run, self.due, self.before)
         run.seconds = perf_counter() - origin
-        metrics = recorder.write(run, readings) if readings else {}
+        metrics = self.recorder.write(run, readings) if readings else {}
         if saves:
-            recorder.save(run)
+            self.recorder.save(run)
             self.saved_at = perf_counter()
         now = perf_counter()
         run.seconds = now - origin
@@ -139,6 +131,23 @@ class Loop:
         self.latest |= metrics
         self.is_between_steps = True
         return metrics
+
+    def read_meter(self, began: float, origin: float) -> list[Scalar]:
+        """The readings of the steps since the last reading; ends as diverged if one of their losses is not finite.
+
+        ``began`` is when this look began, ``origin`` when ``run.seconds`` was 0.
+        """
+        run = self.run
+        measured = run.meter.read()
+        busy, self.busy = self.busy + perf_counter() - began, 0.0
+        run.num_bad_gradients += measured.num_bad
+        if (bad := first_non_finite(measured.losses)) is not None:
+            run.seconds = perf_counter() - origin
+            before = measured.losses[bad - 1] if bad else self.last_finite_loss
+            first_bad_step = run.num_steps - len(measured.losses) + bad + 1
+            self.end("diverged", diverged_step=first_bad_step, last_finite_loss=before)
+        self.last_finite_loss = measured.losses[-1]
+        return progress_of(run, measured, busy)
 
     def end(self, status: str, **fields: object) -> None:
         """End with ``status``; ``fields`` go into status.json."""
