@@ -85,7 +85,7 @@ class Stack:
     def take(self) -> list[tuple[Tensor, ...]]:
         """Move all weights by a step; return each run's loss (), logits (B, classes), labels (B,) and whether its
         gradient was not finite (), as its meter takes them."""
-        images, labels = draw([run.batches for run in self.runs])
+        images, labels = draw_batches([run.batches for run in self.runs])
         for run in self.runs:
             set_learning_rate(run.optimizer, run.schedule(run.num_steps, run.total_steps))
         loss, logits, found = self.descend(images, labels)
@@ -196,7 +196,7 @@ def stacked(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-def draw(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
+def draw_batches(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
     """The next batch of every run: images (runs, B, ...) and labels (runs, B)."""
     places = [slice(*each.advance()) for each in batches]  # first, because this may begin an epoch with a new order
     return gather(batches, torch.stack([each.order[place] for each, place in zip(batches, places, strict=True)]))

@@ -118,7 +118,7 @@ class Loop:
         if step % plan.eval_every == 0 or is_last:
             readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
         if self.due:
-            readings += look(run, self.due, self.before)
+            readings += read_probes(run, self.due, self.before)
         run.seconds = perf_counter() - origin
         metrics = self.recorder.write(run, readings) if readings else {}
         if saves:
@@ -236,7 +236,7 @@ def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
     return readings
 
 
-def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
+def read_probes(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
     """The readings of ``probes``, and the seconds that they took."""
     began = perf_counter()
     with same_chance(run):

@@ -56,7 +56,7 @@ class Recorder:
     def remember(self, run: Run | None) -> None:
         """Keep a copy of the state of ``run`` for :meth:`save_remembered`; with None forget it."""
         is_wanted = run is not None and self.folder is not None and run.num_steps != self.saved
-        self.remembered = copied(run.state_dict()) if is_wanted else None
+        self.remembered = copied_to_host(run.state_dict()) if is_wanted else None
 
     def save_remembered(self) -> None:
         """Write a checkpoint of the remembered state, if there is one."""
@@ -103,10 +103,10 @@ def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
     return value if has_valid else -value
 
 
-def copied(state: object) -> object:
+def copied_to_host(state: object) -> object:
     """``state`` with every tensor in it copied to the host, which has room where a GPU may have none."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    return type(state)(map(copied, state)) if isinstance(state, list | tuple) else state
+        return {key: copied_to_host(value) for key, value in state.items()}
+    return type(state)(map(copied_to_host, state)) if isinstance(state, list | tuple) else state

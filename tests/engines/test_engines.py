@@ -180,6 +180,13 @@ def test_on_a_gpu_replayed_steps_are_the_eager_ones_bit_for_bit(overrides):
     assert eager.evaluate(eager.dataset.valid) == replayed.evaluate(replayed.dataset.valid)
 
 
+def test_any_function_is_an_engine_that_runs_anywhere_and_is_not_folded():
+    said = traits_of(lambda run: run.eager_step)
+    assert said.make_stack is None
+    for device in ("cpu", "cuda"):
+        said.require_device(torch.device(device))
+
+
 # ---------------------------------------------------------------- compiled
 
 
@@ -227,8 +234,8 @@ def test_the_tenth_model_of_a_process_is_compiled_like_the_first(overrides, caps
 def test_without_a_compiler_a_run_that_asks_for_one_is_refused_before_any_work(bnexp, capsys, monkeypatch):
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
-    assert bnexp("train", "engine=compile", "device=cpu", "model=mlp", "out=run") == 2
+    with inductor.patch("cpp.cxx", (None, "no-such-compiler")):
+        assert bnexp("train", "engine=compile", "device=cpu", "model=mlp", "out=run") == 2
     told = "engine=compile: torch.compile needs a C++ compiler and finds none here; install g++"
     assert told in capsys.readouterr().err and not Path("run").exists()
     monkeypatch.setenv("PATH", "")

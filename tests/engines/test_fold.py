@@ -167,7 +167,7 @@ def test_a_folded_step_never_asks_the_device_for_a_value(norm, optimizer):
 def test_drawing_together_gives_the_batches_that_each_would_draw(augment):
     one, two = (members(*MLP, f"data.augment={augment}") for _ in range(2))
     for _ in range(4):  # into the second epoch
-        images, labels = fold.draw([run.batches for run in one])
+        images, labels = fold.draw_batches([run.batches for run in one])
         for i, run in enumerate(two):
             for got, expected in zip((images[i], labels[i]), run.batches.next(), strict=True):
                 assert torch.equal(got, expected)

@@ -103,7 +103,7 @@ def test_a_long_evaluation_is_broken_off_and_the_checkpoint_is_of_the_step_befor
 
 def test_a_run_that_is_evaluated_quickly_is_not_copied_beforehand(bnexp, monkeypatch):
     copied = []
-    monkeypatch.setattr(recorder, "copied", lambda state: copied.append(state["num_steps"]))
+    monkeypatch.setattr(recorder, "copied_to_host", lambda state: copied.append(state["num_steps"]))
     monkeypatch.setattr("bnexp.train.loop.LONG", 0.0)
     command = (*[word for word in RUN if not word.startswith("probe")], "eval_every=2", "checkpoint_every=100")
     assert bnexp(*command, "out=slow") == 0
