@@ -1,28 +1,38 @@
-"""What goes wrong by the user's hand, told apart from what goes wrong by ours."""
+"""Errors that the person at the keyboard can act on, and suggestions for their texts."""
+
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend: what was given, why it cannot be, what to do.
+    """Bad input. The message says what was given, why it cannot be, and what to do.
 
-    The command line prints the message without a traceback and exits with code 2.
+    The command line prints the message without a traceback and exits with ``exit_code``.
     """
 
     exit_code = 2
 
 
 class StorageError(UserError):
-    """A run that had started could not be written down any more, because the disk is full, say."""
+    """A run that had started could not be written any more, because the disk is full for example."""
 
     exit_code = 1
 
 
 class RunFailed(UserError):
-    """A run that had started ended by an error that is nobody's input; its ``status.json`` holds the traceback."""
+    """A run that had started ended with an error that is not about its input. ``status.json`` holds the traceback."""
 
     exit_code = 1
 
 
 class OutOfMemory(UserError):
-    """The device, or the machine, had no memory left for what a run needs."""
+    """The device or the machine has no memory left for a run."""
 
     exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """`` (did you mean X?)`` if a known word looks like ``word``, else nothing; ``spell`` says how X is written."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {spell(found[0])}?)" if found else ""

@@ -1,8 +1,7 @@
-"""How weights move: parameter groups for any ``torch.optim`` class, and learning-rate schedules.
+"""Optimizers from ``torch.optim`` over two parameter groups, and learning-rate schedules.
 
-A schedule is a function of the step that returns the factor by which the learning rate is multiplied:
-``schedule(step, total_steps) -> factor`` with step counted from 0. It keeps no state, so a run that goes on
-from a checkpoint needs nothing but its step.
+A schedule is a function ``schedule(step, total_steps) -> factor`` that returns what the learning rate is multiplied
+by at ``step``, counted from 0. It keeps no state, so a run that goes on from a checkpoint needs nothing but its step.
 """
 
 import inspect
@@ -19,10 +18,10 @@ from bnexp.errors import UserError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float) -> list[dict]:
-    """Two groups: weights (two or more dimensions), and norm parameters and biases (one dimension).
+    """Weights (two or more dimensions) in one group, norm parameters and biases (one dimension) in the other.
 
-    Decaying the scale of a normalization or a bias regularizes nothing that the next layer cannot undo,
-    which is why the second group has a decay of its own, zero unless asked for.
+    The next layer can undo the decay of a norm's scale or of a bias, so it regularizes nothing. The second group
+    therefore has a decay of its own, 0 by default.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -38,56 +37,65 @@ def make_optimizer(
     weight_decay: float = 0.0,
     norm_weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Build ``optimizer`` over the model's groups and remember every group's base learning rate."""
+    """``optimizer`` over the model's two groups, each of which keeps its learning rate as ``base_lr``.
+
+    :class:`UserError` for options that torch refuses, and for numbers that torch takes but no training can use.
+    """
     for name, decay in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
         if decay < 0:
-            raise UserError(f"optimizer.{name}={decay}: a decay cannot be negative")
+            raise UserError(f"optimizer.{name}={decay}: a decay cannot be negative; give 0 or more")
     try:
         built = optimizer(parameter_groups(model, weight_decay, norm_weight_decay))
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"the optimizer refuses its options: {error}") from error
+    momentum, eps = built.defaults.get("momentum", 0.0), built.defaults.get("eps", 1.0)
+    if momentum > 1:
+        raise UserError(f"optimizer.momentum={momentum}: above 1 the steps grow without end; give 0 to 1")
+    if isinstance(eps, float | int) and eps < torch.finfo(torch.float32).tiny:
+        raise UserError(f"optimizer.eps={eps}: a gradient of 0 is divided by it; give a number above 0, such as 1e-8")
     for group in built.param_groups:
         group["base_lr"] = group["lr"]
     return built
 
 
-MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")  # by torch, as not to be compiled
+# Methods of Optimizer that torch wraps so as not to be compiled, and whose wrappers import the compiler.
+NOT_COMPILED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 @cache
 def without_compiler(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    """An optimizer class of torch that gets made and used without importing torch's compiler, which takes a second.
+    """A subclass of the torch optimizer ``kind`` that does not import torch's compiler, which takes a second.
 
-    These methods import it to say that they are not to be compiled. While nobody else has imported it nothing is being
-    compiled, and what they wrap does the same to the bit. A class that torch did not make like that is returned as is.
+    Its methods skip torch's wrappers as long as nothing else has imported the compiler, which gives the same bits.
+    ``kind`` itself is returned if torch has not wrapped its methods in that way.
     """
     step = getattr(kind, "step", None)
     if step is None or not kind.__module__.startswith("torch.optim."):
         return kind
     step = inspect.unwrap(step, stop=lambda f: not hasattr(f, "hooked"))  # the subclass gets hooks of its own
-    methods = {name: getattr(kind, name) for name in MARKED} | {"step": step}
+    methods = {name: getattr(kind, name) for name in NOT_COMPILED} | {"step": step}
     if step.__code__.co_name != "_use_grad" or not all(hasattr(each, "__wrapped__") for each in methods.values()):
         return kind
-    return type(kind.__name__, (kind,), {name: _quick(name, method) for name, method in methods.items()})
+    return type(kind.__name__, (kind,), {name: _skip_wrapper(name, method) for name, method in methods.items()})
 
 
-def _quick(name: str, method: Callable) -> Callable:
-    """``method`` of an optimizer if the compiler is there, else what it wraps."""
+def _skip_wrapper(name: str, method: Callable) -> Callable:
+    """``method`` of an optimizer once torch's compiler is imported, until then the function that it wraps."""
 
     @wraps(method)
-    def quick(self: Optimizer, *args, **kwargs):
+    def call(self: Optimizer, *args, **kwargs):
         if "torch._dynamo" in sys.modules:
             return method(self, *args, **kwargs)
         with torch.set_grad_enabled(self.defaults["differentiable"] if name == "step" else torch.is_grad_enabled()):
             return method.__wrapped__(self, *args, **kwargs)
 
-    return quick
+    return call
 
 
-def keep_rates_on(optimizer: Optimizer, device: torch.device) -> None:
-    """Have learning rates as float32 tensors () on ``device`` where the optimizer's kernel reads them there (fused).
+def place_learning_rates(optimizer: Optimizer, device: torch.device) -> None:
+    """Replace the learning rates of a fused optimizer by float32 tensors () on ``device``, where its kernel reads them.
 
-    So that a captured step can change them; an eager one on the same device then rounds them alike.
+    A captured step can then change them, and an eager one on the same device rounds them alike.
     """
     for group in optimizer.param_groups:
         if group.get("fused"):
@@ -95,7 +103,7 @@ def keep_rates_on(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
-    """Every group gets its base learning rate times ``factor``."""
+    """Set the learning rate of every group to ``factor`` times its ``base_lr``."""
     for group in optimizer.param_groups:
         rate = group["base_lr"] * factor
         if isinstance(group["lr"], torch.Tensor):
@@ -104,8 +112,16 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
             group["lr"] = rate
 
 
+def _not_negative(**options: float) -> None:
+    """Raise :class:`UserError` if an option of a schedule is below 0."""
+    for name, value in options.items():
+        if value < 0:
+            raise UserError(f"schedule.{name}={value}: cannot be negative; give 0 or more")
+
+
 def _warmup(step: int, warmup_steps: int) -> float:
     """Linear from 1 / warmup_steps to 1 over the first ``warmup_steps`` steps, then 1."""
+    _not_negative(warmup_steps=warmup_steps)
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
@@ -116,8 +132,10 @@ def constant(step: int, total_steps: int, *, warmup_steps: int = 0) -> float:
 
 def cosine(step: int, total_steps: int, *, warmup_steps: int = 0, final: float = 0.0) -> float:
     """Half a cosine from 1 to ``final`` (Loshchilov & Hutter 2017, arXiv:1608.03983), after a linear warm-up."""
+    _not_negative(final=final)
+    warm = _warmup(step, warmup_steps)
     if step < warmup_steps:
-        return _warmup(step, warmup_steps)
+        return warm
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return final + (1 - final) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
@@ -130,7 +148,10 @@ def step(
     milestones: Sequence[float] = (0.5, 0.75),
     gamma: float = 0.1,
 ) -> float:
-    """Times ``gamma`` at every milestone, given as a fraction of the whole run, after a linear warm-up."""
+    """1 times ``gamma`` at every milestone, a fraction of the whole run, after a linear warm-up."""
+    _not_negative(gamma=gamma)
+    if not all(0 <= milestone <= 1 for milestone in milestones):
+        raise UserError(f"schedule.milestones={list(milestones)}: fractions of the run; give numbers from 0 to 1")
     passed = sum(step >= milestone * total_steps for milestone in milestones)
     return _warmup(step, warmup_steps) * gamma**passed
 
@@ -147,6 +168,7 @@ def onecycle(
 
     The rise takes ``warmup_steps``, or 30% of the run when None.
     """
+    _not_negative(warmup_steps=warmup_steps or 0, start=start, final=final)
     rise = warmup_steps if warmup_steps is not None else max(1, round(0.3 * total_steps))
     if step < rise:
         return start + (1 - start) * (1 - math.cos(math.pi * step / rise)) / 2

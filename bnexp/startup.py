@@ -1,9 +1,10 @@
-"""How a process of ours waits for its threads and keeps its memory: said before torch is imported, the user first.
+"""What a process sets before torch is imported: OpenMP, the allocator, the output. Values that the user set win.
 
-Neither changes a bit of what is computed.
+None of it changes a bit of what is computed.
 """
 
 import gc
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -25,26 +26,37 @@ def settle() -> None:
     keep_memory()
 
 
-def keep_memory() -> None:
-    """Have the allocator keep what is freed, as torch does on a GPU, for every step asks for the same again.
+def replace_unprintable() -> None:
+    """Have characters that the terminal's encoding lacks printed as ``?``: no run may fail because of them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
-    Given back to the system, memory comes as new pages, and a page's first touch takes microseconds: in a LeNet with
-    the textbook batch norm, whose tensors are many, a third of the step. Elsewhere than with glibc, do nothing.
+
+def keep_memory() -> None:
+    """Have the allocator keep freed memory, as torch does on a GPU, because every step needs the same again.
+
+    Memory that was given back to the system returns as new pages, and the first touch of a page takes microseconds:
+    in a LeNet with the textbook batch norm, whose tensors are many, a third of the step. Elsewhere than with glibc
+    this does nothing.
     """
-    import ctypes  # which --help would feel
+    import ctypes  # here, because it would slow --help
 
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
-    mallopt(M_MMAP_THRESHOLD, KEPT)
+    if not mallopt(M_MMAP_THRESHOLD, KEPT):
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older versions of glibc accept
     mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Around what imports torch: its million objects all stay, and looking for garbage among them, then and at the
-    end of the process, takes a quarter of the time that the import takes."""
+    """Import torch inside without garbage collection.
+
+    torch makes a million objects that all stay. Collecting among them, then and at the end of the process, takes a
+    quarter of the time that the import takes.
+    """
     is_first = "torch" not in sys.modules and gc.isenabled()
     if is_first:
         gc.disable()

@@ -61,3 +61,20 @@ def test_what_the_user_has_set_is_left(monkeypatch):
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     startup.settle()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ.pop("THP_MEM_ALLOC_ENABLE")) == ("ACTIVE", "1")
+
+
+@pytest.mark.parametrize("limit, threshold", [(2**31, 2**30), (2**25, 2**25)])
+def test_a_glibc_that_limits_the_threshold_gets_the_most_that_it_accepts(monkeypatch, limit, threshold):
+    """Older versions refuse more than 32 MB, and would then return every larger tensor to the system."""
+    accepted = {}
+
+    class Library:
+        def mallopt(self, option, value):
+            is_accepted = option != startup.M_MMAP_THRESHOLD or value <= limit
+            if is_accepted:
+                accepted[option] = value
+            return int(is_accepted)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    startup.keep_memory()
+    assert accepted == {startup.M_MMAP_THRESHOLD: threshold, startup.M_TRIM_THRESHOLD: startup.KEPT}

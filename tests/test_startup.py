@@ -24,12 +24,12 @@ HEAVY = {"IPython", "PIL", "joblib", "matplotlib", "pandas", "scipy", "sklearn",
          "torch._dynamo", "torch._inductor", "torchvision"}  # fmt: skip
 FIRST_STEP = """
 import gc, json, os, sys, time
-from bnexp import cli, commands
-from bnexp.process import quick_imports
+from bnexp.cli import main, train
+from bnexp.startup import quick_imports
 
 def patched(cfg, overrides):
     with quick_imports():
-        from bnexp.run import Run
+        from bnexp.train.run import Run
     step = Run.step
     def stepped(run):
         step(run)
@@ -37,10 +37,10 @@ def patched(cfg, overrides):
         print(json.dumps([sorted(sys.modules), gc.isenabled(), gc.get_freeze_count(), seconds]), flush=True)
         os._exit(0)
     Run.step = stepped
-    train_one(cfg, overrides)
+    return train_one(cfg, overrides)
 
-train_one, commands.train_one = commands.train_one, patched
-cli.main(["train", *sys.argv[1:]])
+train_one, train.train_one = train.train_one, patched
+main.main(["train", *sys.argv[1:]])
 """
 
 

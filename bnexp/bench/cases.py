@@ -1,15 +1,15 @@
-"""What is timed: the inputs that norms see in networks, how often each occurs, and inputs made to break kernels."""
+"""The inputs that norms are measured on: those of known networks, and those that break kernels."""
 
 from math import prod
 from typing import NamedTuple
 
-SITES = {"BN+ReLU": False, "BN+add+ReLU": True}  # and whether a residual is added
+SITES = {"BN+ReLU": False, "BN+add+ReLU": True}  # name: whether a residual is added
 PHASES = ("forward", "backward", "both")
-REFERENCE = "elementwise"  # kernels that move the same bytes
+REFERENCE = "elementwise"  # the kernels that move the same bytes
 
 
 class Case(NamedTuple):
-    """An input's shape and how many norms of the network see it; ``gaps`` leaves every other column unused."""
+    """An input's shape and the number of norms that see it; ``gaps`` leaves every other column unused."""
 
     shape: tuple[int, ...]
     count: int = 1
@@ -23,33 +23,33 @@ class Case(NamedTuple):
         return "x".join(map(str, self.shape)) + (" with gaps" if self.gaps else "")
 
 
-def images(batch: int, *layers: tuple[int, int, int]) -> tuple[Case, ...]:
-    """Square feature maps of one network: (channels, size, count) of every kind of layer."""
+def image_cases(batch: int, *layers: tuple[int, int, int]) -> tuple[Case, ...]:
+    """One case per (channels, size, count): a feature map of size x size and the number of layers that have it."""
     return tuple(Case((batch, channels, size, size), count) for channels, size, count in layers)
 
 
 SETS: dict[str, tuple[Case, ...]] = {
-    # A taste of every network below that two cores can time in half a minute.
+    # Some shapes of the networks below. Two cores time them in half a minute.
     "quick": (
         Case((256, 120)),
-        *images(64, (6, 24, 1), (64, 16, 1)),
-        *images(32, (96, 14, 1)),
+        *image_cases(64, (6, 24, 1), (64, 16, 1)),
+        *image_cases(32, (96, 14, 1)),
     ),
-    "lenet": (*images(256, (6, 24, 1), (16, 8, 1)), Case((256, 120)), Case((256, 84))),
+    "lenet": (*image_cases(256, (6, 24, 1), (16, 8, 1)), Case((256, 120)), Case((256, 84))),
     "mlp": (Case((8192, 1024)),),
-    # On CIFAR-10's 32x32 and on images of 96x96.
+    # On images of 32x32 (CIFAR-10) and of 96x96.
     "resnet18": (
-        *images(256, (64, 32, 5), (128, 16, 5), (256, 8, 5), (512, 4, 5)),
-        *images(256, (64, 48, 1), (64, 24, 4), (128, 12, 5), (256, 6, 5), (512, 3, 5)),
+        *image_cases(256, (64, 32, 5), (128, 16, 5), (256, 8, 5), (512, 4, 5)),
+        *image_cases(256, (64, 48, 1), (64, 24, 4), (128, 12, 5), (256, 6, 5), (512, 3, 5)),
     ),
-    # On 224x224; downsampling shortcuts included.
-    "resnet50": images(
+    # On images of 224x224, with the norms of the downsampling shortcuts.
+    "resnet50": image_cases(
         128,
         (64, 112, 1), (64, 56, 6), (256, 56, 4), (128, 28, 7), (512, 28, 5),
         (256, 14, 11), (1024, 14, 7), (512, 7, 5), (2048, 7, 4),
     ),  # fmt: skip
-    # Widths that are no powers of two, of the tutorials' DenseNet on 96x96.
-    "densenet": images(256, (96, 24, 1), (160, 12, 1), (224, 6, 1)),
+    # A DenseNet on images of 96x96: widths that are not powers of two.
+    "densenet": image_cases(256, (96, 24, 1), (160, 12, 1), (224, 6, 1)),
     "adversarial": (
         Case((2, 1)),
         Case((2, 3, 1, 1)),

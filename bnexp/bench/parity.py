@@ -1,4 +1,4 @@
-"""Is an implementation of BN+ReLU what float64 says it is: output, every gradient, running statistics, counter?"""
+"""Does an implementation of BN+ReLU agree with float64: output, every gradient, running statistics, counter?"""
 
 import math
 from collections.abc import Callable
@@ -9,21 +9,24 @@ from torch import Tensor, nn
 
 from bnexp.bench.cases import Case
 
-CHUNK = 2**22  # values that are compared with float64 at a time
+CHUNK = 2**22  # number of values that are compared with float64 at a time
 
-# Statistics are float32 whatever the input is: blocked sums are good to 5e-6, of what is added up. A channel lies up to
-# 100 deviations from zero, where a mean rounded to float32 is off by 100 roundings, MEAN times which are allowed in
-# what depends on it; the variance does not, unless it is E[x^2] - E[x]^2, which loses up to 10,000 roundings, 6e-4.
-# What is stored in half precision adds its own: one after the norm, one after the addition, twice that allowed.
-EXACT = 2e-5
-MEAN = 16
-ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
+# Statistics are float32 whatever the input's type is. Blocked sums have a relative error of 5e-6 of their terms, and
+# TOLERANCE allows four times that. Channels have means of up to 100 standard deviations. Such a mean, rounded to
+# float32, is off by 100 unit roundoffs of a standard deviation; results that depend on it may be off by MEAN_ROUNDOFFS
+# times as much. The variance does not depend on it, unless it is computed as E[x^2] - E[x]^2, which loses up to
+# 10,000 roundoffs, 6e-4, and fails. Tensors stored in half precision are rounded after the norm and after the
+# addition; four roundoffs are allowed, twice as many.
+TOLERANCE = 2e-5
+MEAN_ROUNDOFFS = 16
+ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 STORED = ("output", "output in evaluation", "gradient of x", "gradient of residual")
-CAUSES = ("running_mean", "running_var", "num_batches_tracked", *STORED)  # before what follows from them
+# In the order of the computation, so that the first failure is the cause of those after it.
+ORDER = ("running_mean", "running_var", "num_batches_tracked", *STORED, "gradient of weight", "gradient of bias")
 
 
 class Inputs(NamedTuple):
-    """``x``, ``residual`` and the gradient ``dy``, and two places of their size for the elementwise kernels."""
+    """``x``, ``residual`` and the output's gradient ``dy``, all of one shape; ``spare`` for the elementwise kernels."""
 
     x: Tensor
     residual: Tensor
@@ -32,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 class State(NamedTuple):
-    """Parameters and running statistics of a norm before the step, each (C,) in float32."""
+    """Parameters and running statistics of a norm before the step, each (C,) and float32."""
 
     weight: Tensor
     bias: Tensor
@@ -41,14 +44,17 @@ class State(NamedTuple):
 
 
 def make_inputs(case: Case, dtype: torch.dtype, nhwc: bool, device: torch.device) -> tuple[Inputs, State]:
-    """Channels of unlike deviation, down to where eps matters, and mean, up to 100 deviations; random parameters."""
+    """Random inputs and parameters of one case, always the same.
+
+    The standard deviations of the channels go down to 0.003, where eps matters; their means go up to 100 deviations.
+    """
     draw = torch.Generator(device).manual_seed(0)
     num_channels = case.shape[1]
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device=device)
 
-    def laid_out(t: Tensor) -> Tensor:
+    def in_layout(t: Tensor) -> Tensor:
         t = t.to(dtype)
         if case.gaps:
             wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
@@ -58,17 +64,17 @@ def make_inputs(case: Case, dtype: torch.dtype, nhwc: bool, device: torch.device
         return t.contiguous(memory_format=formats[t.dim()]) if nhwc and t.dim() in formats else t
 
     channel = torch.arange(num_channels, device=device)
-    spread = torch.tensor([0.01, 3.0, 0.003], device=device)[channel % 3]
-    centre = torch.tensor([1.0, 0.0, 100.0, -1.0], device=device)[channel % 4] * spread
-    state = State(1 + 0.3 * normal(num_channels), 0.3 * normal(num_channels), 0.2 * spread, 0.1 * spread**2)
+    deviation = torch.tensor([0.01, 3.0, 0.003], device=device)[channel % 3]
+    centre = torch.tensor([1.0, 0.0, 100.0, -1.0], device=device)[channel % 4] * deviation
+    state = State(1 + 0.3 * normal(num_channels), 0.3 * normal(num_channels), 0.2 * deviation, 0.1 * deviation**2)
     view = [1, -1] + [1] * (len(case.shape) - 2)
-    x = normal(*case.shape).mul_(spread.view(view)).add_(centre.view(view))
-    tensors = [laid_out(t).requires_grad_() for t in (x, normal(*case.shape))]
-    return Inputs(*tensors, laid_out(normal(*case.shape).add_(0.5))), state
+    x = normal(*case.shape).mul_(deviation.view(view)).add_(centre.view(view))
+    tensors = [in_layout(t).requires_grad_() for t in (x, normal(*case.shape))]
+    return Inputs(*tensors, in_layout(normal(*case.shape).add_(0.5))), state
 
 
-def copied(inputs: Inputs) -> Inputs:
-    """The same numbers, laid out the same, elsewhere in memory, and room for the elementwise kernels' output."""
+def copy_inputs(inputs: Inputs) -> Inputs:
+    """A copy with the same values and strides, and two spare tensors for the elementwise kernels to write to."""
 
     def copy(t: Tensor) -> Tensor:
         other = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
@@ -78,25 +84,25 @@ def copied(inputs: Inputs) -> Inputs:
     return Inputs(*tensors, spare=tuple(torch.zeros_like(inputs.x.detach()) for _ in range(2)))
 
 
-def load(module: nn.Module, state: State) -> None:
-    """Put a norm where the step begins, three batches seen."""
+def set_state(module: nn.Module, state: State) -> None:
+    """Give a norm the state before the step, after three batches."""
     with torch.no_grad():
         for name, value in state._asdict().items():
             getattr(module, name).copy_(value)
         module.num_batches_tracked.fill_(3)
 
 
-def oracle(
+def float64_results(
     x: Tensor, residual: Tensor | None, dy: Tensor, is_positive: Tensor, state: State, momentum: float, eps: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What BN+ReLU gives, in float64, and the size of the terms that every value is the sum of.
+    """Every result of BN+ReLU in float64, with the magnitude of the terms that each value is the sum of.
 
     With xhat = (x - mean) / sqrt(var + eps) and the gradient dz = dy where y > 0, over M values per channel::
 
         y  = max(0, weight xhat + bias + residual)       dbias = sum dz       dweight = sum dz xhat
         dx = weight / sqrt(var + eps) (dz - dbias / M - xhat dweight / M)
 
-    The mask y > 0 is the implementation's own: at zero, one rounding decides it, and y itself is compared.
+    ``is_positive`` is the implementation's mask y > 0: near zero, rounding decides it, and y is compared anyway.
     """
     dims = [0, *range(2, x.dim())]
     x, dy = x.double(), dy.double()
@@ -107,10 +113,10 @@ def oracle(
     var = (x - mean).square().mean(dims, keepdim=True)
     rstd = (var + eps).rsqrt()
     xhat = (x - mean) * rstd
-    lost = MEAN * ROUNDING[torch.float32] / EXACT * mean.abs() * rstd  # of xhat, by rounding the mean
-    moved = running_mean.abs()
-    if m:  # an empty batch is counted but says nothing
-        moved = (1 - momentum) * moved + momentum * mean.abs()
+    lost = MEAN_ROUNDOFFS * ROUNDOFF[torch.float32] / TOLERANCE * mean.abs() * rstd  # of xhat, by rounding the mean
+    mean_terms = running_mean.abs()
+    if m:  # an empty batch is counted, but changes no statistics
+        mean_terms = (1 - momentum) * mean_terms + momentum * mean.abs()
         running_mean = (1 - momentum) * running_mean + momentum * mean
         running_var = (1 - momentum) * running_var + momentum * var * m / (m - 1)
     dz = dy * is_positive
@@ -118,7 +124,7 @@ def oracle(
     size = dz.square().mean(dims, keepdim=True).sqrt()
     xhat_in_eval = (x - running_mean) * (running_var + eps).rsqrt()
     terms = bias.abs() + residual.abs()
-    wanted = {
+    results = {
         "output": ((weight * xhat + bias + residual).relu(), weight.abs() * (1 + xhat.abs() + lost) + terms),
         "output in evaluation": (
             (weight * xhat_in_eval + bias + residual).relu(),
@@ -134,19 +140,19 @@ def oracle(
             dweight.abs() + (dz * xhat).square().sum(dims, keepdim=True).sqrt() + lost * m * size,
         ),
         "gradient of bias": (dbias, dbias.abs() + size * m**0.5),
-        "running_mean": (running_mean, moved),
+        "running_mean": (running_mean, mean_terms),
         "running_var": (running_var, running_var),
     }
-    return {name: pair if name in STORED else (pair[0].flatten(), pair[1].flatten()) for name, pair in wanted.items()}
+    return {name: pair if name in STORED else (pair[0].flatten(), pair[1].flatten()) for name, pair in results.items()}
 
 
-def run_once(call: Callable[..., Tensor], module: nn.Module, inputs: Inputs, add: bool) -> dict[str, Tensor | None]:
-    """What the implementation gives in one training step and one evaluation after it, by the oracle's names."""
+def results_of(call: Callable[..., Tensor], module: nn.Module, inputs: Inputs, add: bool) -> dict[str, Tensor | None]:
+    """The results of one training step and one evaluation after it, by the names of :func:`float64_results`."""
     residual = inputs.residual if add else None
     y = call(inputs.x, residual)
-    wanted = {"x": inputs.x, "weight": module.weight, "bias": module.bias} | ({"residual": residual} if add else {})
-    gradients = torch.autograd.grad(y, list(wanted.values()), inputs.dy, allow_unused=True)
-    got = {f"gradient of {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    leaves = {"x": inputs.x, "weight": module.weight, "bias": module.bias} | ({"residual": residual} if add else {})
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy, allow_unused=True)
+    got = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     got |= {name: getattr(module, name).clone() for name in ("running_mean", "running_var", "num_batches_tracked")}
     module.eval()
     with torch.no_grad():
@@ -155,42 +161,45 @@ def run_once(call: Callable[..., Tensor], module: nn.Module, inputs: Inputs, add
     return got
 
 
-def parity(
+def differences_from_float64(
     call: Callable[..., Tensor], module: nn.Module, inputs: Inputs, state: State, *, add: bool
 ) -> dict[str, float]:
-    """How far every result is from float64, relative to its terms: name -> largest difference."""
-    load(module, state)
-    got = run_once(call, module, inputs, add)
+    """The largest difference of every result from float64, relative to its terms, by name.
+
+    It is infinite for a result of the wrong shape or type, and 0 for a right counter.
+    """
+    set_state(module, state)
+    got = results_of(call, module, inputs, add)
     counted = got.pop("num_batches_tracked")
     off = {"num_batches_tracked": abs(float(counted) - 4)}
     for name, result in got.items():
-        is_like_x = result is not None and result.shape == inputs.x.shape and result.dtype == inputs.x.dtype
-        is_like_c = result is not None and result.shape == state.weight.shape and result.dtype == state.weight.dtype
-        off[name] = 0.0 if (is_like_x if name in STORED else is_like_c) else math.inf
+        like = inputs.x if name in STORED else state.weight
+        is_alike = result is not None and (result.shape, result.dtype) == (like.shape, like.dtype)
+        off[name] = 0.0 if is_alike else math.inf
     if off["output"]:
         return off
     num_channels = inputs.x.shape[1]
-    width = max(1, CHUNK * num_channels // max(1, inputs.x.numel()))
-    for begin in range(0, num_channels, width):
-        part = slice(begin, begin + width)
+    piece = max(1, CHUNK * num_channels // max(1, inputs.x.numel()))  # channels that are compared at a time
+    for begin in range(0, num_channels, piece):
+        part = slice(begin, begin + piece)
         x, residual, dy = (t.detach()[:, part] for t in inputs[:3])
-        wanted = oracle(
+        expected = float64_results(
             x, residual if add else None, dy, got["output"][:, part] > 0, State(*(t[part] for t in state)),
             module.momentum, module.eps,
         )  # fmt: skip
-        for name, (want, scale) in wanted.items():
-            if want.numel() and off.get(name, math.inf) < math.inf:
+        for name, (value, scale) in expected.items():
+            if value.numel() and off.get(name, math.inf) < math.inf:
                 result = got[name][:, part] if name in STORED else got[name][part]
-                difference = (result.double() - want).abs()
+                difference = (result.double() - value).abs()
                 relative = torch.where(difference == 0, 0.0, difference / scale)
                 off[name] = max(off[name], float(relative.nan_to_num(nan=math.inf, posinf=math.inf).max()))
     return off
 
 
-def verdict(off: dict[str, float], dtype: torch.dtype) -> str:
-    """Empty if everything is as near to float64 as ``dtype`` allows, else the first thing that is not, by how much."""
-    for name in sorted(off, key=lambda name: CAUSES.index(name) if name in CAUSES else len(CAUSES)):
-        allowed = 0.0 if name == "num_batches_tracked" else EXACT + 4 * ROUNDING[dtype] * (name in STORED)
+def parity_failure(off: dict[str, float], dtype: torch.dtype) -> str:
+    """The first result that differs by more than ``dtype`` allows, with both numbers; empty if there is none."""
+    for name in sorted(off, key=ORDER.index):
+        allowed = 0.0 if name == "num_batches_tracked" else TOLERANCE + 4 * ROUNDOFF[dtype] * (name in STORED)
         if not off[name] <= allowed:
             return f"parity failed: {name} off by {off[name]:.1e} (allowed {allowed:.0e})"
     return ""

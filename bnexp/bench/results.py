@@ -1,97 +1,105 @@
-"""Where a benchmark leaves what it found: a folder of its own with JSON and CSV, and tables for people."""
+"""The folder of a benchmark's results: JSON with everything and CSV for a spreadsheet; and how tables look."""
 
 import csv
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from bnexp.errors import UserError
 from bnexp.store.files import write_new
 from bnexp.store.run_folder import check_free, git_commit, versions
 
-if TYPE_CHECKING:  # torch takes seconds to import, a misspelt setting is found before
+if TYPE_CHECKING:  # torch takes seconds to import; a misspelt setting is refused before
     import torch
-    from rich.console import Console
-    from rich.table import Table
-FILES = ("bench.json", "bench.csv")
+RESULT_FILES = ("bench.json", "bench.csv")
 
 
-def check_out(path: Path) -> None:
-    """Refuse, before any work, a folder that holds results or cannot be written."""
+def check_results_folder(path: Path) -> None:
+    """Raise :class:`UserError` for a folder that holds results or a run, or cannot be written."""
     check_free(path)
-    if any((path / name).exists() for name in FILES):
+    if any((path / name).exists() for name in RESULT_FILES):
         raise UserError(f"out={path}: already holds a benchmark, which is never overwritten; choose another folder")
 
 
-def claim_out(out: str | None) -> Path:
-    """The folder asked for, or a new one ``outputs/<date>/bench-HHMMSS`` that no other process has."""
-    if out:
-        check_out(Path(out))
-    path = first = Path(out) if out else Path("outputs") / time.strftime("%Y-%m-%d/bench-%H%M%S")
-    suffix = 1
-    while True:
-        try:
-            path.mkdir(parents=True, exist_ok=out is not None)
-            return path
-        except FileExistsError as error:
-            if out:
-                raise UserError(f"out={out}: is a file; choose a folder") from error
-            suffix += 1
+def make_results_folder(out: str | None) -> Path:
+    """Make the folder ``out`` or, if it is None, a new one ``outputs/<date>/bench-HHMMSS``; returns its path.
+
+    A new folder belongs to this process alone: of two in the same second, the second gets the suffix ``-2``.
+    Raises :class:`UserError` if ``out`` cannot be used.
+    """
+    try:
+        if out:
+            check_results_folder(Path(out))
+            Path(out).mkdir(parents=True, exist_ok=True)
+            return Path(out)
+        path = first = Path("outputs") / time.strftime("%Y-%m-%d/bench-%H%M%S")
+        for suffix in count(2):
+            with suppress(FileExistsError):
+                path.mkdir(parents=True)
+                return path
             path = first.with_name(f"{first.name}-{suffix}")
-        except OSError as error:
-            raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
+    except OSError as error:
+        raise UserError(f"out={out or path}: cannot be made ({error.strerror}); choose another folder") from error
 
 
-def introduce(console: "Console", settings: Any, device: "torch.device") -> dict[str, Any]:
-    """What was asked and where it runs, printed in a line; the load is the machine's, before: others' work."""
-    about = asdict(settings) | {"device": device_name(device), "versions": versions(), "git_commit": git_commit()}
-    about |= {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
-    told = f"{about['device']}, torch {about['versions']['torch']}, load average {about['load']:.1f}\n"
-    console.print(told, highlight=False, markup=False)
-    return about
+def write_results(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
+    """Write ``content`` to ``bench.json`` and ``rows`` to ``bench.csv``, a line each; neither replaces a file.
 
-
-def device_name(device: "torch.device") -> str:
-    """The device as a person knows it; of a CPU the model and the threads that torch uses."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    model = models[0].partition(":")[2].strip() if models else "CPU"
-    return f"{model}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-
-def table_of(title: str, *columns: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    looks = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title=title, title_justify="left", **looks)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def write(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping]) -> None:
-    """``bench.json`` with all of ``content`` and ``bench.csv`` with a line per row; neither is ever overwritten."""
+    Raises :class:`UserError` if another process has written there since the folder was checked.
+    """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     texts = (json.dumps(content, indent=1, allow_nan=False) + "\n", text.getvalue())
-    for name, words in zip(FILES, texts, strict=True):
+    for name, words in zip(RESULT_FILES, texts, strict=True):
         if not write_new(path / name, words):
             raise UserError(f"out={path}: another benchmark has just taken this folder; choose another")
 
 
-def where(about: Mapping[str, Any]) -> dict[str, str]:
-    """What every line of a CSV file repeats, so that it stands for itself: device, versions, command."""
+def describe_measurement(console: Console, settings: Any, device: "torch.device", command: str) -> dict[str, Any]:
+    """Print the machine in one line; returns the settings, the command, the machine, its load and the versions.
+
+    The load average is read before the measurement, so that it counts other programs' work.
+    """
+    about = asdict(settings) | {"command": command, "device": device_model(device)}
+    about |= {"versions": versions(), "git_commit": git_commit()}
+    about |= {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+    line = f"{about['device']}, torch {about['versions']['torch']}, load average {about['load']:.1f}\n"
+    console.print(line, highlight=False, markup=False)
+    return about
+
+
+def provenance(about: Mapping[str, Any]) -> dict[str, str]:
+    """The device, versions and command, which every line of a CSV file repeats."""
     versions = " ".join(f"{name} {number}" for name, number in about["versions"].items())
     return {"device": about["device"], "versions": versions, "command": about["command"]}
+
+
+def device_model(device: "torch.device") -> str:
+    """The name of a GPU; of a CPU its model and the number of torch's threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    match = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{match[1] if match else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+
+
+def results_table(title: str, *columns: str) -> Table:
+    """An empty table in the look of all benchmarks."""
+    look = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    return Table(*columns, title=title, title_justify="left", **look)

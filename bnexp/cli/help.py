@@ -14,7 +14,7 @@ COMMANDS = {
     "report": "the same verdict, tables and figure from run folders that are finished",
     "inspect": "a trained model looked at again: statistics of its norms, mistakes, feature maps",
     "summary": "a table of the model: layers, shapes, parameters and where norms sit",
-    "bench": "time every batch norm that equals float64's (norms), or our loop beside others (loop)",
+    "bench": "compare every implementation of batch norm with float64, then time those that agree",
     "completion": "print the bash script that completes commands, groups and values",
 }
 EXAMPLES = """\
@@ -92,17 +92,18 @@ def completion(arguments: list[str]) -> int:
         if len(words) - bool(typed) == 2:
             print("\n".join(name for name in choices("study") if name.startswith(typed)))
     elif words[1] in ("train", "summary"):
-        from bnexp.cli import help
-
         # Hydra completes "program overrides"; it must not see the command's word.
         os.environ["COMP_LINE"] = line = line.replace(f" {words[1]}", "", 1)
         os.environ["COMP_POINT"] = str(len(line))
-        help.complete()
+        complete()
     return 0
 
 
 def complete() -> None:
     """Print what Hydra offers where COMP_LINE ends."""
-    from bnexp.config.compose import run_hydra
+    from hydra.core.global_hydra import GlobalHydra
 
-    run_hydra(["--shell-completion", "query=bash"], lambda cfg: None)
+    from bnexp.config.compose import session
+
+    with session():
+        GlobalHydra.instance().hydra.shell_completion("train", ["query=bash"])

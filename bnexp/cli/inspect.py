@@ -1,10 +1,12 @@
-"""Shows a model before anybody trains it: its layers, their shapes and parameters, and where norms sit.
+"""``bnexp summary`` and ``bnexp inspect``: a model before it is trained, and a run that has a checkpoint."""
 
-The model runs once on torch's meta device, where tensors have shapes and no contents, so a size of 224 costs
-what a size of 28 costs, and the model itself is left as it was.
-"""
-
-from collections.abc import Sequence
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich import box
@@ -12,73 +14,275 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bnexp.config import schema
-from bnexp.config.compose import change, composed, stored_config
+from bnexp.cli.flags import parse_line, was_shown
+from bnexp.config import build, check, parts, schema
+from bnexp.config.compose import composed, session
 from bnexp.config.start import fitting
-from bnexp.probes.layers import list_layers
+from bnexp.config.stored import moved
+from bnexp.errors import UserError
+from bnexp.probes.confusion import Confusion
+from bnexp.probes.features import has_maps, look_at_images
+from bnexp.probes.layers import Layer, list_layers, tracking_norms
+from bnexp.probes.population import population_size, shadow
+from bnexp.probes.shapes import show_shape
+from bnexp.probes.statistics import norm_table, recomputed_model, score_table
+from bnexp.report import readings as report
+from bnexp.report.figures.features import draw_image
+from bnexp.report.figures.style import render_figure
+from bnexp.report.records import run_folders
+from bnexp.store import checkpoint
+from bnexp.store.files import write_files
+from bnexp.store.readings import Reading
+from bnexp.store.run_folder import CONFIG, STATUS, load_status
+from bnexp.store.untrusted import printable
+from bnexp.train.run import EVALUATION_BATCH, Run
+
+POPULATION_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
+MOST_LAYERS = 8  # pictured by default
+SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is looked at
+UNMARKED = {"markup": False, "highlight": False, "emoji": False}
 
 
-def summary_table(model: nn.Module, in_shape: Sequence[int], batch_size: int = 32) -> Table:
-    """A table of the layers, closed by trainable parameters, buffer elements and multiply-adds per image.
+def summary(arguments: list[str]) -> int:
+    """``bnexp summary [overrides]``: the layers of the model that these overrides make; reads no data."""
+    line = parse_line("summary", arguments)
+    if was_shown(line):
+        return 0
+    with session(line.source):
+        cfg = composed(line.words)
+    check.check(cfg, runs=False)
+    source = parts.part(cfg, "data")()
+    Console().print(summary_table(parts.make_model(cfg, source), source.in_shape))
+    return 0
 
-    Outputs are those of one image; the layers of every shipped model fit a terminal of 80 columns.
+
+def summary_table(model: nn.Module, in_shape: Sequence[int]) -> Table:
+    """A table of the layers, closed by totals: parameters, buffer elements and multiply-adds per image.
+
+    Outputs are those of one image; the layers of every shipped model fit a terminal of 80 columns. A copy of the model
+    runs on torch's meta device, where tensors have shapes and no contents, so that a large image costs nothing.
     """
-    layers = list_layers(model, in_shape, batch_size)
+    layers = list_layers(model, in_shape)
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("output", justify="right", overflow="fold")
-    table.add_column("parameters", justify="right", overflow="fold")
-    table.add_column("norm", overflow="fold")
+    for name, justify in {"layer": "left", "output": "right", "parameters": "right", "norm": "left"}.items():
+        table.add_column(name, justify=justify, overflow="fold")
     for layer in layers:
-        shape = "x".join(map(str, layer.out_shape[1:]))
-        table.add_row(layer.name, shape, f"{layer.num_parameters:,}", layer.norm or "-")
+        shape = show_shape(layer.out_shape) or "-"
+        table.add_row(layer.name or "(model)", shape, f"{layer.num_parameters:,}", layer.norm or "-")
     table.add_section()
     totals = {
+        "parameters": sum(layer.num_parameters for layer in layers),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "buffer elements": sum(b.numel() for b in model.buffers()),
         "multiply-adds per image": sum(layer.multiply_adds for layer in layers),
     }
+    if totals["parameters"] == totals["trainable parameters"]:
+        del totals["parameters"]
     for name, total in totals.items():
         table.add_row(name, "", f"{total:,}", "")
     return table
 
 
-def show_summary(model: nn.Module, in_shape: Sequence[int]) -> None:
-    """Print the table."""
-    Console().print(summary_table(model, in_shape))
-
-
-def summary(arguments: list[str]) -> int:
-    """``bnexp summary [overrides]``: the layers of the model that these overrides make; reads no data."""
-    from bnexp.cli.inspect import show_summary
-    from bnexp.config import check, parts
-
-    cfg = composed(arguments)
-    check.check(cfg, runs=False)
-    source = parts.part(cfg, "data")()
-    show_summary(parts.make_model(cfg, source), source.in_shape)
+def inspect(arguments: list[str]) -> int:
+    """``bnexp inspect RUN``: a finished run under probes, from its last checkpoint; its own files stay as they are."""
+    options = parse_inspect(arguments)
+    run = load_run(options)
+    name, indices = choose_images(run, options.images)
+    with writing_to(options.out):  # find out before the work
+        options.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=options.out).close()
+    show_inspection(run, options, name, list(look_at_run(run, name, indices, options.layers)), Console())
     return 0
 
 
-def inspect(arguments: list[str]) -> int:
-    """``bnexp inspect RUN``: a run looked at again, from its last checkpoint; its own files stay as they are."""
-    from bnexp.config import build, check, parts
-    from bnexp.inspect import inspection
-    from bnexp.probes.layers import list_layers
-    from bnexp.store import checkpoint
+def parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
+    """``folder``, ``images``, ``layers``, ``out`` and ``overrides`` of the command line.
 
-    question = inspection.parse(arguments)
-    cfg = stored_config(question.folder)
-    change(cfg, question.overrides, "inspect")
+    ``images`` and ``layers`` are None where they are not given; :class:`UserError` for what no run can have.
+    """
+    parser = argparse.ArgumentParser(
+        "bnexp inspect",
+        description="Look at a run that has a checkpoint; its own files stay as they are.",
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    where = "data.root=DIR, device=NAME, threads=N or allow=[PACKAGE], where they are others here than in training"
+    parser.add_argument("overrides", metavar="setting=value", nargs="*", help=where)
+    parser.add_argument("--images", metavar="0,1,2", help="test images to picture, counted from 0; the first three")
+    parser.add_argument("--layers", metavar="conv1,...", help="layers to picture; at most 8 that put out maps")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write; inspect/ in the run's folder")
+
+    def refuse(message: str) -> None:
+        raise UserError(f"inspect: {message}; bnexp inspect --help shows what it takes")
+
+    parser.error = refuse
+    options = parser.parse_intermixed_args(list(arguments))
+    check_folder(options.folder)
+    inside = options.folder / "inspect"
+    if options.out is None and inside.is_symlink():
+        why = "a link to another place, where nothing is written; remove it or choose with --out DIR"
+        raise UserError(f"{inside}: {why}")
+    options.out = options.out or inside
+    options.images = read_images(options.images)
+    if options.layers is not None:
+        options.layers = list(dict.fromkeys(name.strip() for name in options.layers.split(",")))
+    return options
+
+
+def check_folder(path: Path) -> None:
+    """Refuse what is not the folder of a run with a checkpoint."""
+    holds = f"the folder of a run, which holds {CONFIG}, {STATUS} and {checkpoint.NAME}"
+    if not path.is_dir():
+        if path.is_file() and (path.parent / CONFIG).is_file():
+            raise UserError(f"{path}: a file; give the folder that it lies in, {path.parent}")
+        raise UserError(f"{path}: no such folder; give {holds}")
+    if not (path / CONFIG).is_file():
+        runs = [each for each in run_folders(path) if (each / CONFIG).is_file() and (each / checkpoint.NAME).is_file()]
+        if runs:
+            many = "a run" if len(runs) == 1 else f"{len(runs)} runs"
+            raise UserError(f"{path}: holds {many} and is none itself; give the folder of one, such as {runs[0]}")
+        raise UserError(f"{path}: holds no run; give {holds}")
+    if not (path / checkpoint.NAME).exists():
+        raise UserError(f"{path}: there is no {checkpoint.NAME} in it yet, so there are no weights to look at; "
+                        f"bnexp resume {path} goes on with a run that is not over")  # fmt: skip
+
+
+def read_images(text: str | None) -> list[int] | None:
+    """``0,1,2`` as numbers."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise UserError(f"--images {text}: not numbers of images; give such as 0,1,2, counted from 0")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def load_run(options: argparse.Namespace) -> Run:
+    """The run as its last checkpoint left it."""
+    cfg = moved(options.folder, options.overrides, "inspect")
     cfg.engine = OmegaConf.structured(schema.Train).engine  # nothing is trained: a graph's run can be seen on a CPU
     check.check(cfg, free=False)
     source = parts.part(cfg, "data")()
     model = parts.meta_model(cfg, source)
-    inspection.check_layers(question.layers, [layer.name for layer in list_layers(model, source.in_shape)])
-    state = checkpoint.load(question.folder, parts.find_device(cfg.device), model)
+    known = [layer.name for layer in list_layers(model, source.in_shape) if layer.out_shape]
+    if missing := [name for name in options.layers or () if name not in known]:
+        raise UserError(f"--layers {missing[0]}: no layer of this model; there are {', '.join(known)}")
+    state = checkpoint.load(options.folder, parts.find_device(cfg.device), model)
     run = build.build(cfg)
-    with fitting(question.folder / checkpoint.NAME):
+    with fitting(options.folder / checkpoint.NAME):
         run.model.load_state_dict(state["model"])
     run.num_steps = state["num_steps"]
-    inspection.inspect(run, question)
-    return 0
+    return run
+
+
+def choose_images(run: Run, given: list[int] | None) -> tuple[str, list[int]]:
+    """The part of the data to look at, ``test``, ``valid`` or ``train``, and the images of it to picture."""
+    name = next(name for name in SPLIT_NAMES if len(getattr(run.dataset, name)))
+    num_images = len(getattr(run.dataset, name))
+    if beyond := [index for index in given or () if index >= num_images]:
+        raise UserError(
+            f"--images {beyond[0]}: there are {num_images:,} {SPLIT_NAMES[name]} images, counted from 0; "
+            f"the last is {num_images - 1}"
+        )
+    return name, list(range(min(3, num_images))) if given is None else given
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system inside into :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot be written to ({error.strerror}); choose another folder with --out DIR"
+        raise UserError(f"--out {folder}: {why}") from error
+
+
+def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[str] | None) -> Iterator[Reading]:
+    """The readings of probes on a run that stays as it is: of its norms, of the part ``name``, of single images."""
+    split, model = getattr(run.dataset, name), shadow(run).eval()
+    recomputed = recomputed_model(run, POPULATION_IMAGES)
+    yield norm_table(model, recomputed)
+    yield score_table(run, split, model, recomputed)
+    yield from Confusion(split=name, images=len(split)).look(run, None)
+    layers = layers or choose_layers(list_layers(run.model, run.dataset.in_shape))
+    yield from look_at_images(run, split, indices, layers)
+
+
+def choose_layers(layers: Sequence[Layer]) -> list[str]:
+    """The layers to picture by default: those with maps, or of more than 8 the last of every size; else the last 8."""
+    shown = [layer for layer in layers if has_maps(layer.out_shape)]
+    if len(shown) > MOST_LAYERS:
+        shown = list({layer.out_shape[1:]: layer for layer in shown}.values())
+    shown = shown or [layer for layer in layers if layer.num_parameters and layer.out_shape][-MOST_LAYERS:]
+    return [layer.name for layer in shown][:MOST_LAYERS]
+
+
+def why_one_score(layers: Sequence[Layer]) -> str:
+    """Why there is no other way to evaluate a model none of whose norms keeps running statistics."""
+    norms = [layer.norm for layer in layers if layer.norm]
+    if not norms:
+        return "There is no norm in this model, so there are no statistics to choose between."
+    if any(re.search(r"over .*\bN\b", norm) for norm in norms):
+        return (
+            f"Its norms keep no running statistics: every {EVALUATION_BATCH} images that are evaluated together are "
+            "normalized by their own, and there is nothing to recompute."
+        )
+    return f"Its norms ({norms[0]}) look at one image at a time: no statistics of a batch are involved."
+
+
+def show_inspection(
+    run: Run, options: argparse.Namespace, name: str, readings: Sequence[Reading], console: Console
+) -> None:
+    """Print the readings, and write inspection.json, confusion.csv and the pictures."""
+    by_tag = {reading.tag: reading for reading in readings}
+    by_tag["confusion"] = by_tag[f"confusion/{name}"]
+    status = {}
+    with suppress(OSError, ValueError):
+        status = load_status(options.folder)
+    about = describe_run(run, options.folder, status, name)
+    for line in opening_lines(about, status):
+        console.print(line, **UNMARKED)
+    console.print()
+    console.print(summary_table(run.model, run.dataset.in_shape))
+    for each in report.show_findings(about, by_tag, console.width):
+        console.print()
+        console.print(each, **UNMARKED)
+    console.print()
+    report.show_images(console, about["split"], by_tag)
+    files = {
+        "inspection.json": report.to_json(about, by_tag).encode(),
+        "confusion.csv": report.to_csv(by_tag["confusion"]).encode(),
+    }
+    for index, *_ in by_tag["predictions"].rows:
+        files[f"image-{index}.png"] = render_figure(draw_image(index, about["split"], by_tag), "png")
+    with writing_to(options.out):
+        write_files(options.out, files)
+    console.print(f"\nwritten to {printable(options.out)}: {', '.join(files)}", soft_wrap=True, **UNMARKED)
+
+
+def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, Any]:
+    """What inspection.json holds besides the readings."""
+    tracks = bool(tracking_norms(run.model))
+    return {
+        "run": str(folder),
+        "status": status.get("status"),
+        "step": run.num_steps,
+        "epoch": run.epoch,
+        "device": str(run.device),
+        "split": SPLIT_NAMES[name],
+        "images": len(getattr(run.dataset, name)),
+        "training_images": population_size(run, POPULATION_IMAGES) if tracks else 0,
+        "batch_size": min(run.batches.batch_size, len(run.dataset.train)),
+        "why_one_score": None if tracks else why_one_score(list_layers(run.model, run.dataset.in_shape)),
+    }
+
+
+def opening_lines(about: dict[str, Any], status: dict) -> Iterator[str]:
+    """What is looked at, and what must be known before the numbers are read."""
+    ended, step = printable(about["status"] or "of unknown status", 40), status.get("step", about["step"])
+    weights = f"weights of step {about['step']:,} (epoch {about['epoch']:.3g}) on {about['device']}"
+    yield f"{printable(about['run'])}: {ended} at step {step:,}, {weights}"
+    if ended == "diverged":
+        since = printable(status.get("diverged_step", step), 40)
+        yield f"The loss is not finite since step {since}; what follows is about the last checkpoint."
+    if about["split"] != "test":
+        yield f"There are no test images, so the {about['split']} images are looked at instead."

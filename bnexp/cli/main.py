@@ -1,4 +1,4 @@
-"""The front door: a table of commands, answered without importing torch or Hydra until one of them runs."""
+"""Dispatches commands and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
 import os
@@ -9,8 +9,7 @@ from importlib import import_module
 
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
-from bnexp.config.choices import nearest
-from bnexp.errors import UserError
+from bnexp.errors import UserError, nearest
 from bnexp.store.untrusted import printable
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands without a file of their own name
@@ -18,12 +17,13 @@ HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
+    startup.replace_unprintable()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("--help", "-h", "help"):
         print(help_text())
         return 0
     if command in ("--version", "-V"):
-        from importlib.metadata import version  # takes as long as all else here together
+        from importlib.metadata import version  # slow to import
 
         print(f"bnexp {version('bnexp')}")
         return 0
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "completion":
             return completion(rest)
         if odd := [word for word in arguments or sys.argv if re.search("[\0\ud800-\udfff]", word)]:
-            raise UserError(f"{odd[0]}: not UTF-8 text; give what is meant by it another name")
+            raise UserError(f"{odd[0]}: not UTF-8 text; rename the file or folder")
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             where = f"{error.filename}: " if error.filename else ""
             complain(where + (error.strerror or str(error)))
             return 1
-        # Whoever read our output has gone, or its disk is full. What lies in run folders is not touched by that.
+        # The reader of the output has gone, or its disk is full; run folders are not touched by that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(f"cannot write the output: {error.strerror}")
         return 1
@@ -56,11 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("bnexp: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("hydra", "omegaconf"):  # a value looked up only now
-            from bnexp.config.explain import explain
-
-            complain(explain(error, " ".join(rest)))
-            return 2
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(error, MemoryError) or re.search("allocate memory|[Oo]verflow", what):
             complain(f"too large for the memory here ({what}); try something smaller")
@@ -79,7 +74,7 @@ def complain(what: object) -> None:
 
 
 def keep_traceback(error: Exception) -> str:
-    """Write down for whoever mends it where an error came from, in a file of which the name is returned."""
+    """Write the traceback to a temporary file, for a bug report; returns its name."""
     import tempfile
     import traceback
 

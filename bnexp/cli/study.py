@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from bnexp.cli.compare import conclude
+from bnexp.cli.flags import parse_line
 from bnexp.cli.sweep.grid import Grid, Job, read_grid
 from bnexp.cli.sweep.jobs import prepare, take_all
 from bnexp.cli.sweep.launch import hydra_config, run_all
@@ -25,7 +26,7 @@ from bnexp.errors import UserError
 from bnexp.report.expectations import Expectation, Finding, judge
 from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.tables import epoch_tables
-from bnexp.report.variants import into_variants, named
+from bnexp.report.variants import into_variants, with_names
 from bnexp.store.files import write_json
 
 UNEXPECTED = 3  # the exit code of a study whose runs are fine and whose expectations are not
@@ -36,12 +37,13 @@ def study(arguments: Sequence[str]) -> int:
     if not arguments:
         list_studies()
         return 0
-    if odd := [word for word in arguments[1:] if word.startswith("-") or "=" not in word]:
+    line = parse_line("study", arguments[1:], many=True)
+    if odd := [word for word in line.words if "=" not in word]:
         raise UserError(f"{odd[0]}: study takes a name and settings only, such as quick=true; see bnexp study --help")
-    chosen, overrides = choose(load(arguments[0]), arguments[1:])
+    chosen, overrides = choose(load(arguments[0]), line.words)
     name = Path(arguments[0]).stem
     expectations = chosen.expectations()
-    with session(), ExitStack() as locks:
+    with session(line.source), ExitStack() as locks:
         grid, roles = make_grid(chosen, overrides)
         hydra_config(grid, Path())  # a launcher that does not exist is heard of before any work
         folder, jobs, configs = prepare(grid, f"study-{name}")
@@ -120,7 +122,7 @@ def show(study: Study, findings: Sequence[Finding], folder: Path, names: Mapping
     """Print the epochs if the study asks for them, then each expectation with what was found."""
     console = Console()
     if study.epochs:
-        for table in epoch_tables(into_variants(named(read_runs([folder])[0], names))[0]):
+        for table in epoch_tables(into_variants(with_names(read_runs([folder])[0], names))[0]):
             console.print(table)
             console.print()
     table = Table(title="Expectations", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -8,18 +8,16 @@ It also holds the rules that no single key can state.
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from bnexp.config.check import check_last_batch
-from bnexp.config.parts import every_of, find_device, make_model, part, probes_of
-from bnexp.config.targets import OURS
+from bnexp.config.check import check_evaluation, check_last_batch
+from bnexp.config.parts import build_optimizer, every_of, find_device, make_model, part, probes_of
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
-from bnexp.optim import keep_rates_on, make_optimizer, without_compiler
+from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
 from bnexp.train.device import memory_explained
 from bnexp.train.loop import Plan
@@ -45,14 +43,13 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         model = model.to(device, memory_format=layout)
     dataset = datasets[key]
     check_last_batch(cfg, source, len(dataset.train))
+    check_evaluation(cfg, source, dataset)
     batches = Batches(
         dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
     )
-    decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
-    asked = part(cfg, "optimizer", without=OURS)
-    optimizer = make_optimizer(partial(without_compiler(asked.func), **asked.keywords), model, **decays)
+    optimizer = build_optimizer(cfg, model)
     if device.type == "cuda":
-        keep_rates_on(optimizer, device)
+        place_learning_rates(optimizer, device)
     return Run(
         model,
         optimizer,
@@ -104,7 +101,7 @@ def count_threads(
         return int(cfg.threads)
     if device.type != "cpu":
         return 1
-    layers = list_layers(model, in_shape, batch_size=1, device="cpu")
+    layers = list_layers(model, in_shape, device="cpu")
     work = sum(layer.multiply_adds + PER_NUMBER * math.prod(layer.out_shape) for layer in layers)
     per_layer = cfg.batch_size * work // max(1, len(layers))
     return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // WORTH_A_THREAD))

@@ -2,20 +2,21 @@
 
 import math
 import re
-import sys
 from dataclasses import fields
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from bnexp.config.choices import GROUPS
-from bnexp.config.parts import every_of, find_device, meta_model, part, probes_of
+from bnexp.config.parts import build_optimizer, every_of, find_device, meta_model, part, probes_of
 from bnexp.config.schema import Train
 from bnexp.config.targets import check_options
+from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
+from bnexp.norms.base import contract_of
 from bnexp.store import run_folder
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST
@@ -58,29 +59,38 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
         if OmegaConf.is_missing(cfg, group):
             raise UserError(f"{group}: has to be given, nothing runs without it")
         check_options(group, cfg[group], cfg.allow)
+        check_finite(group, cfg[group])
     check_schedule(cfg)
-    check_model(cfg, runs)
+    check_model(cfg, runs, device)
     if runs:
         traits_of(part(cfg, "engine").func).require_device(device)
-        require_device = getattr(sys.modules[part(cfg, "norm").func.__module__], "require_device", None)
-        if require_device is not None:  # a norm that does not run everywhere
-            require_device(device)
     if free and cfg.out is not None:
         run_folder.check_free(cfg.out)
 
 
-def check_model(cfg: DictConfig, runs: bool) -> None:
-    """Build the model where tensors have no contents: what its parts refuse is heard of before any work."""
+def check_model(cfg: DictConfig, runs: bool, device: torch.device) -> None:
+    """Build model and optimizer without data or weights, so that their parts refuse wrong settings before any work."""
     source = part(cfg, "data")()
     model = meta_model(cfg, source)
+    build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
     if runs:
+        for module in model.modules():
+            contract_of(module).require_device(device)
         check_batch(cfg, source, model, cfg.batch_size)
     for probe in probes_of(cfg):
         probe.check(model)
 
 
+def check_finite(group: str, node: DictConfig) -> None:
+    """Refuse nan, infinity and whole numbers beyond 64 bits in an entry of ``group``."""
+    for key, value in node.items():
+        for number in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(number, int | float) and not abs(number) < (2**63 if isinstance(number, int) else math.inf):
+                raise UserError(f"{group}.{key}={value}: a finite number is expected")
+
+
 def check_schedule(cfg: DictConfig) -> None:
-    """A negative learning rate would climb where it should descend, and nobody would be told."""
+    """Refuse a schedule that makes the learning rate negative, which would climb the loss, or not finite."""
     schedule, total_steps = part(cfg, "schedule"), cfg.steps or 100
     for step in (0, total_steps // 2, total_steps - 1):
         if not 0 <= (factor := schedule(step, total_steps)) < math.inf:
@@ -98,40 +108,54 @@ def _at_least_one(key: str, value: Any) -> None:
 
 def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
     """Refuse a short last batch that a norm cannot divide, or that leaves it one value per channel."""
-    last = cfg.batch_size if cfg.drop_last else num_images % cfg.batch_size or cfg.batch_size
-    if last == cfg.batch_size:
+    last = num_images % cfg.batch_size
+    if last and not cfg.drop_last:
+        check_batch(cfg, source, meta_model(cfg, source), last)
+
+
+def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
+    """Refuse to evaluate on one image where norms without running statistics would get one value per channel."""
+    model = meta_model(cfg, source).eval()
+    if not any(contract_of(module).uses_batch_statistics() for module in model.modules()):
         return
-    check_batch(cfg, source, meta_model(cfg, source), last)
+    for name, split in (("valid", dataset.valid), ("test", dataset.test)):
+        if len(split) == 1:
+            try:
+                model(torch.empty(1, *source.in_shape, device="meta"))
+            except ValueError as error:
+                raise UserError(
+                    f"norm.track_running_stats=false: evaluation on 1 {name} image leaves a norm one value per "
+                    f"channel ({error}); use more {name} images, none, or norm.track_running_stats=true"
+                ) from error
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> None:
     """Refuse batches of ``size`` images that a norm cannot divide, or that leave it one value to take a variance of.
 
-    ``model`` is on torch's meta device. Norms that may refuse what batch norm takes are shown a batch in training mode.
+    ``model`` is on torch's meta device. Where a norm may refuse what batch norm takes, a batch passes the model in
+    training mode.
     """
-    for module in model.modules():
-        if hasattr(module, "check_batch_size"):
-            try:
-                module.check_batch_size(size)
-            except UserError as error:
-                raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
-    norms = [module for module in model.modules() if hasattr(module, "reduces_over")]
-    norms = [norm for norm in norms if not getattr(norm, "implements_batch_norm", False)]
+    contracts = [contract_of(module) for module in model.modules()]
+    for contract in contracts:
+        try:
+            contract.check_batch_size(size)
+        except UserError as error:
+            raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
+    others = [norm for norm in contracts if norm.normalizes and not norm.implements_batch_norm]
     known = all(type(module).__module__.startswith(("bnexp.", "torch.", "torchvision.")) for module in model.modules())
-    if size > 1 and not norms and (known or size == cfg.batch_size):
+    if size > 1 and not others and (known or size == cfg.batch_size):
         return
     images = torch.empty(size, *source.in_shape, device="meta")
-    if norms and known:
-        # To these a few images say as much as many, and few may have contents: what knows shapes without takes torch
-        # a second to import.
+    if others and known:
+        # These treat a few images as they treat many, and a few real ones are cheap: to run them on the meta device
+        # torch imports its symbolic shapes, which takes a second.
         model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
-        few = max(getattr(norm, "virtual_batch", None) or 2 for norm in norms)
-        images = torch.zeros(min(size, few), *source.in_shape)
+        images = torch.zeros(min(size, max(norm.virtual_batch or 2 for norm in others)), *source.in_shape)
     check_forward(cfg, model, images, size)
 
 
 def check_forward(cfg: DictConfig, model: nn.Module, images: torch.Tensor, size: int) -> None:
-    """Let ``images`` pass ``model`` in training mode; they stand for a batch of ``size``."""
+    """Refuse what ``model`` refuses in training mode; ``images`` stand for a batch of ``size``."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(images)

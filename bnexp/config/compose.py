@@ -1,113 +1,154 @@
-"""Configs: composed by Hydra from the words of a command line, or read back from a run's folder; and their names."""
+"""Configs, composed by Hydra from overrides, and their names."""
 
 import hashlib
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
-import hydra
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import configure_log
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bnexp.config import schema
-from bnexp.config.choices import GROUPS, conf_dir
-from bnexp.config.explain import explained
+from bnexp.config.choices import GROUPS, conf_dir, entries
+from bnexp.config.explain import check_words, explained, parse_words, quoted
+from bnexp.config.schema import Train, is_text
 from bnexp.errors import UserError
-from bnexp.store.untrusted import read_yaml
+from bnexp.store.settings import numbers, short_name
+
+ConfigStore.instance().store(name="schema", node=Train)
 
 
-def run_hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
-    """Give the command line to Hydra: overrides, -m, --cfg, --help and whatever else it knows."""
-    flags = get_args_parser()
+@dataclass(frozen=True)
+class Source:
+    """Where configs are composed from: ``conf/``, a folder of the user's own beside it, and which main config."""
 
-    def refuse(message: str) -> None:
-        raise UserError(f"train: {message}; bnexp train --help shows what it takes")
+    folder: Path | None = None
+    main: str = "train"
 
-    flags.error = refuse
-    flags.parse_args(arguments)  # Hydra does it again, and would print all that it knows
-    sys.argv = ["bnexp train", *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions on instead of printing them and exiting with 1
-    decorate = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
-    with explained(arguments):
-        decorate(task)()
+
+_source = Source()  # of the session
 
 
 @contextmanager
-def session() -> Iterator[None]:
-    """Hydra, ready to compose from ``conf/``; the innermost of nested sessions does nothing."""
+def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
+    """Hydra, ready to compose; the innermost of nested sessions does nothing."""
+    global _source
     if GlobalHydra.instance().is_initialized():
         yield
-    else:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="bnexp"):
-            yield
-
-
-def composed(overrides: Sequence[str]) -> DictConfig:
-    """The config that these overrides make."""
-    with explained(overrides), session():
-        return compose("train", list(overrides))
-
-
-def stored_config(folder: Path) -> DictConfig:
-    """The config of a run folder, as typed and as strict as one from the command line."""
-    from bnexp.store.run_folder import CONFIG
-
-    if not folder.exists():
-        raise UserError(f"{folder}: no such folder; give that of a run")
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of one")
+        return
+    search_path = create_config_search_path(str(conf_dir()))
+    if source.folder is not None:
+        search_path.prepend("command-line", f"file://{source.folder.resolve()}", "schema")
+    Hydra.create_main_hydra2("bnexp", search_path)
+    _source = source
     try:
-        stored = read_yaml(folder / CONFIG)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
-    # Where the run wrote and whom its author trusted are no business of whoever takes it up.
-    kept = {key: value for key, value in stored.items() if key not in ("out", "quiet", "allow", "resume", "replicas")}
-    with explained([str(folder / CONFIG)]):
-        cfg = OmegaConf.merge(OmegaConf.structured(schema.Train), kept)
-    OmegaConf.set_struct(cfg, True)
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        _source = Source()
+
+
+def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
+    """The config that these overrides make, its interpolations resolved; ``logs`` starts the logging it asks for."""
+    with session():
+        check_words(words, _source.folder)
+        words = quote_texts(words)
+        with explained(words):
+            cfg = composed_with_hydra(words, RunMode.RUN)
+            HydraConfig.instance().set_config(cfg)
+            if logs:
+                configure_log(cfg.hydra.job_logging, cfg.hydra.verbose)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            OmegaConf.resolve(cfg)
+    if cfg.get("out"):
+        cfg.out = str(Path(cfg.out).expanduser())
     return cfg
 
 
-def change(cfg: DictConfig, overrides: Sequence[str], command: str) -> None:
-    """Put other values into the config of a run folder."""
-    with explained(overrides):
-        for override in OverridesParser.create().parse_overrides(list(overrides)):
-            key, value = override.key_or_group, override.value()
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line}: {command} takes one config; give one value")
-            if key in (*GROUPS, "probe"):
-                cfg[key] = composed([override.input_line]).get(key, {})
-            else:
-                OmegaConf.update(cfg, key, value, force_add=override.is_add())
+def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:
+    """The config with Hydra's own settings, of which its launchers are made; inside a session."""
+    return GlobalHydra.instance().hydra.compose_config(_source.main, list(words), mode)
 
 
-def short_name(node: DictConfig) -> str:
-    """What a group's entry is called: the module of its target, ``bnexp.norms.none.Shift`` is ``none``."""
-    *_, module, name = ["", *node["_target_"].split(".")]
-    return module if node["_target_"].startswith("bnexp.") and name[:1].isupper() else name.lower()
+def quote_texts(words: Sequence[str]) -> list[str]:
+    """The words with the values of text settings in quotes where Hydra would read a number: ``out=2026_11_28``."""
+    return [typed(override) for override in parse_words(words)]
+
+
+def typed(override: Override) -> str:
+    """The word of one override, with its value in quotes if it is text that looks like something else."""
+    sign, equals, value = override.input_line.partition("=")
+    is_other = equals and not override.is_sweep_override() and isinstance(override.value(), bool | int | float)
+    return f"{sign}={quoted(value)}" if is_other and takes_text(override.key_or_group) else override.input_line
+
+
+def values_of(override: Override) -> list[str]:
+    """The values of a list ``key=a,b`` as Hydra's grammar wants them; those of a text setting as they were typed."""
+    values = list(override.sweep_string_iterator())
+    key, _, text = override.input_line.partition("=")
+    texts = text.split(",")
+    if len(texts) != len(values) or not takes_text(override.key_or_group):
+        return values
+    return [word.partition("=")[2] for word in quote_texts([f"{key}={each}" for each in texts])]
+
+
+def plain_value(override: Override) -> Any:
+    """The one value of an override; text settings get the text that was typed."""
+    if override.is_sweep_override():
+        raise UserError(f"{override.input_line}: one value is expected")
+    (override,) = parse_words([typed(override)])
+    return override.value()
+
+
+def takes_text(key: str) -> bool:
+    """Whether the setting with this dotted key is text, by the schema or by what the entries of its group say."""
+    group, _, option = key.partition(".")
+    if not option:
+        return is_text(get_type_hints(Train).get(group, Any))
+    found = [options for options in entries(group, _source.folder).values() if option in options]
+    if any(isinstance(options[option], str) for options in found):
+        return not any(isinstance(options[option], bool | int | float) for options in found)
+    return any(options[option] is None and is_text(_hint(options, option)) for options in found)
+
+
+def _hint(options: dict[str, Any], option: str) -> Any:
+    """What the target of an entry says of an option that has no default in its yaml."""
+    from hydra.utils import get_object
+
+    try:
+        return get_type_hints(get_object(options["_target_"]).__init__).get(option, Any)
+    except Exception:  # not bnexp's: its own check comes later
+        return Any
 
 
 def run_name(cfg: DictConfig) -> str:
-    return f"{short_name(cfg.model)}-{short_name(cfg.norm)}-s{cfg.seed}"
+    """``lenet-none-s0``."""
+    return f"{_label(cfg)}-s{cfg.seed}"
 
 
-def settings(cfg: DictConfig) -> dict[str, bool | int | float | str]:
-    """Everything that makes the variant, flat, as HParams takes it."""
-    from bnexp.store.settings import flatten
+def _label(cfg: DictConfig) -> str:
+    return f"{short_name(cfg.model._target_)}-{short_name(cfg.norm._target_)}"
 
-    flat = flatten(OmegaConf.to_container(cfg, resolve=True))
-    named = {group: short_name(cfg[group]) for group in GROUPS}
+
+def hparams(cfg: DictConfig) -> dict[str, bool | int | float | str]:
+    """Everything that makes the variant, flat, as TensorBoard's HParams take it."""
+    named = {group: short_name(cfg[group]._target_) for group in GROUPS}
+    flat = numbers(OmegaConf.to_container(cfg, resolve=True))
     plain = {key: value for key, value in flat.items() if not key.endswith("._target_")}
     return named | {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in plain.items()}
 
 
 def group_name(cfg: DictConfig) -> str:
-    """The same for all seeds of a variant and for nothing else."""
-    text = json.dumps(settings(cfg), sort_keys=True)
-    return f"{short_name(cfg.model)}-{short_name(cfg.norm)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    """A name that all seeds of a variant share, and no other variant has."""
+    text = json.dumps(hparams(cfg), sort_keys=True)
+    return f"{_label(cfg)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

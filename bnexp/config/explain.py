@@ -1,107 +1,178 @@
-"""What Hydra and OmegaConf complain about, said so that the person at the keyboard can mend it."""
+"""Checks the words of a command line before Hydra sees them, so that every error names the word and a remedy."""
 
-import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
 
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from bnexp.config.choices import GROUPS, choices, nearest
-from bnexp.errors import UserError
+from bnexp.config.choices import SHELVES, choices, defaults, entries
+from bnexp.config.schema import Train, in_words
+from bnexp.errors import UserError, nearest
 
-KINDS = {  # by what OmegaConf says of a value that is of another kind
-    "converted to Integer|field of type 'int'": "a whole number",
-    "converted to Float|field of type 'float'": "a number",
-    "not a valid bool|field of type 'bool'": "true or false",
-    "to string: |field of type 'str'": "a single word",
-    "is not a ListConfig|field of type 'list": "a list, written key=[a,b],",
-    "is not Optional": "a value",
-}
+PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
+# Hydra's settings of folders: bnexp makes its own, and a run that moves would write into two.
+FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir", "hydra.job.chdir")
+
+
+def parse_words(words: Sequence[str], config_loader: object = None) -> list[Override]:
+    """The overrides that ``words`` are in Hydra's grammar; ``config_loader`` expands ``glob(*)``."""
+    parser = OverridesParser.create(config_loader)
+    parsed = []
+    for word in words:
+        try:
+            parsed += parser.parse_overrides([word])
+        except Exception as error:  # of Hydra's own kinds and, for numbers of many digits, of others
+            raise UserError(unreadable(word)) from error
+    return parsed
+
+
+def unreadable(word: str) -> str:
+    """Why a word is no override, and the same in quotes that a shell and Hydra take."""
+    key, equals, value = word.partition("=")
+    if not equals or not key.lstrip("+~"):
+        return f"{word}: not a setting; write it as name=value"
+    signs = [sign for sign in value if not (sign.isascii() and sign.isalnum()) and sign not in PLAIN]
+    what = f"the sign {signs[0]} in its value is read only in quotes" if signs else "its value cannot be read"
+    return f"{word}: {what}; write {for_shell(f'{key}={quoted(value)}')}"
+
+
+def for_shell(word: str) -> str:
+    """``word`` in quotes that a shell takes off again."""
+    is_plain = not any(sign in word for sign in "$`\\!")
+    return f'"{word.replace(chr(34), chr(92) + chr(34))}"' if is_plain else shlex.quote(word)
+
+
+def quoted(value: str) -> str:
+    """``value`` in quotes that Hydra reads as this very text."""
+    if "'" not in value and not value.endswith("\\"):
+        return f"'{value}'"
+    if '"' not in value and not value.endswith("\\"):
+        return f'"{value}"'
+    tail = len(value) - len(value.rstrip("\\"))
+    value = value[: len(value) - tail] + 2 * value[len(value) - tail :]
+    return "'" + value.replace("\\'", "\\\\\\'").replace("'", "\\'") + "'"
+
+
+def check_words(words: Sequence[str], folder: Path | None = None) -> None:
+    """Raise :class:`UserError` for names, entries and values that cannot be; ``folder`` holds the user's own entries.
+
+    What depends on the composed config, an option of an entry for example, is left to Hydra.
+    """
+    parsed = parse_words(words)
+    chosen = defaults() | {each.key_or_group: each.value() for each in parsed if not each.is_sweep_override()}
+    for override in parsed:
+        key = override.key_or_group
+        if not key:
+            raise UserError(unreadable(override.input_line))
+        if key.startswith("hydra"):
+            if key.startswith(FOLDERS):
+                raise UserError(f"{override.input_line}: bnexp makes the folders of its runs; name one with out=DIR")
+        elif override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line}: several values at once are a sweep; add -m to train them all, "
+                "or write one value (a list is written key=[a,b])"
+            )
+        elif key in SHELVES or (folder is not None and choices(key, folder)):
+            check_choice(override, folder)
+        elif "." not in key:
+            check_setting(override)
+        elif override.type is OverrideType.CHANGE:
+            check_option(key, chosen, folder)
+
+
+def check_choice(override: Override, folder: Path | None) -> None:
+    """Refuse an entry that its group does not have."""
+    group, value, known = override.key_or_group, override.value(), choices(override.key_or_group, folder)
+    if override.is_delete():
+        return
+    names = value if isinstance(value, list) and group == "probe" else [value]
+    several = f"choose among {', '.join(known)}, as {group}=[{','.join(known[:2])}]"
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{override.input_line}: a name is expected; choose among {', '.join(known)}")
+        if name not in known:
+            remedy = several if group == "probe" else f"choose one of {', '.join(known)}"
+            raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}; {remedy}")
+
+
+def check_setting(override: Override) -> None:
+    """Refuse a run-level setting that does not exist, or a value of another type."""
+    key = override.key_or_group
+    if key not in {field.name for field in fields(Train)}:
+        if key == "study":
+            raise UserError("study: is a command of its own: bnexp study NAME")
+        raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+    if not override.is_delete():
+        check_value(key, override.value(), override.input_line.lstrip("+"))
+
+
+def check_value(key: str, value: Any, given: str) -> None:
+    """Refuse a value that a run-level setting cannot hold; ``given`` is how it was written."""
+    try:
+        _scratch()[key] = value
+    except Exception as error:
+        hint = get_type_hints(Train)[key]
+        form = f", written {key}=[a,b]," if get_origin(hint) is list else ""
+        raise UserError(f"{given}: {in_words(hint)}{form} is expected") from error
+
+
+@cache
+def _scratch() -> Any:
+    """A config to try values on: OmegaConf decides what a type takes."""
+    return OmegaConf.structured(Train)
+
+
+def check_option(key: str, chosen: dict[str, Any], folder: Path | None) -> None:
+    """Refuse an option that the chosen entry of its group does not have."""
+    group, *path = key.split(".")
+    known = entries(group, folder) if group in SHELVES else {}
+    if group == "probe":
+        known, path = {path[0]: known.get(path[0], {})}, path[1:]
+    elif chosen.get(group) in known:
+        known = {chosen[group]: known[chosen[group]]}
+    if not path or not any(path[0] in options for options in known.values()):
+        raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+
+
+def nearest_setting(key: str) -> str:
+    """`` (did you mean X?)``: the setting whose last part is ``key``, else one that looks like it."""
+    known = [field.name for field in fields(Train)]
+    for group in SHELVES:
+        inside = [(f"{group}.{name}" if group == "probe" else group, own) for name, own in entries(group).items()]
+        known += [f"{place}.{option}" for place, options in inside for option in options if option[:1] != "_"]
+    ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    if key in known:
+        return " in the chosen entries"
+    if key in ends:
+        return f" (did you mean {ends[key]}?)"
+    return nearest(key, known) or nearest(key.rpartition(".")[2], ends, ends.__getitem__)
 
 
 @contextmanager
-def explained(arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Turn the config libraries' exceptions into :class:`UserError` with a cause and a remedy."""
+def explained(words: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into :class:`UserError`, with the ``words`` that were given."""
     try:
         yield
     except UserError:
         raise
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        known = list(error.options or ())
+        choice = f"; choose one of {', '.join(known)}" if known else f" ({' '.join(str(error).split())[:300]})"
+        group = group or "config"
+        raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}{choice}") from error
     except Exception as error:  # of their own kinds and of many others
-        raise UserError(explain(error, " ".join(arguments) or "the overrides")) from error
-
-
-def explain(error: Exception, given: str) -> str:
-    """One sentence or two for one exception; ``given`` is what stood on the command line."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-    text = f"{error}\n{cause or ''}"
-    if found := re.search(r"Could not find '([\w@/]+)/([^'/]*)'\s+Available options in '[^']+':\s+([\w\s]+)", text):
-        group, wrong, options = found[1], found[2], found[3].partition("Config")[0].split()
-        return (
-            f"{group}={wrong}: there is no such {group}{nearest(wrong, options)}; "
-            f"choose one of {', '.join(options)}"
-        )
-    if found := re.search(r"Could not load '(\w+)/([^']*)'", text):  # one of a list, probe=[a,b]
-        group, wrong = found[1], found[2]
-        options = choices(group)
-        return (
-            f"{group}={wrong}: there is no such {group}{nearest(wrong, options)}; "
-            f"choose among {', '.join(options)}, as {group}=[{','.join(options[:2])}]"
-        )
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return (
-            f"{found[1]}: several values at once are a sweep; add -m to train them all, "
-            "or write one value (a list is written key=[a,b])"
-        )
-    if found := re.search(r"Could not override '([^']+)'|^Key '([^']+)' (?:is )?not in", text):
-        key = found[1] or getattr(error, "full_key", None) or found[2]
-        if key == "study":
-            return "study: is no setting but a command of its own: bnexp study NAME"
-        return f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all"
-    for sign, kind in KINDS.items():
-        if found := re.search(rf"(?:{sign})[\s\S]*full_key: (\S+)", text):
-            return f"{what_was_given(text, found[1], given)}: {kind} is expected"
-    if found := re.search(r"LexerNoViableAltException: (.*)", text):
-        name, equals, value = found[1].partition("=")
-        if not equals:
-            return f"{name}: not a setting; write it as name=value"
-        return f"{found[1]}: holds characters that are read only in quotes; write it as '{name}=\"{value}\"'"
-    if found := re.search(r"Error parsing override '([^']*)'\s+missing EQUAL", text):
-        return f"{found[1]}: not a setting; write it as name=value"
-    if found := re.search(r"(?:no viable alternative|mismatched|extraneous|token recognition).*", text):
-        return f"cannot read {given}: {found[0]}; quote values that hold spaces, commas or brackets"
-    if "Config group override must be a string" in text:
-        for group in (*GROUPS, "probe"):
-            found = re.search(rf"(?:^| ){group}=(\S*)", given)
-            if found and found[1] not in choices(group):
-                return f"{group}={found[1]}: a name is expected; choose among {', '.join(choices(group))}"
-    if not isinstance(error, (HydraException, OmegaConfBaseException, YAMLError, ValueError)):
-        text = f"{type(error).__name__}: {text}"
-    text = " ".join(line.strip() for line in text.strip().splitlines() if line.strip())
-    return text if any(word in text for word in given.split()) else f"cannot use {given}: {text}"
-
-
-def what_was_given(text: str, key: str, given: str) -> str:
-    """``key=value``, from what OmegaConf says of it, behind the file that it stands in if it does in one."""
-    override = re.search(r"^Error merging override (.*)", text)
-    value = re.search(r"(?:[Vv]alue|to string:) '(.*?)'(?: of | is | for |\n)", text)
-    what = override[1] if override else f"{key}={value[1]}" if value else key
-    return f"{given}: {what}" if given.endswith(".yaml") and f"{key}=" not in given else what
-
-
-def nearest_setting(key: str) -> str:
-    """`` (did you mean X?)`` among all settings of the default config, by the whole name or its last part."""
-    from bnexp.config.compose import composed
-
-    cfg = OmegaConf.to_container(composed([]))
-    known = [*cfg, *(f"{group}.{name}" for group in GROUPS for name in cfg[group] if not name.startswith("_"))]
-    if key in known:
-        return " with these groups"
-    if found := nearest(key, known):
-        return found
-    ends = {name.rpartition(".")[2]: name for name in known}
-    close = get_close_matches(key.rpartition(".")[2], ends, n=1)
-    return f" (did you mean {ends[close[0]]}?)" if close else ""
+        key = getattr(error.__cause__ or error, "full_key", None)
+        if key and isinstance(error.__cause__ or error, OmegaConfBaseException) and "not in struct" in str(error):
+            raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
+        given, text = " ".join(words) or "the settings", " ".join(str(error).split())
+        raise UserError(f"cannot use {given}: {text or type(error).__name__}") from error

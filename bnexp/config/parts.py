@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim import Optimizer
 
-from bnexp.config.targets import check_options, find_target
+from bnexp.config.targets import OURS, check_options, find_target
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
+from bnexp.optim import make_optimizer, without_compiler
 from bnexp.train.probe import Probe
 
 
@@ -77,6 +79,13 @@ def make_model(cfg: DictConfig, source: Any) -> nn.Module:
         model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
     initialize(model, torch.Generator().manual_seed(cfg.seed))
     return model
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
+    """The optimizer of the config over the parameters of ``model``."""
+    decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
+    optimizer = part(cfg, "optimizer", without=OURS)
+    return make_optimizer(partial(without_compiler(optimizer.func), **optimizer.keywords), model, **decays)
 
 
 def meta_model(cfg: DictConfig, source: Any) -> nn.Module:

@@ -1,14 +1,19 @@
 """The settings of a run that belong to no group: names, types, defaults and meanings, once.
 
-Registered as Hydra's structured config ``schema``, so that a misspelt key or a value of the wrong type is
-an error that names the key.
+What each of them decides stands in :data:`bnexp.store.settings.DECIDES`.
 """
 
+import inspect
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+MISSING = "???"  # OmegaConf's word for a value that has to be given
+WORDS = {  # one and many of each type
+    float: ("a number", "numbers"), int: ("a whole number", "whole numbers"), bool: ("true or false", "true or false"),
+    str: ("text", "texts"), types.NoneType: ("null", "nulls"),
+}  # fmt: skip
 
 
 @dataclass
@@ -52,4 +57,46 @@ class Train:
     allow: list[str] = field(default_factory=list)  # further packages whose classes a config may name
 
 
-ConfigStore.instance().store(name="schema", node=Train)
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value from a config can stand where ``hint`` is annotated; unknown hints take anything."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option) for option in get_args(hint))
+    if hint is None or hint is types.NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if inspect.isclass(origin) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        items = get_args(hint)
+        if origin is tuple and ... not in items:
+            return isinstance(value, list) and len(value) == len(items) and all(map(fits, value, items))
+        return isinstance(value, list) and (not items or all(fits(item, items[0]) for item in value))
+    return not is_tensor(hint)
+
+
+def in_words(hint: Any, many: int = 0) -> str:
+    """``a number`` for float; ``numbers`` with ``many=1``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(in_words(option, many) for option in get_args(hint) if not is_tensor(option))
+    if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
+        items = get_args(hint)
+        count = f"{len(items)} " if get_origin(hint) is tuple and ... not in items else ""
+        return f"a list of {count}{in_words(items[0], many=1)}" if items else "a list"
+    return WORDS.get(hint, (getattr(hint, "__name__", str(hint)),) * 2)[many]
+
+
+def is_tensor(hint: Any) -> bool:
+    """Whether torch annotates a tensor here, which no config can hold; looked up by name, torch is slow to import."""
+    return getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
+
+
+def is_text(hint: Any) -> bool:
+    """Whether text is among what ``hint`` takes, and numbers are not."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return str in options and not {int, float, bool} & set(options)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.config import build
-from bnexp.config.compose import group_name, settings
+from bnexp.config.compose import group_name, hparams
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.store.files import not_written, write_new
-from bnexp.store.run_folder import CONFIG, Status
+from bnexp.store.run_folder import CONFIG, METRICS, Status
 from bnexp.train.run import Run
 
 if TYPE_CHECKING:
@@ -25,15 +25,18 @@ SAID: set[str] = set()  # by this process: a sweep would say the same of every s
 
 
 def advise(cfg: DictConfig, run: "Run") -> None:
-    """Tell on stderr what somebody should know of these settings before training, once each."""
+    """Print on stderr what was found in the data and what cannot work well with these settings, once each."""
     from bnexp.config.advice import advice
 
     if cfg.quiet:
         return
+    lines = [run.dataset.about] if run.dataset.about else []
     for sentence in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size):
-        if sentence not in SAID:
-            SAID.add(sentence)
-            print(f"bnexp: warning: {sentence}", file=sys.stderr)
+        lines.append(f"warning: {sentence}")
+    for line in lines:
+        if line not in SAID:
+            SAID.add(line)
+            print(f"bnexp: {line}", file=sys.stderr)
 
 
 def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Recorder":
@@ -41,7 +44,8 @@ def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder:
     from bnexp.config import parts
     from bnexp.store import checkpoint
     from bnexp.store.run_folder import Status
-    from bnexp.store.writer import Writer, read_lines
+    from bnexp.store.untrusted import read_lines
+    from bnexp.store.writer import Writer
     from bnexp.train.recorder import Recorder, merit
 
     state = checkpoint.load(folder, run.device, run.model, mend=True)
@@ -50,8 +54,8 @@ def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder:
             run.load_state_dict(state)
     status = Status(folder, parts.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
-    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), settings(cfg), group_name(cfg))
-    earlier = read_lines(folder) if cfg.keep == "best" else []
+    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg), group_name(cfg))
+    earlier = read_lines(folder / METRICS) if cfg.keep == "best" else []
     best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
     return Recorder(writer, status, folder, cfg.keep, best)
 

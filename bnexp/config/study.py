@@ -6,19 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from bnexp.config.choices import choices, conf_dir, nearest
-from bnexp.config.explain import explained
-from bnexp.config.targets import fits
-from bnexp.errors import UserError
+from bnexp.config.choices import choices, conf_dir
+from bnexp.config.explain import explained, parse_words
+from bnexp.config.schema import fits
+from bnexp.errors import UserError, nearest
 from bnexp.report.expectations import Expectation
+from bnexp.store.settings import PERSON, decides
 from bnexp.store.untrusted import read_yaml
 
 FORMS = ("quick", "full")
 HOW = ("compare", "sweep")
-THE_USERS = ("out", "allow", "resume")  # settings that a study has no say in
 
 
 @dataclass
@@ -57,18 +56,18 @@ class Study:
             for key, value in each.items():
                 pairs = value.values() if key == "where" and isinstance(value, dict) else ()
                 if not fits(value, hints.get(key, Any)) or not all(len(pair) == 2 for pair in pairs):
-                    raise UserError(f"expect {each}: {key} cannot be {value}; see bnexp/expectations.py")
+                    raise UserError(f"expect {each}: {key} cannot be {value}; see bnexp/report/expectations.py")
             try:
                 found.append(Expectation(**each))
             except TypeError as error:
-                raise UserError(f"expect {each}: {error}; see bnexp/expectations.py") from error
+                raise UserError(f"expect {each}: {error}; see bnexp/report/expectations.py") from error
             found[-1].check(list(self.variants))
         return found
 
 
 def load(name: str) -> Study:
     """The study of this name in ``conf/study``, or in a yaml file of the user's own."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
     try:
         content = read_yaml(path)
     except FileNotFoundError:
@@ -79,13 +78,13 @@ def load(name: str) -> Study:
         raise UserError(f"study {name}: cannot be read ({error}); correct the file") from error
     with explained([name]):
         study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), content))
-        check_words(study)
+        check_study_words(study)
         for form in study.forms.values():
-            check_words(form)
+            check_study_words(form)
     return study
 
 
-def check_words(study: Study | Form) -> None:
+def check_study_words(study: Study | Form) -> None:
     """Raise :class:`UserError` for what a study may not say, because it can be a stranger's.
 
     Where files are written, whom to trust and what Hydra starts is for the person at the keyboard to say.
@@ -97,9 +96,9 @@ def check_words(study: Study | Form) -> None:
         words += own if isinstance(own, list) else [own]
     if odd := [word for word in words if not isinstance(word, str)]:
         raise UserError(f"{odd[0]}: no setting; write it as text, name=value")
-    for override in OverridesParser.create().parse_overrides(words):
+    for override in parse_words(words):
         key = override.key_or_group
-        if key in THE_USERS or key.startswith("hydra"):
+        if decides(key) & PERSON or key.startswith("hydra"):
             raise UserError(f"{override.input_line}: no study may say that; give it on the command line if you want it")
 
 

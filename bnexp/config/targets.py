@@ -5,15 +5,14 @@ A run's folder can come from a stranger, so that naming a thing is not enough to
 
 import importlib
 import inspect
-import types
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_type_hints
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from bnexp.config.schema import fits, in_words
 from bnexp.errors import UserError
 
 OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
@@ -26,11 +25,6 @@ KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
 CALLS = {
     "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
     "schedule": ((0, 0), {}), "engine": ((0,), {}), "probe": ((), {}),
-}  # fmt: skip
-
-WORDS = {
-    float: ("a number", "numbers"), int: ("a whole number", "whole numbers"), bool: ("true or false", "true or false"),
-    str: ("text", "texts"), types.NoneType: ("null", "nulls"),
 }  # fmt: skip
 
 
@@ -90,7 +84,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             known = ", ".join(k for k in accepted if k in options) or "none"
             raise UserError(f"{label}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
         if not fits(value, hints.get(key, Any)):
-            raise UserError(f"{label}.{key}={value}: {_in_words(hints[key])} is expected")
+            raise UserError(f"{label}.{key}={value}: {in_words(hints[key])} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}
     try:
@@ -104,37 +98,3 @@ def _mentions_target(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "_target_" in value or any(map(_mentions_target, value.values()))
     return isinstance(value, list) and any(map(_mentions_target, value))
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value from a config can stand where ``hint`` is annotated; unknown hints take anything."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, option) for option in get_args(hint))
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (str, bool):
-        return isinstance(value, hint)
-    if inspect.isclass(origin) and issubclass(origin, Mapping):
-        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        items = get_args(hint)
-        if origin is tuple and ... not in items:
-            return isinstance(value, list) and len(value) == len(items) and all(map(fits, value, items))
-        return isinstance(value, list) and (not items or all(fits(item, items[0]) for item in value))
-    return hint is not torch.Tensor
-
-
-def _in_words(hint: Any, many: int = 0) -> str:
-    """``a number``, or with ``many`` ``numbers``, for float."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_in_words(option, many) for option in get_args(hint) if option is not torch.Tensor)
-    if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
-        items = get_args(hint)
-        count = f"{len(items)} " if get_origin(hint) is tuple and ... not in items else ""
-        return f"a list of {count}{_in_words(items[0], many=1)}" if items else "a list"
-    return WORDS.get(hint, (getattr(hint, "__name__", str(hint)),) * 2)[many]

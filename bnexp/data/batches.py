@@ -1,7 +1,7 @@
-"""The stream of training batches: which images come when, and how they are augmented, given one seed.
+"""The stream of training batches: the order of the images and their augmentation, both drawn from one seed.
 
-Everything is drawn from generators of its own on the dataset's device, so that no norm, probe or engine can
-change what the next batch holds, and a run that is continued sees the batches it would have seen.
+The stream draws from two generators of its own, so that no norm, probe or engine can change what the next batch
+holds, and a resumed run sees the batches that it would have seen.
 """
 
 import math
@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bnexp.data.dataset import Dataset
-from bnexp.data.few_classes import check_classes, deal
+from bnexp.data.few_classes import check_classes, order_by_classes
 from bnexp.errors import UserError
 
-# Of prepared images that lie ready. By measurement: MNIST in batches of 16 takes half the time that it takes batch by
-# batch, and 16 MiB at a time (or a whole epoch) take longer than that, because they have left the cache when used.
+# How many bytes of prepared images are made at a time. Measured on MNIST in batches of 16: half the time of batch by
+# batch; 16 MiB or a whole epoch at a time is slower, because the images have left the cache when they are used.
 AHEAD_BYTES = 2**20
 CROP_MARGIN = 4  # pixels of the stored image on each side, as is usual for CIFAR
 
@@ -26,12 +26,11 @@ class Batches:
     ``next()`` gives float32 (B, *in_shape) and int64 (B,). ``drop_last`` leaves out the short batch at an
     epoch's end (batch norm sees other statistics in it); the order of the images is the same either way.
 
-    ``classes_per_batch=k`` makes batches that are not a fair sample: at most k classes each, in parts as even as
-    can be, while an epoch keeps its length and every image still comes once. Which classes meet, and with which
-    images, is drawn anew each epoch; inside a batch the images are shuffled. See :func:`deal` for what is promised.
-    ``drop_last`` then leaves out images of at most k classes, others in every epoch.
+    ``classes_per_batch=k`` makes batches of at most k classes, in parts as even as possible; see
+    :func:`~bnexp.data.few_classes.deal`. An epoch keeps its length and every image still comes once. ``drop_last``
+    then leaves out images of at most k classes, others in every epoch.
 
-    Raises :class:`UserError` if not even one batch can be made, or if so few classes per batch cannot be kept.
+    Raises :class:`UserError` if not one batch can be made, or not with so few classes.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Batches:
         return images[batch], labels[batch]
 
     def advance(self) -> tuple[int, int]:
-        """Where the next batch begins and ends in ``order``, the epoch's; a new epoch is begun if it is time to."""
+        """Go on by a batch, into a new epoch if this one is over; returns its start and end in ``order``."""
         if self._position >= self.num_images:
             self._start_epoch()
         start = self._position
@@ -98,49 +97,27 @@ class Batches:
     next = __next__
 
     def _count_ahead(self) -> int:
-        """How many images are gathered at a time on a CPU, whose batches are then views: as many whole batches as
-        AHEAD_BYTES hold. Augmented ones come batch by batch, because that is how their numbers are drawn."""
+        """How many images are gathered at a time: on a CPU as many whole batches as AHEAD_BYTES hold.
+
+        Batches are then views. Augmented images come batch by batch, because that is how their numbers are drawn.
+        """
         if self.dataset.device.type != "cpu" or self.dataset.augment != "none":
             return self.batch_size
         return AHEAD_BYTES // (4 * math.prod(self.dataset.in_shape)) // self.batch_size * self.batch_size
 
     def _start_epoch(self):
         self._epoch_state = self._orders.get_state()
-        num_images, device = len(self.dataset.train), self.dataset.device
-        self.order = torch.randperm(num_images, generator=self._orders, device=device)
-        if self.classes_per_batch is not None:
-            self.order = self._by_classes(self.order)
+        train, k = self.dataset.train, self.classes_per_batch
+        order = torch.randperm(len(train), generator=self._orders, device=self.dataset.device)
+        if k is not None:
+            order = order_by_classes(order, train.labels, self._counts, self.batch_size, k, self._orders)
+        self.order = order
         self._position = self._ahead_end = 0
 
-    def _by_classes(self, shuffled: Tensor) -> Tensor:
-        """The images of ``shuffled`` (N,), in another order: few classes to a batch, the short batch last."""
-        num_images, size, device = len(shuffled), self.batch_size, shuffled.device
-        num_batches, num_last = divmod(num_images, size)
-        sizes = [num_last] * (num_last > 0) + [size] * num_batches  # the short one first, while all classes are left
-        # The plan is made on the host: a few milliseconds, and the only time in an epoch that it waits for the device.
-        luck = torch.rand(len(sizes), len(self._counts), generator=self._orders, device=device).tolist()
-        next_of = [sum(self._counts[:c]) for c in range(len(self._counts))]
-        starts, lengths = [], []
-        for parts in deal(self._counts, sizes, self.classes_per_batch, luck):
-            for c, count in parts.items():
-                starts.append(next_of[c])
-                lengths.append(count)
-                next_of[c] += count
-        starts, lengths = (torch.tensor(numbers, device=device) for numbers in (starts, lengths))
-        jumps = (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths, output_size=num_images)
-        grouped = shuffled[self.dataset.train.labels[shuffled].argsort(stable=True)]  # class after class
-        dealt = grouped[torch.arange(num_images, device=device) + jumps]
-        last, full = dealt[:num_last], dealt[num_last:].view(num_batches, size)
-        # Every batch at a random place, every image at a random place of its batch: ghost norms split batches in order.
-        full = full[torch.randperm(num_batches, generator=self._orders, device=device)]
-        places = torch.rand(full.shape, generator=self._orders, device=device).argsort(stable=True, dim=1)
-        last = last[torch.randperm(num_last, generator=self._orders, device=device)]
-        return torch.cat([full.gather(1, places).flatten(), last])
-
     def state_dict(self) -> dict:
-        """Tensors and numbers that continue the stream bit for bit, in the middle of an epoch too.
+        """Tensors and numbers from which the stream continues bit for bit, in the middle of an epoch too.
 
-        The order is kept as the state of the generator it was drawn from: a few kilobytes for any dataset.
+        The order is stored as the state of its generator before the epoch: a few kilobytes for any dataset.
         """
         return {
             "order": self._epoch_state.clone(),
@@ -178,7 +155,7 @@ class Batches:
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Stored images (N, C, H, W), each changed on its own: ``none``, ``flip`` or ``crop_flip``.
+    """Stored images (N, C, H, W) changed at random, each on its own: ``none``, ``flip`` or ``crop_flip``.
 
     ``flip`` mirrors left and right with probability 1/2. ``crop_flip`` also moves the image by up to 4 stored
     pixels each way: a black margin of 4 around it, and a window of the old size at a random place.

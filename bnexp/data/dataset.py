@@ -1,7 +1,7 @@
-"""Resident image sets: what a run trains, validates and tests on, as tensors on its device.
+"""The images that a run trains, validates and tests on, as tensors on its device.
 
-A source (digits, mnist, cifar10, folder) reads its files and hands whole splits to :func:`assemble`; from
-there on all are alike: uint8 images that stay where the model is, turned into floats one batch at a time.
+A source (digits, mnist, cifar10, folder) reads its files and gives whole splits to :func:`assemble`. All datasets
+are alike: uint8 images on the device of the model, which become floats one batch at a time.
 """
 
 import os
@@ -15,12 +15,12 @@ from torch.nn.functional import interpolate
 from bnexp.errors import UserError
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-SPLIT_SEED = 20150211  # never the run's seed: runs of every seed share one split, so that they can be paired
+SPLIT_SEED = 20150211  # never the run's seed: runs of all seeds share one split, so that they can be paired
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 (N, C, H, W) and their labels int64 (N,); N = 0 where a dataset has no such split."""
+    """Images uint8 (N, C, H, W) and their labels int64 (N,); N = 0 if a dataset has no such split."""
 
     images: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Train, valid and test split, and how their images become the input of a model.
+    """Train, valid and test split, and how their images become the input of a model: what a source loads.
 
     ``mean`` and ``std`` (C,) are those of the training images in [0, 1]. An empty ``valid`` or ``test`` split
     means that there is nothing to report on it.
@@ -55,6 +55,7 @@ class Dataset:
     std: Tensor
     augment: str = "none"
     normalize: bool = True
+    about: str = ""  # one line on what was found, for sources that a person has put together
 
     def __post_init__(self):
         # (u/255 - mean)/std = u*scale + offset, shaped (C, 1, 1) to meet (N, C, H, W)
@@ -94,20 +95,22 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that every source shares, checked: see ``conf/data/*.yaml`` for what each does."""
+    """The settings that all sources share, checked; ``conf/data/*.yaml`` says what each does."""
 
     valid: float | int
     limit: int | None
     augment: str
     normalize: bool
+    test: float | int = 0
 
     def __post_init__(self):
-        upper = {int: float("inf"), float: 1}.get(type(self.valid), 0)
-        if not upper or not 0 <= self.valid < upper:
-            raise UserError(
-                f"data.valid={self.valid}: neither a part nor a number of the training images; "
-                "give a fraction below 1 (data.valid=0.1), a count (data.valid=5000) or 0 for none"
-            )
+        for split, part in (("valid", self.valid), ("test", self.test)):
+            upper = {int: float("inf"), float: 1}.get(type(part), 0)
+            if not upper or not 0 <= part < upper:
+                raise UserError(
+                    f"data.{split}={part}: neither a part nor a number of the training images; "
+                    f"give a fraction below 1 (data.{split}=0.1), a count (data.{split}=5000) or 0 for none"
+                )
         if self.limit is not None and not (type(self.limit) is int and self.limit > 0):
             raise UserError(f"data.limit={self.limit}: not a number of images; give 1 or more, null for all")
         if self.augment not in AUGMENTATIONS:
@@ -136,33 +139,44 @@ def find_root(root) -> Path:
         given = f"data.root={root}"
     path = Path(os.path.expanduser(str(root)))
     if path.exists() and not path.is_dir():
-        raise UserError(f"{given}: a file; give the folder that the data lie in")
+        raise UserError(f"{given}: a file; give the folder of the data")
     return path
 
 
 def divide(split: Split, count: int) -> tuple[Split, Split]:
-    """``count`` images picked at random, the same ones every time, and the others."""
+    """``count`` images drawn at random, the same ones every time, and the others."""
     order = _shuffled(len(split))
     return split.take(order[:count]), split.take(order[count:])
 
 
-def assemble(source, train: Split, test: Split, valid: Split | None = None) -> Dataset:
-    """A source's :class:`Dataset`: validation images set aside, every split limited, channels measured.
+def count_part(num_images: int, split: str, part: float | int) -> int:
+    """How many of ``num_images`` training images the setting ``data.<split>=part`` takes; one must be left."""
+    count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
+    if count >= num_images:
+        raise UserError(
+            f"data.{split}={part}: takes {count} of {num_images} training images and leaves none; "
+            f"give a fraction such as data.{split}=0.1 or a count below {num_images}"
+        )
+    return count
 
-    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. Without a ``valid`` split of its
-    own, ``options.valid`` training images become one. Which ones, and which ``options.limit`` leaves, depends
-    on the number of images and on nothing else.
+
+def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
+    """The training images that become the split of that name by the setting ``data.<split>=part``, and the others."""
+    return divide(train, count_part(len(train), split, part))
+
+
+def assemble(source, train: Split, test: Split | None = None, valid: Split | None = None) -> Dataset:
+    """A source's :class:`Dataset`: missing splits set aside, every split limited, channels measured.
+
+    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. Of the training images ``options.test``
+    become the test split if that is None, and of the others ``options.valid`` the validation split. Which ones,
+    and which ``options.limit`` leaves, depends on the number of images and on nothing else.
     """
     options = source.options
+    if test is None:
+        test, train = set_aside(train, "test", options.test)
     if valid is None:
-        num_images, part = len(train), options.valid
-        count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
-        if count >= num_images:
-            raise UserError(
-                f"data.valid={part}: takes {count} of {num_images} training images and leaves none; "
-                f"give a fraction such as data.valid=0.1 or a count below {num_images}"
-            )
-        valid, train = divide(train, count)
+        valid, train = set_aside(train, "valid", options.valid)
     if options.limit is not None:
         train, valid, test = (
             split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
@@ -178,8 +192,8 @@ def assemble(source, train: Split, test: Split, valid: Split | None = None) -> D
 def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of uint8 (N, C, H, W) over N, H, W, in units of [0, 1].
 
-    Counts how often each of the 256 values occurs: exact, and no float copy of the images. A channel that
-    varies by less than one grey level gets std = 1/255, so that dividing by it stays harmless.
+    Exact, and without a float copy of the images: counts how often each of the 256 values occurs. A channel that
+    varies by less than one grey level gets std = 1/255, so that dividing by it is harmless.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
     for chunk in images.split(4096):

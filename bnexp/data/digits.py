@@ -1,4 +1,4 @@
-"""Real handwritten digits that come with scikit-learn: data for everybody, at once and without a network."""
+"""Real handwritten digits that come with scikit-learn: no download."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ FILE = "datasets/data/digits.csv.gz"  # in scikit-learn's folder
 class Digits:
     """1,797 digits of 8x8 pixels and 17 grey levels (Alpaydin and Kaynak 1998), resized to ``size`` squared.
 
-    360 of them, always the same, are the test split; ``valid`` is taken from the other 1,437.
+    360 of them, always the same, are the test split; ``valid`` images are taken from the other 1,437.
     """
 
     name = "digits"
@@ -41,11 +41,11 @@ class Digits:
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """Grey levels 0 to 16 in float64 (1797, 64), row by row, and which digit each is (1797,).
 
-    Read from the file that ``load_digits`` reads, because importing scikit-learn takes longer than training starts.
+    Read from the file of ``load_digits``, because importing scikit-learn takes longer than all else before training.
     """
     package = find_spec("sklearn")
     path = Path(package.submodule_search_locations[0]) / FILE if package else None
-    if path is None or not path.is_file():  # another layout, or none: scikit-learn knows, or says so
+    if path is None or not path.is_file():  # another layout, or not installed: the import says so
         from sklearn.datasets import load_digits
 
         return load_digits(return_X_y=True)

@@ -1,148 +1,185 @@
-"""A person's own images, or a stranger's: one folder per class, any size, grey or colour.
+"""Your own images, or a stranger's: a folder of class folders, any size, grey or colour.
 
-``root/train/<class>/*`` and, if there are any, ``root/valid/<class>/*`` and ``root/test/<class>/*``. Without
-``valid/`` a part of the training images is set aside; without ``test/`` the test split is empty.
+``root/train/<class>/*`` and, if they are there, ``root/valid/<class>/*`` and ``root/test/<class>/*``, each under any
+of its usual names; or ``root/<class>/*`` alone, of which test and validation images are set aside.
 """
 
-import re
-import warnings
-from collections.abc import Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
+from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, count_part, find_root
+from bnexp.data.pictures import has_colour, no_bombs, read_picture
 from bnexp.errors import UserError
+from bnexp.store.untrusted import printable
 
-LAYOUT = "one folder per class is expected in it, as in train/cat/1.jpg and train/dog/2.jpg"
-GREY_MODES = ("1", "L", "LA", "I", "F")  # and I;16 in its byte orders
-UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # a terminal would obey it
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts a program
+LAYOUT = "one folder per class is expected, as in train/cat/1.jpg and train/dog/2.jpg, or cat/1.jpg and dog/2.jpg"
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation"),
+    "test": ("test", "testing"),
+}  # in any case
+SYSTEM_NAMES = (  # in any case; what Windows, macOS, Linux and network storage put into folders
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir",
+    "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found",
+)  # fmt: skip
+MOST_SHOWN = 10  # classes with their counts in a description
 
 
 class Folder:
     """Images of a folder, scaled to fit ``size`` x ``size`` with their aspect ratio kept and the rest black.
 
-    The classes are the folders in ``train/``, sorted. ``channels``: 1 makes all images grey, 3 all of them
-    colour, None decides from the headers of the training images, 3 if any has colours. Transparent pixels
-    become white, photographs are turned as their camera noted, hidden files are passed over. Of an animation the
-    first picture counts. Refused are files of other formats, and pictures of more than 89 million pixels: a small
-    file can hold one that fills the memory.
+    The classes are the folders in ``train/``, sorted; images in folders below belong to the class above them.
+    Without ``valid/`` the part ``valid`` of the training images is set aside, and without ``test/`` the part
+    ``test``; ``test=None`` is 0 if there is ``train/``, and 0.1 if ``root`` holds the classes itself. The images
+    set aside are the same for every seed. ``channels``: 1 makes all images grey, 3 all of them colour, None takes
+    3 if any training image has colours. Hidden files and those of operating systems are passed over. Of an
+    animation the first picture counts. Refused are files of other formats, and pictures of more than 89 million
+    pixels: a small file can hold one that fills the memory.
     """
 
     name = "folder"
 
     def __init__(
-        self, root=None, size=64, valid=0.1, limit=None, augment="none", normalize=True, channels=None
-    ):
+        self, root: str | None = None, size=64, valid=0.1, limit=None, augment="none", normalize=True, channels=None,
+        test=None,
+    ):  # fmt: skip
         if root is None:
             raise UserError(f"data=folder: which folder? Name it with data.root=photos/; {LAYOUT}")
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels={channels}: not 1 (grey), 3 (colour) or null (as the images are)")
-        self.options = Options(valid, limit, augment, normalize)
-        self.root = find_root(root)
         size = check_size(size, default=64)
-        if not (self.root / "train").is_dir():
-            raise UserError(f"data.root={root}: no folder train/ in it; {LAYOUT}")
-        self.class_names = tuple(path.name for path in _visible(self.root / "train") if path.is_dir())
-        if odd := list(filter(UNPRINTABLE.search, self.class_names)):
-            raise UserError(f"{self.root / 'train' / odd[0]}: control characters in the name of a class; rename it")
+        self.root = find_root(root)
+        if not self.root.is_dir():
+            raise UserError(f"data.root={root}: no such folder; {LAYOUT}")
+        self._folders = find_splits(self.root) or {"train": self.root}
+        self._is_flat = self._folders["train"] == self.root
+        if test is None:
+            test = 0.1 if self._is_flat else 0
+        self.options = Options(valid, limit, augment, normalize, test)
+        self.class_names = tuple(folder.name for folder in _folders_in(self._folders["train"]))
+        if odd := [name for name in self.class_names if printable(name) != name]:
+            where = self._folders["train"] / printable(odd[0])
+            raise UserError(f"{where}: control characters in the name of a class; rename it")
         if len(self.class_names) < 2:
-            raise UserError(f"data.root={root}: fewer than two class folders in train/; {LAYOUT}")
-        self._files = {split: self._scan(split) for split in ("train", "valid", "test")}
+            raise UserError(f"{self._folders['train']}: holds fewer than two class folders; {LAYOUT}")
+        self._files = {split: self._scan(folder) for split, folder in self._folders.items()}
         if channels is None:
-            channels = 3 if any(_has_colour(path) for path, _ in self._files["train"]) else 1
+            channels = 3 if any(has_colour(path) for path, _ in self._files["train"]) else 1
         self.in_shape = (channels, size, size)
 
     def load(self) -> Dataset:
-        train, valid, test = (self._read(self._files[split]) for split in ("train", "valid", "test"))
-        return assemble(self, train, test, valid if len(valid) else None)
+        splits = {split: self._read(files) for split, files in self._files.items()}
+        dataset = assemble(self, splits["train"], splits.get("test"), splits.get("valid"))
+        return replace(dataset, about=self.describe())
 
-    def _scan(self, split: str) -> list[tuple[Path, int]]:
-        """Every image file of a split with its label; empty where there is no such folder."""
-        folder = self.root / split
-        if not folder.is_dir():
-            return []
-        names = [path.name for path in _visible(folder) if path.is_dir()]
-        if unknown := sorted(set(names) - set(self.class_names)):
-            raise UserError(
-                f"{folder / unknown[0]}: no such class in {self.root / 'train'}; rename or remove it"
-            )
+    def describe(self) -> str:
+        """One line on what was found: classes, images, where each split comes from, colour and size."""
+        counts = Counter(label for files in self._files.values() for _, label in files)
+        classes = [f"{name} {counts[i]:,}" for i, name in enumerate(self.class_names[:MOST_SHOWN])]
+        if len(self.class_names) > MOST_SHOWN:
+            classes.append("...")
+        num_images = {split: len(files) for split, files in self._files.items()}
+        origins = {split: printable(f"{folder.name}/") for split, folder in self._folders.items()}
+        for split, part in (("test", self.options.test), ("valid", self.options.valid)):  # in the order of assemble
+            if split not in self._files:
+                num_images[split] = count_part(num_images["train"], split, part)
+                num_images["train"] -= num_images[split]
+                origins[split] = f"data.{split}={part} of {origins['train']}"
+        images = [f"{num_images[split]:,} {split} ({origins[split]})" for split in SPLIT_NAMES]
+        notes = [f"at most {self.options.limit:,} images of each split used"] if self.options.limit else []
+        notes += ["no train/, so every folder is a class"] if self._is_flat else []
+        notes += ["images in folders below a class belong to it"] if self._is_nested() else []
+        channels, size, _ = self.in_shape
+        return "; ".join([
+            f"data=folder: {printable(self.root)} has {len(self.class_names)} classes: {', '.join(classes)}",
+            ", ".join(images), f"{'grey' if channels == 1 else 'colour'}, scaled to {size}x{size}", *notes,
+        ])  # fmt: skip
+
+    def _is_nested(self) -> bool:
+        depths = {split: len(folder.parts) + 2 for split, folder in self._folders.items()}
+        return any(len(path.parts) > depths[split] for split, files in self._files.items() for path, _ in files)
+
+    def _scan(self, folder: Path) -> list[tuple[Path, int]]:
+        """Every image file of a split's folder with its label."""
         found = []
-        for name in names:
-            paths = _visible(folder / name)
-            if not paths:
-                raise UserError(f"{folder / name}: a class folder without images; add some or remove it")
-            if folders := [path for path in paths if path.is_dir()]:
-                raise UserError(f"{folders[0]}: a folder where images are expected; move its images one up")
-            if odd := [path for path in paths if not path.is_file()]:  # a pipe would be waited for
-                raise UserError(f"{odd[0]}: a pipe, a device or a link to nothing; replace or remove it")
-            found += [(path, self.class_names.index(name)) for path in paths]
+        for class_folder in _folders_in(folder):
+            if class_folder.name not in self.class_names:
+                raise UserError(f"{class_folder}: no such class in {self._folders['train']}; rename or remove it")
+            label = self.class_names.index(class_folder.name)
+            found += [(path, label) for path in _files_below(class_folder)]
         if not found:
             raise UserError(f"{folder}: no class folders in it; add some or remove it")
         return found
 
     def _read(self, files: list[tuple[Path, int]]) -> Split:
         images = torch.empty(len(files), *self.in_shape, dtype=torch.uint8)
+        channels, size, _ = self.in_shape
         with no_bombs(), ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
-            decoded = pool.map(lambda file: read_image(file[0], self.in_shape), files)
+            decoded = pool.map(lambda file: read_picture(file[0], channels, size), files)
             for i, image in enumerate(decoded):
                 images[i] = image
         return Split(images, torch.tensor([label for _, label in files], dtype=torch.int64))
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """The image as uint8 ``shape`` (C, H, W), C = 1 or 3; :class:`UserError` if it cannot be decoded."""
-    from PIL import Image, ImageOps
+def find_splits(root: Path) -> dict[str, Path]:
+    """The folders of ``root`` that are named train, valid or test, by any of the names of each; {} if none is.
 
-    channels, height, width = shape
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.draft(None, (width, height))  # lets a JPEG decode to a smaller size, much faster
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits per pixel
-                image = image.convert("I").point(lambda value: value / 257).convert("L")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            image = ImageOps.pad(image, (width, height), Image.Resampling.BILINEAR)
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    except Exception as error:  # decoders fail in many ways
-        raise _undecodable(path, error) from None
-    return pixels.view(height, width, channels).permute(2, 0, 1)
-
-
-def _has_colour(path: Path) -> bool:
-    from PIL import Image
-
-    try:
-        with no_bombs(), Image.open(path, formats=FORMATS) as image:  # reads the header only
-            return image.mode not in GREY_MODES and not image.mode.startswith("I;16")
-    except Exception as error:
-        raise _undecodable(path, error) from None
+    Raises :class:`UserError` if only some folders have such names: images would be left out without a word.
+    """
+    splits, others = {}, []
+    for folder in _folders_in(root):
+        split = next((split for split, names in SPLIT_NAMES.items() if folder.name.casefold() in names), None)
+        if split is None:
+            others.append(folder)
+        elif split in splits:
+            raise UserError(f"{folder}: {splits[split].name}/ beside it is the {split} split already; keep one of them")
+        else:
+            splits[split] = folder
+    if splits and "train" not in splits:
+        folder = next(iter(splits.values()))
+        raise UserError(f"data.root={root}: holds {folder.name}/ and no train/; {LAYOUT}")
+    if splits and others:
+        raise UserError(
+            f"{others[0]}: beside {splits['train'].name}/ only valid/ (val, validation) and test/ (testing) are read; "
+            f"rename it, move it into {splits['train'].name}/ if it is a class, or hide it as .{others[0].name}"
+        )
+    return splits
 
 
-@contextmanager
-def no_bombs() -> Iterator[None]:
-    """Have Pillow refuse pictures at which it would only warn. Not for threads: the warnings' filters are shared."""
-    from PIL import Image
+def _files_below(folder: Path) -> list[Path]:
+    """All visible files in ``folder`` and the folders below it, sorted; raises :class:`UserError` if one is empty."""
+    found, folders = [], [folder]
+    while folders:
+        folder = folders.pop()
+        paths = _visible(folder)
+        if not paths:
+            raise UserError(f"{folder}: a folder without images; add some or remove it")
+        for path in paths:
+            if path.is_dir() and not path.is_symlink():  # a link can lead round in a circle
+                folders.append(path)
+            elif path.is_file():  # a pipe would be waited for
+                found.append(path)
+            else:
+                raise UserError(f"{path}: a pipe, a device, or a link to a folder or nothing; replace or remove it")
+    return sorted(found)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what else it thinks of the file is no news
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
 
-
-def _undecodable(path: Path, error: Exception) -> UserError:
-    known = ", ".join(FORMATS)
-    return UserError(f"{path}: cannot be decoded as an image ({error}); replace or remove it; known are {known}")
+def _folders_in(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
 
 
 def _visible(folder: Path) -> list[Path]:
+    """What is in ``folder``, sorted, without hidden files and those of operating systems."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        paths = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+    return [
+        path for path in paths
+        if not path.name.startswith(".") and path.name.casefold() not in SYSTEM_NAMES
+        and not path.name.endswith(":Zone.Identifier")  # Windows' note on where a file was downloaded
+    ]  # fmt: skip

@@ -19,6 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from bnexp.data.batches import Batches
 from bnexp.errors import UserError
+from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate, without_compiler
 from bnexp.train.run import Run
 
@@ -236,6 +237,6 @@ def check_foldable(model: nn.Module, images: Sequence[int], device: torch.device
         torch.vmap(forward)(*zeros, torch.zeros(2, *images, device=device)).sum().backward()
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        if any(getattr(module, "momentum", 0) is None for module in model.modules()):
+        if any(contract_of(module).momentum is None for module in model.modules()):
             reason = "with norm.momentum=null every run reads back from the device how many batches it has seen"
         raise UserError(f"runs of this model cannot be computed as one ({reason}); leave out replicas") from error

@@ -1,4 +1,4 @@
-"""The densely connected network: every layer normalizes all that came before it, most norms per parameter.
+"""DenseNet, whose every layer normalizes the outputs of all layers before it: the most norms per parameter.
 
     conv 7x7/2 -> norm, activation -> maxpool 3/2 -> dense blocks with transitions between them
     -> norm, activation -> global average pool -> dense
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 
 Norm = Callable[..., nn.Module]
-MOST_LAYERS = 500  # a stranger's config must not build for ever
+MOST_DENSE_LAYERS = 500  # so that no config builds for hours
 
 
 class DenseLayer(nn.Module):
-    """x and, behind its channels, conv3x3(activation(norm(x))) with ``growth`` more of them."""
+    """concat(x, conv3x3(activation(norm(x)))): (N, C, H, W) to (N, C + growth, H, W)."""
 
     def __init__(self, in_channels: int, growth: int, norm: Norm, activation: str, bias: bool) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class DenseBlock(nn.Sequential):
 class Transition(nn.Sequential):
     """norm, activation, conv1x1, average pool 2: (N, C, H, W) to (N, out_channels, H/2, W/2).
 
-    Odd sizes round up, the windows at the edge averaging what they hold. From 224 and 96, the paper's and the
-    tutorials' sizes, every size here is even; from 28, rounding down would leave nothing: 7, 3, 1, 0.
+    Odd sizes round up, and a window at the edge averages the pixels that it has. The sizes of the paper (224) and
+    the tutorials (96) stay even; from 28, rounding down would end at nothing: 7, 3, 1, 0.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class DenseNet(nn.Sequential):
         activation: str = "relu",
         bias: bool = False,
     ) -> None:
-        check_options(growth, blocks, stem_width)
+        check_densenet(growth, blocks, stem_width)
         options = {"activation": activation, "bias": bias}
         layers = OrderedDict(
             conv1=nn.Conv2d(in_shape[0], stem_width, 7, stride=2, padding=3, bias=bias),
@@ -108,8 +108,8 @@ class DenseNet(nn.Sequential):
         super().__init__(layers)
 
 
-def check_options(growth: int, blocks: Sequence[int], stem_width: int) -> None:
-    """Raise :class:`UserError` for widths and blocks that cannot be built."""
+def check_densenet(growth: int, blocks: Sequence[int], stem_width: int) -> None:
+    """Raise :class:`UserError` if no such network can be built."""
     for name, value in (("growth", growth), ("stem_width", stem_width)):
         if type(value) is not int or value < 1:
             raise UserError(f"model.{name}={value}: a number of channels; give a positive whole number")
@@ -117,5 +117,5 @@ def check_options(growth: int, blocks: Sequence[int], stem_width: int) -> None:
         raise UserError(
             f"model.blocks={blocks}: every block needs a positive whole number of layers, as in [4,4,4,4]"
         )
-    if sum(blocks) > MOST_LAYERS:
-        raise UserError(f"model.blocks={blocks}: {sum(blocks):,} layers, more than {MOST_LAYERS:,}; give fewer")
+    if sum(blocks) > MOST_DENSE_LAYERS:
+        raise UserError(f"model.blocks={blocks}: {sum(blocks):,} layers, more than {MOST_DENSE_LAYERS:,}; give fewer")

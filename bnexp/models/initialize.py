@@ -1,7 +1,7 @@
-"""Fills a model's weights from one generator, so that the same seed gives the same start whatever the norm.
+"""Initial weights from one generator, so that the same seed gives the same weights whatever the norm.
 
-Only convolutions and dense layers draw, in the order the model lists them. Norms start from constants,
-so exchanging one for another moves nobody's place in the stream.
+Only convolutions and dense layers draw numbers, in the order in which the model lists them. Norms start from
+constants, so another norm does not change what the layers draw.
 """
 
 import math
@@ -13,9 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 def initialize(model: nn.Module, generator: Generator) -> None:
     """Draw every weight and bias of ``model``'s convolutions and dense layers, in place.
 
-    torch's default: weights and biases ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which kaiming_uniform with
-    a = sqrt(5) says in other words (He et al. 2015, and ``reset_parameters`` in ``torch.nn``). Where the
-    model states a ``weight_init_std``: weights ~ N(0, weight_init_std) and biases 0.
+    By default as torch does: weights and biases ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform with
+    a = sqrt(5) (He et al. 2015; ``reset_parameters`` in ``torch.nn``). If the model has a ``weight_init_std``:
+    weights ~ N(0, weight_init_std^2) and biases 0.
 
     ``generator`` lives on the device of the parameters; on CPU the numbers are the same on every machine.
     """

@@ -14,7 +14,7 @@ from bnexp.errors import UserError
 
 
 def size_after_pooling(size: int) -> int:
-    """What two unpadded 5x5 convolutions, each pooled by 2, leave of ``size`` pixels; at most 0: nothing."""
+    """Pixels left of ``size`` after two unpadded 5x5 convolutions, each pooled by 2; 0 or less if none is."""
     for _ in range(2):
         size = (size - 4) // 2
     return size

@@ -1,4 +1,4 @@
-"""The fully connected network: the smallest place to see what normalization does.
+"""The fully connected network: the smallest model that shows what normalization does.
 
     flatten -> (dense -> norm, activation) for each hidden width -> dense
 
@@ -18,7 +18,7 @@ from bnexp.errors import UserError
 class MLP(nn.Sequential):
     """Dense layers with a norm after each but the last; no hidden layers make it softmax regression.
 
-    ``weight_init_std`` asks :func:`bnexp.models.initialize.initialize` for Gaussian weights and zero biases.
+    With ``weight_init_std`` :func:`bnexp.models.initialize.initialize` draws Gaussian weights and sets biases to 0.
     """
 
     def __init__(

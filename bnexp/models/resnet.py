@@ -1,4 +1,4 @@
-"""The residual network: the model whose every block ends in normalize, add, activate, all in one norm call.
+"""ResNet, whose every block ends in normalize, add, activate: one call of a norm.
 
     stem -> stages of residual blocks, each but the first at half the size -> global average pool -> dense
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 
-MOST_BLOCKS = 1000  # a stranger's config must not build for ever
+MOST_BLOCKS = 1000  # so that no config builds for hours
+
 
 class Residual(nn.Module):
     """activation(norm(conv3x3(activation(norm(conv3x3(x))))) + shortcut(x)), the first convolution strided.
@@ -38,7 +39,7 @@ class Residual(nn.Module):
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         else:
-            # no norm follows, but norm2's own shift is added at the same place as a bias here would be
+            # No norm follows, but norm2's shift is added at the place where a bias would be added.
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class ResNet(nn.Sequential):
         activation: str = "relu",
         bias: bool = False,
     ) -> None:
-        check_options(stem, blocks, widths)
+        check_resnet(stem, blocks, widths)
         layers = OrderedDict()
         width = widths[0]
         if stem == "imagenet":
@@ -89,8 +90,8 @@ class ResNet(nn.Sequential):
         super().__init__(layers)
 
 
-def check_options(stem: str, blocks: Sequence[int], widths: Sequence[int]) -> None:
-    """Raise :class:`UserError` for a stem that is not known and for stages that cannot be built."""
+def check_resnet(stem: str, blocks: Sequence[int], widths: Sequence[int]) -> None:
+    """Raise :class:`UserError` if no such network can be built."""
     if stem not in ("imagenet", "cifar"):
         raise UserError(f"model.stem={stem}: not known; choose imagenet or cifar")
     for name, values, example in (("blocks", blocks, "[2,2,2,2]"), ("widths", widths, "[64,128,256,512]")):

@@ -1,16 +1,85 @@
-"""What norms share: the settings and buffers of batch normalization, the checks of an input, the last step.
+"""The contract of a norm, and what norms share: settings and buffers of batch norm, checks, the last step.
 
-The contract of a norm is one call per site, ``norm(x, residual) = activation(normalize(x) + residual)``,
-because normalization, addition and activation together are what one kernel can do in one pass.
+A norm is called once per site, ``norm(x, residual) = activation(normalize(x) + residual)``, because normalization,
+addition and activation together are what one kernel can do in one pass over memory.
 """
 
+import sys
+
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.errors import UserError
 
 ACTIVATIONS = {"identity": None, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+FLOAT32 = torch.finfo(torch.float32)
+
+
+class Norm(nn.Module):
+    """Base of every norm: what bnexp asks of one, with the answer of a norm that has nothing special.
+
+    A norm is made by ``norm(num_features, activation="identity")`` and called as ``norm(x, residual=None)`` with ``x``
+    of shape (N, C) or (N, C, ...). It overrides what differs. The rest of bnexp asks through :func:`contract_of`,
+    which also answers for modules that know nothing of this class.
+    """
+
+    normalizes = True  # False: takes a norm's place in a model but normalizes nothing
+    implements_batch_norm = False  # True: gives the numbers of torch's batch norm; bench compares these
+    activation: str = "identity"  # a key of ACTIVATIONS
+    num_features: int | None = None
+    momentum: float | None = 0.0  # weight of the new batch in the running statistics; None: cumulative average
+    virtual_batch: int | None = None  # examples per block, where a batch is normalized in blocks
+
+    def reduces_over(self, num_dims: int) -> str:
+        """The dimensions that the statistics of an input with ``num_dims`` dimensions are taken over: ``N, H, W``."""
+        return ""
+
+    def uses_batch_statistics(self) -> bool:
+        """Whether examples are normalized by statistics of their batch, in the mode the module is in."""
+        return False
+
+    def keeps_running_statistics(self) -> bool:
+        """Whether there are a ``running_mean`` and a ``running_var``."""
+        return False
+
+    def share_left(self, num_batches: int) -> float:
+        """How much of the running statistics' initial values is left after ``num_batches`` training batches, 0 to 1."""
+        return 0.0
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise :class:`UserError` if a training batch of so many examples cannot be normalized."""
+
+    def require_device(self, device: torch.device) -> None:
+        """Raise :class:`UserError` unless the norm runs on ``device``."""
+
+    def is_interpreted(self) -> bool:
+        """Whether an interpreter, slow and only for checking, runs the norm's kernels in this process."""
+        return False
+
+
+CONTRACT = [name for name in vars(Norm) if not name.startswith("_")]
+
+
+def contract_of(module: nn.Module) -> Norm:
+    """``module`` if it is a :class:`Norm`, else a Norm that answers for it.
+
+    Attributes and methods of a foreign module that have a name of the contract count; where it has none, the default
+    does. A foreign module with a ``reduces_over`` is a norm, every other one (a convolution, say) is none.
+    """
+    if isinstance(module, Norm):
+        return module
+    answers = Norm()
+    running = [getattr(module, name, None) for name in ("running_mean", "running_var")]
+    tracks = all(isinstance(each, Tensor) for each in running)
+    answers.normalizes = hasattr(module, "reduces_over")
+    answers.keeps_running_statistics = lambda: tracks
+    if isinstance(module, _BatchNorm):
+        answers.uses_batch_statistics = lambda: module.training or not tracks
+    for name in CONTRACT:
+        if hasattr(module, name) and (name != "activation" or module.activation in list(ACTIVATIONS)):
+            setattr(answers, name, getattr(module, name))
+    return answers
 
 
 def check_activation(activation: str) -> str:
@@ -20,32 +89,26 @@ def check_activation(activation: str) -> str:
     return activation
 
 
-def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """``activation(y + residual)``, the end of every norm that is not fused."""
-    if residual is not None:
-        y = y + residual
-    function = ACTIVATIONS[activation]
-    return y if function is None else function(y)
+def check_eps(eps: float) -> None:
+    """Raise :class:`UserError` unless ``eps`` is positive and finite in float32.
 
-
-def scale_and_shift(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``weight * xhat + bias`` with one weight and one bias per channel, dimension 1; None leaves its part out."""
-    per_channel = [-1 if d == 1 else 1 for d in range(xhat.dim())]
-    if weight is not None:
-        xhat = weight.view(per_channel) * xhat
-    return xhat if bias is None else xhat + bias.view(per_channel)
-
-
-def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """``running = (1 - momentum) * running + momentum * batch`` in place.
-
-    Computed in the precision of ``batch`` and rounded once, to that of the buffer.
+    0 is refused, as ``torch.nn.functional.batch_norm`` does in training: a channel with one value everywhere, such as
+    a unit that relu silences, has variance 0, and 0 / 0 makes the whole network NaN.
     """
-    running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+    if not FLOAT32.tiny <= eps <= FLOAT32.max:
+        raise UserError(
+            f"norm.eps={eps}: keeps the root of a variance of 0 from being 0; give a number above 0, 1e-5 as a rule"
+        )
+
+
+def check_fraction(name: str, value: float, meaning: str) -> None:
+    """Raise :class:`UserError` unless 0 <= ``value`` <= 1; ``meaning`` is what norm.``name`` is."""
+    if not 0 <= value <= 1:
+        raise UserError(f"norm.{name}={value}: {meaning} lies between 0 and 1")
 
 
 def check_input(x: Tensor, residual: Tensor | None, num_features: int) -> None:
-    """Raise ValueError, as ``torch.nn`` does, for input of the wrong rank, width or kind; for any other residual."""
+    """Raise ValueError, as ``torch.nn`` does, for input of the wrong rank, width or kind, or an unlike residual."""
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"expected a 2-D to 5-D input with channels at dimension 1, got {tuple(x.shape)}")
     if x.shape[1] != num_features:
@@ -56,10 +119,32 @@ def check_input(x: Tensor, residual: Tensor | None, num_features: int) -> None:
         raise ValueError(f"the residual's shape {tuple(residual.shape)} is not the input's {tuple(x.shape)}")
 
 
-def check_eps(eps: float) -> None:
-    """Raise :class:`UserError` for what cannot be added to a variance."""
-    if not eps >= 0:
-        raise UserError(f"norm.eps={eps}: is added to a variance under a root; give 0 or more, 1e-5 as a rule")
+def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """``activation(y + residual)``, the end of every norm that is not fused."""
+    if residual is not None:
+        y = y + residual
+    function = ACTIVATIONS[activation]
+    return y if function is None else function(y)
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """``values`` (C,) shaped to broadcast against ``x`` (N, C, ...)."""
+    return values.view([-1 if d == 1 else 1 for d in range(x.dim())])
+
+
+def scale_and_shift(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``weight * xhat + bias`` with one weight and one bias per channel, dimension 1; None leaves its part out."""
+    if weight is not None:
+        xhat = per_channel(weight, xhat) * xhat
+    return xhat if bias is None else xhat + per_channel(bias, xhat)
+
+
+def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place.
+
+    Computed in the precision of ``batch`` and rounded once, to that of the buffer.
+    """
+    running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
 
 
 def divisors(number: int) -> list[int]:
@@ -67,19 +152,37 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-class BatchNormBase(_NormBase):
+class NoSyncBatchNorm:
+    """An attribute ``qconfig`` that is missing, but raises :class:`UserError` for ``SyncBatchNorm``'s conversion.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` looks for it in every norm that it replaces, and the replacement
+    would drop residual, activation and options in silence. Torch's quantization sets it, which it may.
+    """
+
+    def __get__(self, norm: nn.Module | None, owner: type) -> None:
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise UserError(
+                f"{owner.__module__}.{owner.__qualname__}: cannot become a torch.nn.SyncBatchNorm, which knows no "
+                "residual and no activation; leave this norm out of convert_sync_batchnorm"
+            )
+        raise AttributeError("qconfig")
+
+
+class BatchNormBase(Norm, _BatchNorm):
     """The settings and buffers of ``torch.nn.BatchNorm1d/2d/3d`` plus an activation; no arithmetic.
 
     The state dict has torch's keys (``weight bias running_mean running_var num_batches_tracked``), so a
     checkpoint of one implementation loads into every other and into ``torch.nn``.
 
-    ``momentum`` is the weight of the *new* batch in the running statistics; ``None`` asks for the
-    cumulative average over all batches seen.
+    ``momentum`` is the weight of the *new* batch in the running statistics, 0 to 1; ``None`` asks for the
+    cumulative average over all batches seen. ``affine=False`` drops weight and bias, ``bias=False`` the bias.
+
+    It is a torch ``_BatchNorm``, so that ``torch.optim.swa_utils.update_bn`` recomputes its running statistics.
     """
 
-    # Implementations of batch normalization give the same numbers: parity holds them together and bench compares
-    # their speed. A class that only shares its settings and buffers, but computes something else, says False.
-    implements_batch_norm = True
+    implements_batch_norm = True  # a subclass that computes something else says False
+    made_for_small_batches = False  # True: corrects for noisy statistics of a few examples
+    qconfig = NoSyncBatchNorm()
 
     def __init__(
         self,
@@ -90,19 +193,34 @@ class BatchNormBase(_NormBase):
         track_running_stats: bool = True,
         *,
         activation: str = "identity",
+        bias: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_eps(eps)
+        if momentum is not None:
+            check_fraction("momentum", momentum, "the weight of a new batch")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.bias = None  # torch 2.11 has no such argument
         self.activation = check_activation(activation)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def keeps_running_statistics(self) -> bool:
+        return self.running_mean is not None and self.running_var is not None
 
     def uses_batch_statistics(self) -> bool:
         """In training, and in evaluation when no running statistics are kept, as in ``torch.nn``."""
         return self.training or (self.running_mean is None and self.running_var is None)
 
     def check(self, x: Tensor, residual: Tensor | None) -> None:
-        """Refuse what ``torch.nn`` refuses: wrong rank, width or kind, or one value per channel to average over."""
+        """Raise what ``torch.nn`` raises: for wrong rank, width or kind, and for one value per channel to average."""
         check_input(x, residual, self.num_features)
         if self.uses_batch_statistics() and x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
@@ -119,9 +237,8 @@ class BatchNormBase(_NormBase):
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 
     def share_left(self, num_batches: int) -> float:
-        """How much of the running statistics' initial values is left after ``num_batches`` training batches.
+        """(1 - momentum)^num_batches, as every batch multiplies the share by 1 - momentum.
 
-        1 is all of it: every batch multiplies the share by 1 - momentum, so it is (1 - momentum)^num_batches.
         A cumulative average forgets it with the first batch, and where nothing is tracked nothing is ever used.
         """
         if not self.track_running_stats:
@@ -130,10 +247,20 @@ class BatchNormBase(_NormBase):
             return 0.0 if num_batches else 1.0
         return float((1 - self.momentum) ** num_batches)
 
-    @staticmethod
-    def reduces_over(num_dims: int) -> str:
-        """The dimensions that mean and variance are taken over, for an input with ``num_dims`` dimensions."""
+    def momentum_setting(self, momentum: float) -> str:
+        """``momentum`` as a person sets it on the command line."""
+        return f"norm.momentum={momentum:.6g}"
+
+    def ways_to_forget(self) -> list[str]:
+        """Settings, other than momentum, that take the initial values out of the running statistics sooner."""
+        return ["let norm.momentum=null average all batches"]
+
+    def reduces_over(self, num_dims: int) -> str:
         return "N" + {2: "", 3: ", L", 4: ", H, W", 5: ", D, H, W"}[num_dims]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
+            f"activation={self.activation}"
+        )

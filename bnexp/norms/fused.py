@@ -4,18 +4,16 @@ import torch
 from torch import Tensor
 
 from bnexp.norms.base import BatchNormBase
-from bnexp.norms.kernels.batch_norm import batch_norm, require_device
-from bnexp.norms.kernels.tiling import dense, plan_for
-
-__all__ = ["BatchNorm", "require_device"]
+from bnexp.norms.kernels.batch_norm import batch_norm, interpreted, require_kernels
+from bnexp.norms.kernels.tiling import dense, tiling_for
 
 
 class BatchNorm(BatchNormBase):
-    """What scratch and library compute, without the passes over memory that adding and activating after take.
+    """Batch normalization as in scratch and library, with addition and activation in the same pass over memory.
 
-    Statistics are float32 for every input type. It can be built anywhere; running it needs a CUDA device or
-    ``TRITON_INTERPRET=1``, else :class:`~bnexp.errors.UserError` (:func:`require_device` asks beforehand).
-    It can be differentiated once. Its printed form names the tier that the last input's shape ran on and why.
+    Statistics are float32, float64 for float64 input. It can be built anywhere; running it needs a CUDA device or
+    ``TRITON_INTERPRET=1``, else it raises :class:`~bnexp.errors.UserError`. It can be differentiated once. Its printed
+    form names the tier that the last input's shape ran on and why.
     """
 
     _seen: tuple | None = None
@@ -40,11 +38,17 @@ class BatchNorm(BatchNormBase):
             activation=self.activation,
         )
 
+    def require_device(self, device: torch.device) -> None:
+        require_kernels(device)
+
+    def is_interpreted(self) -> bool:
+        return interpreted()
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self._seen is None:
             return text
         shape, stride, dtype, device = self._seen
         x, _ = dense(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
-        p = plan_for(x, device)
+        p = tiling_for(x, device)
         return f"{text}, tier={p.tier} ({p.reason})"

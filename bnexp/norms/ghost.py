@@ -1,10 +1,10 @@
-"""Ghost batch normalization: blocks of a batch normalized apart, as if the batch were smaller than it is."""
+"""Ghost batch normalization: a batch is split into blocks, each normalized by its own statistics."""
 
 import torch
 from torch import Tensor
 
 from bnexp.errors import UserError
-from bnexp.norms.base import BatchNormBase, divisors, finish, move, scale_and_shift
+from bnexp.norms.base import BatchNormBase, check_input, divisors, finish, move, per_channel, scale_and_shift
 
 
 class GhostBatchNorm(BatchNormBase):
@@ -43,6 +43,7 @@ class GhostBatchNorm(BatchNormBase):
         affine: bool = True,
         *,
         activation: str = "identity",
+        bias: bool = True,
         virtual_batch: int = 32,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -50,10 +51,12 @@ class GhostBatchNorm(BatchNormBase):
         if type(virtual_batch) is not int or virtual_batch < 1:
             raise UserError(f"norm.virtual_batch={virtual_batch}: a number of examples; give a positive whole number")
         self.virtual_batch = virtual_batch
-        super().__init__(num_features, eps, momentum, affine, activation=activation, device=device, dtype=dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, activation=activation, bias=bias, device=device, dtype=dtype
+        )  # fmt: skip
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raise :class:`UserError` unless a batch of so many examples can be split into blocks."""
+        """Raise :class:`UserError` unless blocks of ``virtual_batch`` examples make up the batch."""
         if batch_size % self.virtual_batch:
             able = ", ".join(map(str, divisors(batch_size)[1:])) or "1"
             raise UserError(
@@ -63,7 +66,7 @@ class GhostBatchNorm(BatchNormBase):
             )
 
     def check(self, x: Tensor, residual: Tensor | None) -> None:
-        super().check(x, residual)
+        check_input(x, residual, self.num_features)
         if not self.uses_batch_statistics():
             return
         self.check_batch_size(len(x))
@@ -85,8 +88,7 @@ class GhostBatchNorm(BatchNormBase):
                 self.track(mean.detach().flatten(1), var.detach().flatten(1), z[:1, :, :1].numel())
             xhat = ((z - mean) / torch.sqrt(var + self.eps)).flatten(0, 1)
         else:
-            per_channel = [-1 if d == 1 else 1 for d in range(z.dim())]
-            mean, var = (t.to(z.dtype).view(per_channel) for t in (self.running_mean, self.running_var))
+            mean, var = (per_channel(t.to(z.dtype), z) for t in (self.running_mean, self.running_var))
             xhat = (z - mean) / torch.sqrt(var + self.eps)
         y = scale_and_shift(xhat, self.weight, self.bias)
         return finish(y.to(x.dtype), residual, self.activation)
@@ -101,8 +103,8 @@ class GhostBatchNorm(BatchNormBase):
         move(self.running_var, (var * (count / (count - 1))).mean(0), momentum)
 
     def reduces_over(self, num_dims: int) -> str:
-        """``32 of N, H, W``: the dimensions that mean and variance are taken over in training."""
-        return f"{self.virtual_batch} of {BatchNormBase.reduces_over(num_dims)}"
+        """``32 of N, H, W``, in training."""
+        return f"{self.virtual_batch} of {super().reduces_over(num_dims)}"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, virtual_batch={self.virtual_batch}"

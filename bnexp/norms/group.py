@@ -1,15 +1,15 @@
-"""Group normalization: statistics of one example over groups of its channels, whatever else is in the batch."""
+"""Group normalization: statistics of one example over groups of its channels, independent of the batch."""
 
 import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.norms.base import check_activation, check_eps, check_input, divisors, finish, scale_and_shift
+from bnexp.norms.base import Norm, check_activation, check_eps, check_input, divisors, finish, scale_and_shift
 
-WORDS = ("layer", "instance")
+NAMED_GROUPS = ("layer", "instance")  # groups that fit every width
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Norm):
     """Wu & He, "Group Normalization", 2018 (arXiv:1803.08494), equations 1 to 3, 6 and 7.
 
     The channels of ``x`` (N, C) or (N, C, ...) form ``groups`` groups of C / groups neighbours. For every example
@@ -39,6 +39,7 @@ class GroupNorm(nn.Module):
         affine: bool = True,
         *,
         activation: str = "identity",
+        bias: bool = True,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -47,13 +48,15 @@ class GroupNorm(nn.Module):
         self.num_features, self.groups, self.eps, self.affine = num_features, groups, eps, affine
         self.num_groups = count_groups(groups, num_features)
         self.activation = check_activation(activation)
-        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
-        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if affine else None
+        kind = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_features, **kind)) if affine else None
+        self.bias = nn.Parameter(torch.empty(num_features, **kind)) if affine and bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.affine:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -74,23 +77,23 @@ class GroupNorm(nn.Module):
         return finish(y.to(x.dtype), residual, self.activation)
 
     def reduces_over(self, num_dims: int) -> str:
-        """``C/2, H, W``: half of the channels and all pixels; the dimensions that mean and variance are taken over."""
+        """``C/2, H, W``: half of the channels and all pixels."""
         channels = {1: ["C"], self.num_features: []}.get(self.num_groups, [f"C/{self.num_groups}"])
         return ", ".join(channels + {2: [], 3: ["L"], 4: ["H", "W"], 5: ["D", "H", "W"]}[num_dims])
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, groups={self.groups}, eps={self.eps}, affine={self.affine}, "
-            f"activation={self.activation}"
+            f"bias={self.bias is not None}, activation={self.activation}"
         )
 
 
 def count_groups(groups: int | str, num_features: int) -> int:
-    """The number that ``groups`` means for so many channels; :class:`UserError` if it cannot divide them."""
-    if groups in WORDS:
+    """``groups`` as a number for ``num_features`` channels; :class:`UserError` unless it divides them."""
+    if groups in NAMED_GROUPS:
         return 1 if groups == "layer" else num_features
     if type(groups) is not int or groups < 1:
-        raise UserError(f"norm.groups={groups}: not known; give a positive whole number, {' or '.join(WORDS)}")
+        raise UserError(f"norm.groups={groups}: not known; give a positive whole number, {' or '.join(NAMED_GROUPS)}")
     if num_features % groups:
         able = ", ".join(map(str, divisors(num_features)))
         raise UserError(

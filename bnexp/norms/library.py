@@ -1,4 +1,4 @@
-"""Batch normalization by ``torch.nn.functional``: what everybody uses, and the baseline to beat."""
+"""Batch normalization by ``torch.nn.functional.batch_norm``: the baseline of every comparison."""
 
 import torch.nn.functional as F
 from torch import Tensor

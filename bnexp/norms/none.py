@@ -1,28 +1,29 @@
-"""No normalization: the other side of every comparison."""
+"""No normalization, only a shift per channel and the activation."""
 
 import torch
 from torch import Tensor, nn
 
-from bnexp.norms.base import check_activation, check_input, finish
+from bnexp.norms.base import Norm, check_activation, check_input, finish, scale_and_shift
 
 
-class Shift(nn.Module):
+class Shift(Norm):
     """``activation(x + bias + residual)`` with one bias per channel, zero at the start.
 
-    Batch norm carries its own per-channel shift, so the layers before a norm have none. Here the shift
-    stays and nothing else does: with and without normalization the network can express the same offsets,
-    and no model needs a branch for it.
+    Batch norm has a shift per channel, so the layers before a norm have none. This keeps the shift alone: with and
+    without normalization the network can express the same offsets, and no model needs a branch for it.
     """
+
+    normalizes = False
 
     def __init__(self, num_features: int, *, activation: str = "identity") -> None:
         super().__init__()
+        self.num_features = num_features
         self.activation = check_activation(activation)
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        check_input(x, residual, len(self.bias))
-        bias = self.bias.to(x.dtype).view([-1 if d == 1 else 1 for d in range(x.dim())])
-        return finish(x + bias, residual, self.activation)
+        check_input(x, residual, self.num_features)
+        return finish(scale_and_shift(x, None, self.bias.to(x.dtype)), residual, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{len(self.bias)}, activation={self.activation}"
+        return f"{self.num_features}, activation={self.activation}"

@@ -1,4 +1,4 @@
-"""Batch renormalization: batch statistics, corrected towards their moving averages as far as a schedule lets."""
+"""Batch renormalization: batch statistics, corrected towards their moving averages within limits that widen."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bnexp.errors import UserError
-from bnexp.norms.base import BatchNormBase, finish, move, scale_and_shift
+from bnexp.norms.base import BatchNormBase, check_fraction, finish, move, per_channel, scale_and_shift
 
 
 class BatchRenorm(BatchNormBase):
@@ -39,6 +39,7 @@ class BatchRenorm(BatchNormBase):
     """
 
     implements_batch_norm = False
+    made_for_small_batches = True
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class BatchRenorm(BatchNormBase):
         affine: bool = True,
         *,
         activation: str = "identity",
+        bias: bool = True,
         r_max: float = 3.0,
         d_max: float = 5.0,
         renorm_momentum: float = 0.01,
@@ -60,32 +62,30 @@ class BatchRenorm(BatchNormBase):
             raise UserError(f"norm.r_max={r_max}: the scale is corrected by 1 / r_max to r_max; give 1 or more")
         if not 0 <= d_max < math.inf:
             raise UserError(f"norm.d_max={d_max}: the shift is corrected by -d_max to d_max; give 0 or more")
-        if not 0 <= renorm_momentum <= 1:
-            raise UserError(f"norm.renorm_momentum={renorm_momentum}: the weight of a new batch lies between 0 and 1")
+        check_fraction("renorm_momentum", renorm_momentum, "the weight of a new batch")
         for name, value in (("warmup_steps", warmup_steps), ("r_steps", r_steps), ("d_steps", d_steps)):
             if type(value) is not int or value < 0:
                 raise UserError(f"norm.{name}={value}: a number of training steps; give a whole number, 0 or more")
         self.r_max, self.d_max = r_max, d_max
         self.warmup_steps, self.r_steps, self.d_steps = warmup_steps, r_steps, d_steps
         super().__init__(
-            num_features, eps, renorm_momentum, affine, activation=activation, device=device, dtype=dtype
+            num_features, eps, renorm_momentum, affine, activation=activation, bias=bias, device=device, dtype=dtype
         )  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check(x, residual)
         dims = [d for d in range(x.dim()) if d != 1]
-        per_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
         z = x if x.dtype == torch.float64 else x.float()
         if self.uses_batch_statistics():
             mean = z.mean(dims)
-            var = (z - mean.view(per_channel)).square().mean(dims)
-            xhat = (z - mean.view(per_channel)) / torch.sqrt(var.view(per_channel) + self.eps)
+            var = (z - per_channel(mean, z)).square().mean(dims)
+            xhat = (z - per_channel(mean, z)) / torch.sqrt(per_channel(var, z) + self.eps)
             if self.training and x.numel() and self.running_mean is not None:
                 r, d = self.correction(mean.detach(), var.detach())
-                xhat = xhat * r.view(per_channel) + d.view(per_channel)
+                xhat = xhat * per_channel(r, z) + per_channel(d, z)
                 self.track(mean.detach(), var.detach(), x.numel() // self.num_features)
         else:
-            mean, var = (t.to(z.dtype).view(per_channel) for t in (self.running_mean, self.running_var))
+            mean, var = (per_channel(t.to(z.dtype), z) for t in (self.running_mean, self.running_var))
             xhat = (z - mean) / torch.sqrt(var + self.eps)
         y = scale_and_shift(xhat, self.weight, self.bias)
         return finish(y.to(x.dtype), residual, self.activation)
@@ -99,7 +99,7 @@ class BatchRenorm(BatchNormBase):
         return r.clamp(1 / r_max, r_max), d.clamp(-d_max, d_max)
 
     def limits(self) -> tuple[Tensor, Tensor]:
-        """How far r and d of the next training batch may go, by the schedule: between 1 and r_max, 0 and d_max."""
+        """The limits of r and d for the next training batch: from 1 to r_max and from 0 to d_max, by the schedule."""
         step = self.num_batches_tracked.double()
         begin = max(self.warmup_steps, 1)  # the first batch has no average that it could be corrected towards
 
@@ -114,13 +114,17 @@ class BatchRenorm(BatchNormBase):
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Count this batch of ``count`` values per channel and move the running statistics towards it."""
         self.num_batches_tracked.add_(1)
-        momentum = (1 / self.num_batches_tracked.double()).clamp(min=self.momentum)
+        slowest = self.momentum or 0.0  # None while torch's update_bn averages all batches
+        momentum = (1 / self.num_batches_tracked.double()).clamp(min=slowest)
         move(self.running_mean, mean, momentum)
         move(self.running_var, var * (count / (count - 1)), momentum)
 
     def share_left(self, num_batches: int) -> float:
-        """Nothing: the first batch has all the weight."""
+        """0 after the first batch, which has all the weight."""
         return 0.0 if num_batches else 1.0
+
+    def momentum_setting(self, momentum: float) -> str:
+        return f"norm.renorm_momentum={momentum:.6g}"
 
     def extra_repr(self) -> str:
         return (

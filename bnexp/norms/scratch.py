@@ -1,12 +1,12 @@
-"""Batch normalization as the paper writes it, in plain tensor operations: the version to read."""
+"""Batch normalization as the paper writes it, in plain tensor operations."""
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnexp.errors import UserError
-from bnexp.norms.base import BatchNormBase, finish
+from bnexp.norms.base import FLOAT32, BatchNormBase, check_fraction, finish, move, per_channel, scale_and_shift
 
 
 class BatchNorm(BatchNormBase):
@@ -28,8 +28,8 @@ class BatchNorm(BatchNormBase):
     * ``running_var_init`` is where the running variance starts: 1 (torch, TensorFlow) or 0 (D2L).
     * ``decay`` is the weight of the *old* average (TensorFlow), so ``decay=0.9`` is ``momentum=0.1``.
       Set one of the two: ``decay`` beside a ``momentum`` other than its default is an error.
-    * ``center=False`` drops bias, ``scale=False`` drops weight (TF-slim), of which ``affine=False`` drops both.
-      A relu and a dense layer behind the norm make up for the scale.
+    * ``center=False`` drops bias, as ``bias=False`` does in torch, ``scale=False`` drops weight (TF-slim),
+      ``affine=False`` drops both. A relu and a dense layer behind the norm make up for the scale.
     * ``zero_debias=True`` (TF-slim; section 3 of Kingma & Ba 2015, arXiv:1412.6980) takes out of a running average
       the zero it starts from: with decay = 1 - momentum the t-th batch, counted from 1, has the weight
       (1 - decay) / (1 - decay^t), so the first counts for all and the weights of t batches add up to 1. The running
@@ -49,6 +49,7 @@ class BatchNorm(BatchNormBase):
         track_running_stats: bool = True,
         *,
         activation: str = "identity",
+        bias: bool = True,
         running_var: str = "unbiased",
         running_var_init: float = 1.0,
         decay: float | None = None,
@@ -67,28 +68,20 @@ class BatchNorm(BatchNormBase):
                     f"norm.momentum={momentum} and norm.decay={decay}: both name the same weight "
                     "(decay = 1 - momentum); give one of them"
                 )
-            if not 0 <= decay <= 1:
-                raise UserError(f"norm.decay={decay}: the weight of the old average lies between 0 and 1")
+            check_fraction("decay", decay, "the weight of the old average")
             momentum = 1.0 - decay
         check_decay(momentum, zero_debias, decay_warmup)
+        if not 0 <= running_var_init <= FLOAT32.max:
+            raise UserError(f"norm.running_var_init={running_var_init}: a variance is 0 or more; give 1 or 0")
         self.running_var_kind = running_var
         self.running_var_init = float(running_var_init)
         self.zero_debias, self.decay_warmup = zero_debias, decay_warmup
         super().__init__(
             num_features, eps, momentum, affine and (center or scale), track_running_stats,
-            activation=activation, device=device, dtype=dtype,
+            activation=activation, bias=bias and center, device=device, dtype=dtype,
         )  # fmt: skip
         if not scale:
             self.weight = None
-        if not center:
-            self.bias = None
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -108,60 +101,48 @@ class BatchNorm(BatchNormBase):
         variance; to know m, the host waits for the device.
         """
         self.check(x, residual)
-        per_channel = [-1 if d == 1 else 1 for d in range(x.dim())]
         z = x if x.dtype == torch.float64 else x.float()
 
         if self.uses_batch_statistics():
             count = count_values(x, weights)
             mean = average(z, weights)
-            var = average((z - mean.view(per_channel)).square(), weights)
+            var = average((z - per_channel(mean, z)).square(), weights)
             if self.training and self.track_running_stats:
                 self.track(mean.detach(), var.detach(), count)
         else:
             mean, var = self.running_mean.to(z.dtype), self.running_var.to(z.dtype)
 
-        y = (z - mean.view(per_channel)) / torch.sqrt(var.view(per_channel) + self.eps)
-        if self.weight is not None:
-            y = self.weight.view(per_channel) * y
-        if self.bias is not None:
-            y = y + self.bias.view(per_channel)
+        xhat = (z - per_channel(mean, z)) / torch.sqrt(per_channel(var, z) + self.eps)
+        y = scale_and_shift(xhat, self.weight, self.bias)
         return finish(y.to(x.dtype), residual, self.activation)
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: float) -> None:
-        """Move the running averages towards this batch: running = (1 - momentum) * running + momentum * batch.
-
-        Computed in the precision of the batch's statistics and rounded once, to that of the buffers.
-        """
+        """Count this batch of ``count`` values per channel and move the running averages towards it."""
         momentum = self.count_batch()
         if count == 0 or self.running_mean is None:  # an empty batch is counted but says nothing, as in torch
             return
         if self.running_var_kind == "unbiased":
             var = var * (count / (count - 1))
-        plain, debiased = momentum, self.debias(momentum)
-        for running, batch, start in (
-            (self.running_mean, mean, 0.0),
-            (self.running_var, var, self.running_var_init),
-        ):
-            momentum = debiased if start == 0 else plain
-            running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+        move(self.running_mean, mean, self.debias(momentum))
+        move(self.running_var, var, self.debias(momentum) if self.running_var_init == 0 else momentum)
 
     def count_batch(self) -> float | Tensor:
-        """As everywhere; the weight is 1 - decay_t with ``decay_warmup``."""
+        """The weight of this batch: 1 - decay_t with ``decay_warmup``, else as in the base class."""
         momentum = super().count_batch()
-        if not self.decay_warmup or self.num_batches_tracked is None:
+        if not self.decay_warmup or self.num_batches_tracked is None or self.momentum is None:
             return momentum
         t = self.num_batches_tracked.double() - 1  # batches before this one
         return 1 - ((1 + t) / (10 + t)).clamp(max=1 - momentum)
 
     def debias(self, momentum: float | Tensor) -> float | Tensor:
         """The weight of this batch in an average that started at zero: momentum / (1 - (1 - momentum)^t)."""
-        if not self.zero_debias or self.num_batches_tracked is None:
+        if not self.zero_debias or self.num_batches_tracked is None or self.momentum is None:
             return momentum
         return momentum / (1 - (1 - momentum) ** self.num_batches_tracked.double())
 
     def share_left(self, num_batches: int) -> float:
-        """How much of an initial value is left, of the mean's or of the variance's, whichever keeps more.
+        """The larger of the mean's share and the variance's.
 
         decay^num_batches, with ``decay_warmup`` the product of all decay_t; 0 after one batch where ``zero_debias``
         corrects both, that is with ``running_var_init=0``.
@@ -173,15 +154,27 @@ class BatchNorm(BatchNormBase):
             return math.prod(min(1 - self.momentum, (1 + t) / (10 + t)) for t in range(num_batches))
         return share
 
+    def momentum_setting(self, momentum: float) -> str:
+        return f"{super().momentum_setting(momentum)} (norm.decay={1 - momentum:.6g})"
+
+    def ways_to_forget(self) -> list[str]:
+        if self.zero_debias:  # of the mean, which always starts at 0
+            return ["set norm.running_var_init=0"]
+        return [] if self.decay_warmup else super().ways_to_forget()
+
     def extra_repr(self) -> str:
-        left_out = [f"{name}=False" for name, t in (("scale", self.weight), ("center", self.bias)) if t is None]
-        words = left_out if self.affine else []
-        words += [f"{name}=True" for name in ("zero_debias", "decay_warmup") if getattr(self, name)]
-        return ", ".join([super().extra_repr(), f"running_var={self.running_var_kind}", *words])
+        differences = {
+            "scale=False": self.affine and self.weight is None,
+            "center=False": self.affine and self.bias is None,
+            "zero_debias=True": self.zero_debias,
+            "decay_warmup=True": self.decay_warmup,
+        }
+        shown = [text for text, differs in differences.items() if differs]
+        return ", ".join([super().extra_repr(), f"running_var={self.running_var_kind}", *shown])
 
 
 def check_decay(momentum: float | None, zero_debias: bool, decay_warmup: bool) -> None:
-    """Raise :class:`UserError` for ways of averaging that exclude each other."""
+    """Raise :class:`UserError` for options of the running averages that exclude each other."""
     if zero_debias and decay_warmup:
         raise UserError(
             "norm.zero_debias=True and norm.decay_warmup=True: each changes the weights of the first batches in its "
@@ -196,7 +189,7 @@ def check_decay(momentum: float | None, zero_debias: bool, decay_warmup: bool) -
 
 
 def count_values(x: Tensor, weights: Tensor | None) -> float:
-    """How many values per channel the statistics of ``x`` are over; with ``weights``, what they add up to."""
+    """The number of values per channel in ``x`` (N, C, ...); with ``weights`` (N,), the sum of their weights."""
     if x.numel() == 0:
         return 0
     if weights is None:

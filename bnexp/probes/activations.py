@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from bnexp.norms.base import ACTIVATIONS
+from bnexp.norms.base import ACTIVATIONS, contract_of
 from bnexp.probes.layers import activation_sites, tapped
 from bnexp.probes.population import shadow, some_images
 from bnexp.store.readings import Histogram, Reading, Scalar
@@ -60,7 +60,7 @@ class Activations(Probe):
         self.check_layers(self.layers or (), sites, "norm with an activation")
         for name in sites if self.layers is None else self.layers:
             width = next((p.shape[0] for p in sites[name].parameters()), None)
-            width = getattr(sites[name], "num_features", width)
+            width = contract_of(sites[name]).num_features or width
             if self.unit is not None and width is not None and self.unit >= width:
                 why = f"{name} has {width} units; give 0 to {width - 1}, or null for all of them"
                 raise self.refusal("unit", self.unit, why)

@@ -1,25 +1,28 @@
-"""What the layers make of a few images, as pictures."""
+"""What the layers make of single images, as pictures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bnexp.probes.layers import layers, tapped
-from bnexp.probes.population import shadow, spread
-from bnexp.store.readings import Image, Reading
+from bnexp.data.dataset import Split
+from bnexp.probes.layers import named_layers, smallest_batch, tapped
+from bnexp.probes.population import evaluation_batches, evenly_spaced, shadow
+from bnexp.store.readings import Image, Reading, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
-SIDE = 64  # pixels that a map should have at least
-GAP = 2  # pixels between maps
+SIDE, GAP = 64, 2  # pixels that a map has at least, and between maps
+ACROSS, MOST_MAPS = 8, 16  # maps of a layer in a row, and in all
+UNITS_ACROSS, MOST_UNITS = 40, 240  # the same for the units of a layer without maps
+UNIT, PAPER = 12, 240  # pixels of a unit's square, and the grey where no unit is left: not the white of a unit
 
 
 class Features(Probe):
     """A picture ``features/<layer>`` of each of the first ``layers`` layers that put out maps of more than one pixel.
 
     A row per image and a column per channel, the first ``channels`` of them, of ``images`` validation images (always
-    the same; training images where none are set aside) in evaluation mode. Every map (H, W) is scaled to its own
+    the same; training images where too few are set aside) in evaluation mode. Every map (H, W) is scaled to its own
     smallest and largest value, from black to white, and enlarged by repeating pixels until it has 64 or more. A map of
     one value, and pixels that are not a number, are black.
     """
@@ -30,26 +33,88 @@ class Features(Probe):
         self.images = self.at_least("images", images, 1, "images, a row each")
         self.channels = self.at_least("channels", channels, 1, "channels, a column each")
 
-    @torch.no_grad()
     def look(self, run: Run, before: object) -> Iterator[Reading]:
-        model = shadow(run).eval()
-        maps: dict[str, Tensor] = {}
-
-        def see(name: str, _: Tensor, output: Tensor) -> None:
-            if output.dim() == 4 and output[0, 0].numel() > 1 and len(maps) < self.layers:
-                maps.setdefault(name, grey(output[:, : self.channels]))
-
-        images = spread(run.dataset.valid if len(run.dataset.valid) else run.dataset.train, self.images).images
-        with tapped(layers(model), see):
-            run.forward(run.dataset.prepare(images), model)
-        if maps:
-            flat = torch.cat([each.flatten() for each in maps.values()]).cpu()
-            pieces = flat.split([each.numel() for each in maps.values()])
-            for (name, each), piece in zip(maps.items(), pieces, strict=True):
-                yield Image(f"features/{name}", grid(piece.view(each.shape)))
+        model, valid = shadow(run).eval(), run.dataset.valid
+        least = smallest_batch(model)
+        images = evenly_spaced(valid if len(valid) >= least else run.dataset.train, max(self.images, least)).images
+        _, outputs = outputs_of(run, model, images, range(min(self.images, len(images))))
+        maps = {name: each[:, : self.channels] for name, each in outputs.items() if has_maps(each.shape[1:])}
+        for name in list(maps)[: self.layers]:
+            yield Image(f"features/{name}", tile_maps(to_grey(maps[name]).cpu()))
 
 
-def grey(maps: Tensor) -> Tensor:
+@torch.no_grad()
+def outputs_of(
+    run: Run, model: nn.Module, images: Tensor, places: Sequence[int], layers: Sequence[str] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and the output of every layer, of ``layers`` only if given, for the images at ``places``.
+
+    All ``images`` pass the model together.
+    """
+    modules = {name: each for name, each in named_layers(model).items() if layers is None or name in layers}
+    outputs: dict[str, Tensor] = {}
+
+    def see(name: str, _: Tensor, output: Tensor) -> None:
+        if isinstance(output, Tensor):
+            outputs.setdefault(name, output[list(places)])
+
+    with tapped(modules, see):
+        logits = run.forward(run.dataset.prepare(images), model)
+    return logits[list(places)], outputs
+
+
+def has_maps(shape: Sequence[int]) -> bool:
+    """Whether the output of a layer, of this shape for one image, is maps (C, H, W) of more than one pixel."""
+    return len(shape) == 3 and shape[1] * shape[2] > 1
+
+
+def look_at_images(run: Run, split: Split, indices: Sequence[int], layers: Sequence[str]) -> Iterator[Reading]:
+    """What the run's model, in evaluation mode, makes of the images ``indices`` of ``split``.
+
+    The table ``predictions``: image, true and predicted class, and the probability of every class. The table
+    ``outputs``: of every image and layer the shape of the output, how many maps or units of it are pictured, and its
+    smallest and largest value. Pictures of every image i: ``image-i`` itself, ``image-i/<layer>`` the first maps or
+    units, and ``liveliest-i/<layer>`` the map with the largest standard deviation.
+
+    An image is evaluated among those that it is scored among, so that its prediction is the one that was counted.
+    """
+    model, classes = shadow(run).eval(), run.dataset.class_names
+    seen: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+    for picked in evaluation_batches(run, split, model):
+        if places := [place for place, index in enumerate(picked.tolist()) if index in indices]:
+            logits, outputs = outputs_of(run, model, split.images[picked], places, layers)
+            for i, index in enumerate(picked[places].tolist()):
+                seen[index] = logits[i].softmax(0), {name: outputs[name][i].float().cpu() for name in layers}
+    predictions, shapes = [], []
+    for index in indices:
+        shares, outputs = seen[index]
+        predictions.append((index, classes[split.labels[index]], classes[shares.argmax()], *shares.tolist()))
+        yield Image(f"image-{index}", split.images[index].cpu().permute(1, 2, 0).squeeze(2))
+        for name, output in outputs.items():
+            if has_maps(output.shape):
+                liveliest = output.flatten(1).std(1).nan_to_num(-1).argmax()
+                yield Image(f"liveliest-{index}/{name}", to_grey(output[None, None, liveliest])[0, 0])
+            pixels, pictured = picture_output(output)
+            yield Image(f"image-{index}/{name}", pixels)
+            shape = tuple(output.shape if has_maps(output.shape) else output.flatten().shape)
+            shapes.append((index, name, shape, pictured, *map(float, output.aminmax())))
+    yield Table("predictions", ("image", "true", "predicted", *classes), tuple(predictions))
+    yield Table("outputs", ("image", "layer", "shape", "pictured", "lowest", "highest"), tuple(shapes))
+
+
+def picture_output(output: Tensor) -> tuple[Tensor, int]:
+    """Pixels (height, width) of the first maps of an output in rows, or of its first units as squares; how many.
+
+    Every map has a scale of grey of its own, units have one together.
+    """
+    if has_maps(output.shape):
+        maps = to_grey(output[None, :MOST_MAPS])[0]
+        return tile_maps(in_rows(maps, min(ACROSS, len(maps)), 255)), len(maps)
+    units = to_grey(output.reshape(1, 1, 1, -1)[..., :MOST_UNITS]).flatten()
+    return in_rows(units, UNITS_ACROSS, PAPER).repeat_interleave(UNIT, 0).repeat_interleave(UNIT, 1), len(units)
+
+
+def to_grey(maps: Tensor) -> Tensor:
     """(N, C, H, W) to uint8, every map from 0 at its smallest finite value to 255 at its largest; NaN is 0."""
     maps = maps.double()
     is_finite = maps.isfinite()
@@ -59,14 +124,17 @@ def grey(maps: Tensor) -> Tensor:
     return share.nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def grid(maps: Tensor) -> Tensor:
+def in_rows(pieces: Tensor, across: int, empty: int) -> Tensor:
+    """(n, ...) to (rows, across, ...), filled up with ``empty``."""
+    rest = pieces.new_full((-len(pieces) % across, *pieces.shape[1:]), empty)
+    return torch.cat([pieces, rest]).unflatten(0, (-1, across))
+
+
+def tile_maps(maps: Tensor) -> Tensor:
     """uint8 maps (rows, columns, H, W) side by side on white, (height, width), enlarged to be seen."""
     factor = -(-SIDE // min(maps.shape[2:]))
     maps = maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    rows, columns, height, width = maps.shape
-    canvas = maps.new_full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), 255)
-    for i in range(rows):
-        for j in range(columns):
-            top, left = GAP + i * (height + GAP), GAP + j * (width + GAP)
-            canvas[top : top + height, left : left + width] = maps[i, j]
-    return canvas
+    framed = nn.functional.pad(maps, (GAP, 0, GAP, 0), value=255)  # (rows, columns, GAP + H, GAP + W)
+    rows, columns, height, width = framed.shape
+    canvas = framed.transpose(1, 2).reshape(rows * height, columns * width)
+    return nn.functional.pad(canvas, (0, GAP, 0, GAP), value=255)

@@ -1,45 +1,98 @@
-"""Where a model can be listened to: its layers, and what goes in and comes out of them during a forward pass."""
+"""The layers of a model: names, shapes and parameters, and what goes in and comes out of them in a forward pass."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bnexp.norms.base import ACTIVATIONS
+from bnexp.errors import UserError
+from bnexp.norms.base import contract_of
 
+LARGEST_BLOCK = 1024  # that a norm is expected to need
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Norms, with whatever is inside them, and modules without children, by name in the order of definition."""
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module normalizes, by what its contract says."""
+    return contract_of(module).normalizes
+
+
+def describe_norm(module: nn.Module, num_dims: int) -> str:
+    """``BatchNorm over N, H, W`` for an input with ``num_dims`` dimensions, the class alone if it averages nothing.
+
+    Empty for a module that is no norm.
+    """
+    if not is_norm(module):
+        return ""
+    name, over = type(module).__name__, contract_of(module).reduces_over(num_dims)
+    return f"{name} over {over}" if over else name
+
+
+def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The norms that keep running statistics, torch's own among them, by name."""
+    return {name: module for name, module in model.named_modules() if contract_of(module).keeps_running_statistics()}
+
+
+def takes_batch(modules: Iterable[nn.Module], batch_size: int) -> bool:
+    """Whether the norms among ``modules`` that split a batch can split one of this size."""
+    try:
+        for module in modules:
+            contract_of(module).check_batch_size(batch_size)
+    except UserError:
+        return False
+    return True
+
+
+def smallest_batch(model: nn.Module) -> int:
+    """The smallest number of images, 2 or more, that ``model`` takes in evaluation mode.
+
+    A norm without running statistics normalizes by those of the batch: one image can leave it one value per channel,
+    and a norm that splits batches takes multiples of its block only.
+    """
+    tracking = set(tracking_norms(model).values())
+    others = [module for module in model.modules() if module not in tracking]
+    return next((size for size in range(2, LARGEST_BLOCK + 1) if takes_batch(others, size)), 2)
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of ``model`` by name, in the order of definition.
+
+    Layers are norms, each with all that is inside it, other modules without children, and other modules with
+    parameters of their own. So every parameter belongs to a layer.
+    """
     found: dict[str, nn.Module] = {}
+    inside_norms: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        is_inside = name.startswith(tuple(f"{outer}." for outer in found))
-        if not is_inside and (hasattr(module, "reduces_over") or not any(module.children())):
-            found[name] = module
+        if name.startswith(inside_norms):
+            continue
+        if is_norm(module):
+            inside_norms += (f"{name}.",)
+        elif list(module.children()) and not list(module.parameters(recurse=False)):
+            continue
+        found[name] = module
     return found
 
 
 def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
     """The norms that end with an activation other than the identity."""
-    modules = {name: module for name, module in model.named_modules()}
-    return {name: m for name, m in modules.items() if ACTIVATIONS.get(getattr(m, "activation", None)) is not None}
+    return {name: m for name, m in model.named_modules() if contract_of(m).activation != "identity"}
 
 
 @contextmanager
 def tapped(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Inside, every pass through one of ``modules`` calls ``see(name, input, output)``.
+    """Inside, every call of one of ``modules`` calls ``see(name, input, output)``; input is the first argument.
 
     What ``see`` returns, unless None, takes the output's place.
     """
 
     def hook(name: str) -> Callable:
-        return lambda module, args, output: see(name, args[0], output)
+        return lambda module, args, kwargs, output: see(name, (*args, *kwargs.values())[0], output)
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -48,57 +101,52 @@ def tapped(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
 
 
 class Layer(NamedTuple):
-    """One layer as a forward pass meets it; ``norm`` is empty for what is no norm."""
+    """One layer and what it does to one image: shapes are without the batch.
+
+    ``num_parameters`` counts the parameters that no earlier layer has; ``norm`` is :func:`describe_norm`'s.
+    Shapes are empty for a layer that images do not pass, and where the input or output is no tensor.
+    """
 
     name: str
+    in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     num_parameters: int
     norm: str
     multiply_adds: int
 
 
-def describe_norm(module: nn.Module, num_dims: int) -> str:
-    """``BatchNorm over N, H, W``, the class alone if it averages nothing, empty for what is no norm.
+def list_layers(model: nn.Module, in_shape: Sequence[int], device: torch.device | str = "meta") -> list[Layer]:
+    """The layers of ``model`` in the order in which images leave them, in evaluation mode, then those not passed.
 
-    A norm is what says so, by a method ``reduces_over(num_dims) -> str`` that names the dimensions its
-    statistics are taken over, for an input with ``num_dims`` dimensions.
-    """
-    if not hasattr(module, "reduces_over"):
-        return ""
-    name, over = type(module).__name__, module.reduces_over(num_dims)
-    return f"{name} over {over}" if over else name
-
-
-def list_layers(
-    model: nn.Module, in_shape: Sequence[int], batch_size: int = 32, device: str = "meta"
-) -> list[Layer]:
-    """The layers of ``model`` in the order an input (batch_size, *in_shape) passes them, in evaluation mode.
-
-    A layer is a norm or a module without children. Multiply-adds are those of one image in convolutions and
+    A copy of the model runs on a batch of :func:`smallest_batch` images. Multiply-adds are those of convolutions and
     dense layers; everything else costs little beside them.
     """
-    layers = {}
+    layers, found = named_layers(model), {}
+    num_parameters = count_parameters(layers)
 
-    def watch(name: str, module: nn.Module) -> None:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            is_product = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
-            cost = out.numel() // batch_size * module.weight[0].numel() if is_product else 0
-            num_parameters = sum(p.numel() for p in module.parameters())
-            norm = describe_norm(module, args[0].dim())
-            layers.setdefault(name, Layer(name, tuple(out.shape), num_parameters, norm, cost))
-
-        module.register_forward_hook(hook)
+    def see(name: str, x: Tensor, output: Tensor) -> None:
+        shapes = [tuple(each.shape[1:]) if isinstance(each, Tensor) else () for each in (x, output)]
+        is_product = isinstance(layers[name], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+        cost = math.prod(shapes[1]) * layers[name].weight[0].numel() if is_product else 0
+        norm = describe_norm(layers[name], len(shapes[1]) + 1)
+        found.setdefault(name, Layer(name, *shapes, num_parameters[name], norm, cost))
 
     shadow = copy.deepcopy(model).to(device).eval()
-    inside_norm = ()
-    for name, module in shadow.named_modules():
-        if inside_norm and name.startswith(inside_norm):
-            continue
-        if hasattr(module, "reduces_over"):
-            inside_norm += (f"{name}.",)
-            watch(name, module)
-        elif not any(module.children()):
-            watch(name, module)
-    with torch.no_grad():
-        shadow(torch.empty(batch_size, *in_shape, device=device))
-    return list(layers.values())
+    with torch.no_grad(), tapped(named_layers(shadow), see):
+        shadow(torch.zeros(smallest_batch(model), *in_shape, device=device))
+    unseen = [
+        Layer(name, (), (), num_parameters[name], type(layer).__name__ if is_norm(layer) else "", 0)
+        for name, layer in layers.items() if name not in found and (num_parameters[name] or is_norm(layer))
+    ]  # fmt: skip
+    return [*found.values(), *unseen]
+
+
+def count_parameters(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """How many numbers the parameters of every layer hold; a shared parameter counts where it comes first."""
+    counted: set[nn.Parameter] = set()
+    numbers = {}
+    for name, layer in layers.items():
+        own = set(layer.parameters(recurse=is_norm(layer))) - counted
+        numbers[name] = sum(parameter.numel() for parameter in own)
+        counted |= own
+    return numbers

@@ -1,53 +1,18 @@
-"""The statistics that evaluation ought to use: those of many training images under the weights of this moment.
+"""The statistics that evaluation ought to use: those of many training images under the present weights.
 
-Running statistics are an average over batches of the past, seen under the weights of then.
+Running statistics are an average over past batches, under the weights that the model had then.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
-from bnexp.errors import UserError
-from bnexp.probes.layers import tapped
+from bnexp.probes.layers import takes_batch, tapped, tracking_norms
 from bnexp.train.run import Run
-
-
-def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The norms that keep running statistics, by name."""
-    kept = ("running_mean", "running_var")
-    return {
-        name: module for name, module in model.named_modules()
-        if all(isinstance(getattr(module, each, None), Tensor) for each in kept)
-    }  # fmt: skip
-
-
-class Moments:
-    """Mean and variance of every channel over all batches added, in float64, by Chan's formula."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        self.m2: Tensor | float = 0.0  # the sum of squared distances to the mean
-
-    def add(self, x: Tensor) -> None:
-        """``x`` (N, C) or (N, C, ...)."""
-        x = x.detach().float().transpose(0, 1).flatten(1)  # (C, values)
-        mean = x.mean(1)
-        m2 = (x - mean[:, None]).square().sum(1).double()
-        count, gap = x.shape[1], mean.double() - self.mean
-        total = self.count + count
-        self.mean = self.mean + gap * (count / total)
-        self.m2 = self.m2 + m2 + gap.square() * (self.count * count / total)
-        self.count = total
-
-    @property
-    def var(self) -> Tensor:
-        """Unbiased, as running variances are."""
-        return self.m2 / (self.count - 1)
 
 
 @torch.no_grad()
@@ -62,19 +27,24 @@ def recompute_statistics(
         running_var  = sum(n_b (var_b + (mean_b - running_mean)^2)) / (n - 1)
 
     the cumulative averages of Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (arXiv:2105.07576). They hold
-    for batches of the size that the model is trained with, because deeper layers see what the batch statistics of the
-    earlier ones make of them.
+    for batches of the size that the model is trained with, because deeper layers see inputs that were normalized by
+    the batch statistics of earlier ones.
 
-    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Only the running
-    means and variances change; without batches nothing does. Norms without them, and models without norms, are fine.
+    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Only running means and
+    variances change; without batches, or without norms that keep them, nothing does.
     """
     norms = tracking_norms(model)
-    moments = {name: Moments() for name in norms}
+    if not norms:
+        return
+    sums: dict[str, Tensor] = {}  # of 1, x and x^2 over all values of a channel, (3, C) in float64
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def see(name: str, x: Tensor, _: Tensor) -> None:
-        moments[name].add(x)
+        x = x.detach().float().transpose(0, 1).flatten(1)  # (C, values)
+        var, mean = (each.double() for each in torch.var_mean(x, 1, correction=0))
+        batch = x.shape[1] * torch.stack([torch.ones_like(mean), mean, var + mean.square()])
+        sums[name] = sums.get(name, 0.0) + batch
 
     try:
         model.train()
@@ -86,24 +56,36 @@ def recompute_statistics(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for name, norm in norms.items():
-        if moments[name].count > 1:
-            norm.running_mean.copy_(moments[name].mean)
-            norm.running_var.copy_(moments[name].var)
+    for name, (count, total, squares) in sums.items():
+        if count[0] > 1:
+            mean = total / count
+            norms[name].running_mean.copy_(mean)
+            norms[name].running_var.copy_((squares - count * mean.square()).clamp(min=0) / (count - 1))
+
+
+def population_size(run: Run, num_images: int) -> int:
+    """The images in as many whole batches of the run's size as ``num_images`` training images make; one at least."""
+    batch_size = min(run.batches.batch_size, len(run.dataset.train))
+    return max(1, min(num_images, len(run.dataset.train)) // batch_size) * batch_size
 
 
 def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
-    """About ``num_images`` prepared training images in whole batches of the run's size, at least one batch.
+    """:func:`population_size` prepared training images in batches of the run's size.
 
     Always the same ones, augmented as the run's are, from all over the training set in every batch.
     """
-    train = run.dataset.train
-    batch_size = min(run.batches.batch_size, len(train))
-    num_batches = max(1, min(num_images, len(train)) // batch_size)
-    images = spread(train, num_batches * batch_size).images
+    num_images = population_size(run, num_images)
+    images = evenly_spaced(run.dataset.train, num_images).images
+    num_batches = num_images // min(run.batches.batch_size, num_images)
     generator = torch.Generator(run.device).manual_seed(0)  # the run's own is not touched
     for i in range(num_batches):
         yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
+
+
+def evaluation_batches(run: Run, split: Split, model: nn.Module) -> Sequence[Tensor]:
+    """The indices of the images of ``split`` that :meth:`Run.evaluate` shows ``model`` together, batch by batch."""
+    places = torch.arange(len(split), device=run.device)
+    return [places[chunk] for chunk in run.chunks(split, model)]
 
 
 def shadow(run: Run) -> nn.Module:
@@ -111,7 +93,7 @@ def shadow(run: Run) -> nn.Module:
     return copy.deepcopy(run.model).train()
 
 
-def spread(split: Split, num_images: int) -> Split:
+def evenly_spaced(split: Split, num_images: int) -> Split:
     """``num_images`` images at equal distances: always the same, and of every class even if classes come in turn."""
     num_images = min(num_images, len(split))
     return split.take(torch.arange(num_images, device=split.labels.device) * len(split) // max(num_images, 1))
@@ -126,20 +108,9 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     batch_size = min(run.batches.batch_size, len(run.dataset.train))
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
         for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
-            if 1 < size <= len(split) and takes(run.model, size):
-                return spread(split, size)
-    return spread(run.dataset.train, batch_size)
-
-
-def takes(model: nn.Module, batch_size: int) -> bool:
-    """Whether the norms that divide a batch can divide one of this size."""
-    try:
-        for module in model.modules():
-            if hasattr(module, "check_batch_size"):
-                module.check_batch_size(batch_size)
-    except UserError:
-        return False
-    return True
+            if 1 < size <= len(split) and takes_batch(run.model.modules(), size):
+                return evenly_spaced(split, size)
+    return evenly_spaced(run.dataset.train, batch_size)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:

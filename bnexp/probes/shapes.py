@@ -1,12 +1,8 @@
-"""A table of what goes into the first layers and what comes out, as a check that the network is the one meant."""
+"""A table of what goes into the first layers and what comes out, to check that the network is the intended one."""
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
-from bnexp.probes.layers import layers, tapped
-from bnexp.probes.population import shadow, spread
+from bnexp.probes.layers import list_layers
 from bnexp.store.readings import Reading, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
@@ -15,8 +11,8 @@ HEAD = ("layer", "input", "output")
 
 
 class Shapes(Probe):
-    """The table ``shapes``: name, input and output shape (of one image) of the first ``layers`` layers that an image
-    passes; after the run's first step and never again, because shapes stay what they are."""
+    """The table ``shapes``: name, input and output shape (of one image) of the first ``layers`` layers that images
+    leave; after the run's first step and never again, because shapes do not change."""
 
     def __init__(self, layers: int = 8) -> None:
         self.layers = self.at_least("layers", layers, 1, "rows of the table")
@@ -24,14 +20,12 @@ class Shapes(Probe):
     def is_due(self, step: int, total_steps: int) -> bool:
         return step == 1
 
-    @torch.no_grad()
     def look(self, run: Run, before: object) -> Iterator[Reading]:
-        model = shadow(run).eval()
-        rows: dict[str, tuple[str, ...]] = {}
+        passed = [each for each in list_layers(run.model, run.dataset.in_shape, run.device) if each.out_shape]
+        rows = [(each.name, show_shape(each.in_shape), show_shape(each.out_shape)) for each in passed]
+        yield Table("shapes", HEAD, tuple(rows[: self.layers]))
 
-        def see(name: str, x: Tensor, output: Tensor) -> None:
-            rows.setdefault(name, (name, *("x".join(map(str, each.shape[1:])) for each in (x, output))))
 
-        with tapped(layers(model), see):
-            run.forward(run.dataset.prepare(spread(run.dataset.train, 2).images), model)
-        yield Table("shapes", HEAD, tuple(rows.values())[: self.layers])
+def show_shape(shape: tuple[int, ...]) -> str:
+    """``6x24x24``."""
+    return "x".join(map(str, shape))

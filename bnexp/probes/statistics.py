@@ -4,15 +4,32 @@ import copy
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnexp.probes.population import recompute_statistics, shadow, spread, tracking_norms, training_batches
-from bnexp.store.readings import Reading, Scalar
+from bnexp.data.dataset import Split
+from bnexp.probes.layers import is_norm, tracking_norms
+from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, training_batches
+from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
 SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| says next to nothing
 SMALL_VARIANCE = 1e-8  # an input with less is a constant: a thousandth of the usual eps
+GAPS = ("mean_gap", "variance_gap", "gamma_min", "dead")  # of a norm to its recomputed self
+NORM_HEAD = (
+    "layer",
+    "channels",
+    "running_mean",
+    "running_var",
+    "population_mean",
+    "population_var",
+    "gamma",
+    "beta",
+    *GAPS,
+)
+
+TENSORS = {"running_mean": "running_mean", "running_var": "running_var", "weight": "gamma", "bias": "beta"}
 
 
 class Statistics(Probe):
@@ -40,25 +57,26 @@ class Statistics(Probe):
     def look(self, run: Run, before: object) -> Iterator[Reading]:
         if not tracking_norms(run.model):
             return
-        running = shadow(run)
-        recomputed = copy.deepcopy(running)
-        recompute_statistics(recomputed, training_batches(run, self.images), run.forward)
-        others = tracking_norms(recomputed)
-        names, numbers = [], []
-        for name, norm in tracking_norms(running).items():
-            found = compare(norm, others[name])
-            names += [f"statistics/{name}/{what}" for what in found]
-            numbers += found.values()
-        for tag, value in zip(names, torch.stack(numbers).tolist(), strict=True):
-            yield Scalar(tag, value)
-        valid = spread(run.dataset.valid, self.images)
+        running, recomputed = shadow(run).eval(), recomputed_model(run, self.images)
+        for norm in norm_table(running, recomputed).records():
+            if norm["dead"] is not None:
+                for name in GAPS:
+                    yield Scalar(f"statistics/{norm['layer']}/{name}", float(norm[name]))
+        valid = evenly_spaced(run.dataset.valid, self.images)
         if len(valid):
             for kind, model in (("running", running), ("recomputed", recomputed)):
-                yield Scalar(f"accuracy/valid_{kind}", run.evaluate(valid, model.eval())[1])
+                yield Scalar(f"accuracy/valid_{kind}", run.evaluate(valid, model)[1])
 
 
-def compare(norm: nn.Module, recomputed: nn.Module) -> dict[str, Tensor]:
-    """What the running statistics of ``norm`` say beside the recomputed ones; numbers in float64, on the device."""
+def recomputed_model(run: Run, num_images: int) -> nn.Module:
+    """A copy of the run's model in evaluation mode, with statistics recomputed from about ``num_images`` images."""
+    model = shadow(run).eval()
+    recompute_statistics(model, training_batches(run, num_images), run.forward)
+    return model
+
+
+def compare_statistics(norm: nn.Module, recomputed: nn.Module) -> dict[str, Tensor]:
+    """The numbers of :class:`Statistics` for one norm and the same norm recomputed, in float64, on the device."""
     mean, var = recomputed.running_mean.double(), recomputed.running_var.double()
     gap, ratio = norm.running_mean - mean, (norm.running_var + norm.eps) / (var + norm.eps)
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.double().abs()
@@ -68,3 +86,69 @@ def compare(norm: nn.Module, recomputed: nn.Module) -> dict[str, Tensor]:
         "gamma_min": gamma.min(),
         "dead": ((gamma < SMALL_SCALE) | (var < SMALL_VARIANCE)).sum().double(),
     }
+
+
+@torch.no_grad()
+def norm_table(model: nn.Module, recomputed: nn.Module) -> Table:
+    """The table ``norms``: a row per norm that has statistics, gamma or beta, beside its recomputed statistics.
+
+    Statistics and parameters are (smallest, largest) over channels, NaN if one is; the gaps and ``dead`` are those of
+    :class:`Statistics`; None for what the norm does not have.
+    """
+    others, rows = tracking_norms(recomputed), []
+    for name, norm in model.named_modules():
+        tensors = {TENSORS[key]: value for key, value in norm.state_dict().items() if key in TENSORS}
+        if not tensors or not (name in others or is_norm(norm)):
+            continue
+        row = {"layer": name, "channels": len(next(iter(tensors.values())))}
+        if name in others:
+            tensors |= {"population_mean": others[name].running_mean, "population_var": others[name].running_var}
+            row |= {key: float(value) for key, value in compare_statistics(norm, others[name]).items()}
+            row["dead"] = round(row["dead"])
+        row |= {key: tuple(float(end) for end in value.double().aminmax()) for key, value in tensors.items()}
+        rows.append(tuple(row.get(column) for column in NORM_HEAD))
+    return Table("norms", NORM_HEAD, tuple(rows))
+
+
+@torch.no_grad()
+def score_table(run: Run, split: Split, model: nn.Module, recomputed: nn.Module) -> Table:
+    """The table ``scores``: mean loss (nats) and accuracy over ``split`` with the statistics of the first column.
+
+    ``running``: as evaluated in training. Only where norms keep running statistics also ``recomputed``, and
+    ``batch``: every batch of the run's size by its own.
+    """
+    scores = {"running": run.evaluate(split, model)}
+    if tracking_norms(model):
+        batch_size = min(run.batches.batch_size, len(run.dataset.train))
+        scores["recomputed"] = run.evaluate(split, recomputed)
+        scores["batch"] = score_by_batch(run, split, model, shuffled_batches(len(split), batch_size).to(run.device))
+    return Table("scores", ("statistics", "loss", "accuracy"), tuple((name, *each) for name, each in scores.items()))
+
+
+def score_by_batch(run: Run, split: Split, model: nn.Module, batches: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy where every one of ``batches`` is normalized by its own statistics, as in training.
+
+    The norms with running statistics are in training mode and nothing else is: dropout, say, stays off. Every batch
+    finds the buffers of ``model``, because some norms train on them.
+    """
+    model = copy.deepcopy(model).eval()
+    for norm in tracking_norms(model).values():
+        norm.train()
+    kept, logits = copy.deepcopy(model.state_dict()), []
+    for picked in batches:
+        logits.append(run.forward(run.dataset.prepare(split.images[picked]), model))
+        model.load_state_dict(kept)
+    labels = split.labels[batches.flatten()[: len(split)]]
+    found = torch.cat(logits)[: len(split)].double()
+    return float(F.cross_entropy(found, labels)), float((found.argmax(1) == labels).double().mean())
+
+
+def shuffled_batches(num_images: int, batch_size: int) -> Tensor:
+    """Indices (batches, batch_size) of all images, shuffled, because files may be sorted by class; always the same.
+
+    Every image is once among the first ``num_images``. The last batch is filled up from the beginning: a short one
+    would have other statistics, and some norms refuse it.
+    """
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    num_batches = -(-num_images // batch_size)
+    return order[torch.arange(num_batches * batch_size) % num_images].view(num_batches, batch_size)

@@ -1,21 +1,21 @@
-"""Conditions on what finished runs measured, so that a study can say for itself whether it came out as expected.
+"""Conditions on what finished runs measured: what a study expects, and whether it came out so.
 
-An expectation reads one number from every run of a role (a named variant), pairs it by seed with another role's,
-and holds if the numbers lie where they should: in each seed, in the mean, or with the whole 95% interval.
+An expectation reads one number from each run of a role (a named variant). It may subtract or divide by the numbers of
+another role: of the same seed if the two roles saw the same batches, else by the mean over the other's seeds.
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
 
 from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.records import TARGETS, RunRecord
-from bnexp.report.variants import plain
-from bnexp.store.settings import flatten
+from bnexp.report.variants import as_typed, batch_settings, varying
+from bnexp.store.settings import numbers
 
 Values = Sequence[float]
 # How a curve becomes a number; drift is the mean distance from the first reading, spread the standard deviation.
@@ -34,17 +34,17 @@ SEEDS = {"each": " in each seed", "mean": " in the mean", "interval": ", the 95%
 
 @dataclass(frozen=True)
 class Expectation:
-    """``says`` in words; the rest says which number is read and where it has to lie.
+    """``says`` is the claim in words; the other fields say which number is read and between which limits it must be.
 
-    * ``tag``: the curve, ``take``: how it becomes a number (:data:`TAKES`), only its reading ``at`` a step (the
-      last one up to it), ``after`` a step, or the readings where other tags lie within limits:
+    * ``tag``: the curve, ``take``: how it becomes a number (:data:`TAKES`). Of its readings count only the last one
+      ``at`` a step or before it, those ``after`` a step, or those where other tags lie within limits:
       ``where: {loss/train: [0.3, 0.8]}``.
-    * ``best``: instead of a tag a setting, the number is its value at which the role does best in that seed
-      (validation accuracy); runs that diverged are never best.
-    * ``of``: the role; ``minus`` or ``over``: the role whose number of the same seed is subtracted or divides.
-    * ``only``: settings that the runs must have, ``{optimizer.lr: 0.1}``. Of several runs per seed each counts.
-    * ``above``, ``below``: the limits, of which a number on the limit is outside.
-    * ``seeds``: ``each`` number within them, the ``mean``, or the whole 95% ``interval`` of the mean.
+    * ``best``: a setting, instead of a tag. The number is its value with the best validation accuracy in that seed;
+      diverged runs are never best.
+    * ``of``: the role; ``minus`` or ``over``: the role whose number is subtracted or divides.
+    * ``only``: settings that the runs must have, ``{optimizer.lr: 0.1}``. All runs of a seed count.
+    * ``above``, ``below``: the limits; a number on a limit is outside.
+    * ``seeds``: ``each`` number must be within the limits, or the ``mean``, or the 95% ``interval`` of the mean.
     """
 
     says: str
@@ -63,20 +63,18 @@ class Expectation:
     seeds: str = "each"
 
     def check(self, roles: Sequence[str]) -> None:
-        """Raise :class:`UserError` for what cannot be meant."""
-        for role in (self.of, self.minus, self.over):
-            if role is not None and role not in roles:
-                raise UserError(f"expect {self.says!r}: {role} is no variant here; there are {', '.join(roles)}")
-        if (self.tag is None) == (self.best is None):
-            raise UserError(f"expect {self.says!r}: give either a tag or best, the number to be read")
-        if self.take not in TAKES:
-            raise UserError(f"expect {self.says!r}: take={self.take} is not known; choose one of {', '.join(TAKES)}")
-        if self.seeds not in SEEDS:
-            raise UserError(f"expect {self.says!r}: seeds={self.seeds} is not known; choose one of {', '.join(SEEDS)}")
-        if self.minus is not None and self.over is not None:
-            raise UserError(f"expect {self.says!r}: minus and over exclude each other")
-        if self.above is None and self.below is None:
-            raise UserError(f"expect {self.says!r}: without above or below it could not fail; give one")
+        """Raise :class:`UserError` for fields that contradict each other or name something unknown."""
+        unknown = [role for role in (self.of, self.minus, self.over) if role not in (None, *roles)]
+        for is_wrong, complaint in (
+            (unknown, f"{', '.join(unknown)} is no variant here; there are {', '.join(roles)}"),
+            ((self.tag is None) == (self.best is None), "give either a tag or best, the number to be read"),
+            (self.take not in TAKES, f"take={self.take} is not known; choose one of {', '.join(TAKES)}"),
+            (self.seeds not in SEEDS, f"seeds={self.seeds} is not known; choose one of {', '.join(SEEDS)}"),
+            (self.minus is not None and self.over is not None, "minus and over exclude each other; give one"),
+            (self.above is None and self.below is None, "without above or below it could not fail; give one"),
+        ):
+            if is_wrong:
+                raise UserError(f"expect {self.says!r}: {complaint}")
 
     @property
     def condition(self) -> str:
@@ -91,9 +89,9 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of an expectation: the numbers, one per seed (and setting), and whether it holds.
+    """The numbers behind an expectation, one per seed (and setting), and whether it holds.
 
-    ``problem`` says why there is no number where there is none; then it does not hold.
+    ``problem`` says why there is no number, if there is none; then the expectation does not hold.
     """
 
     expectation: Expectation
@@ -103,12 +101,9 @@ class Finding:
     problem: str = ""
 
     def to_json(self) -> dict:
-        stated = {f.name: getattr(self.expectation, f.name) for f in fields(Expectation)}
-        stated = {key: value for key, value in stated.items() if value not in (None, {}, ())}
-        return {
-            "expectation": stated, "numbers": list(self.numbers), "mean": asdict(self.mean), "holds": self.holds,
-            "problem": self.problem,
-        }  # fmt: skip
+        """The finding as in study.json, without the fields of the expectation that were not given."""
+        stated = {key: value for key, value in asdict(self.expectation).items() if value not in (None, {}, ())}
+        return asdict(self) | {"expectation": stated, "numbers": list(self.numbers)}
 
 
 class Missing(Exception):
@@ -116,76 +111,96 @@ class Missing(Exception):
 
 
 def judge(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> Finding:
-    """Compare the expectation with the runs of every role."""
+    """Compare the expectation with the runs of each role."""
     try:
-        numbers = tuple(_numbers(expectation, runs))
+        numbers, mean = _numbers(expectation, runs)
     except Missing as error:
         return Finding(expectation, (), stats.mean([]), False, str(error))
-    mean = stats.mean(numbers)
     if expectation.seeds == "each":
-        holds = all(map(expectation.holds_for, numbers))
-    elif expectation.seeds == "mean":
-        holds = mean.mean is not None and expectation.holds_for(mean.mean)
+        judged: Sequence[float | None] = numbers
     else:
-        holds = mean.low is not None and expectation.holds_for(mean.low) and expectation.holds_for(mean.high)
-    return Finding(expectation, numbers, mean, holds)
+        judged = [mean.mean] if expectation.seeds == "mean" else [mean.low, mean.high]
+    holds = all(value is not None and expectation.holds_for(value) for value in judged)
+    return Finding(expectation, tuple(numbers), mean, holds)
 
 
-def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> list[float]:
-    own = _by_seed(expectation, runs[expectation.of])
+def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> tuple[list[float], stats.Mean]:
+    """The numbers that are held against the limits, and their mean with its interval."""
+    own_runs = _runs_of(expectation, expectation.of, runs)
+    own = _by_seed(expectation, own_runs)
     other = expectation.minus or expectation.over
     if other is None:
-        return list(own.values())
-    partners = _by_seed(expectation, runs[other])
-    if own.keys() != partners.keys():
-        raise Missing(f"{expectation.of} and {other} do not have the same seeds and settings")
-    pairs = [(own[key], partners[key]) for key in own]
-    if expectation.minus:
-        return [mine - base for mine, base in pairs]
-    return [mine / base if base else math.copysign(math.inf, mine) for mine, base in pairs]
+        return list(own.values()), stats.mean(list(own.values()))
+    other_runs = _runs_of(expectation, other, runs)
+    partners = _by_seed(expectation, other_runs)
+    combine = _subtract if expectation.minus else _divide
+    if _batches(own_runs) == _batches(other_runs):
+        if own.keys() != partners.keys():
+            raise Missing(f"{expectation.of} and {other} do not have the same seeds and settings")
+        numbers = [combine(own[key], partners[key]) for key in own]
+        return numbers, stats.mean(numbers)
+    bases: dict[tuple, list[float]] = {}
+    for (_, *settings), value in partners.items():
+        bases.setdefault(tuple(settings), []).append(value)
+    if {tuple(settings) for _, *settings in own} != bases.keys():
+        raise Missing(f"{expectation.of} and {other} do not have the same settings")
+    numbers = [combine(value, fmean(bases[tuple(settings)])) for (_, *settings), value in own.items()]
+    if expectation.minus and len(bases) == 1:
+        welch = stats.unpaired_difference(list(own.values()), list(partners.values()))
+        return numbers, stats.Mean(welch.n, welch.difference, welch.low, welch.high)
+    if expectation.seeds == "interval":
+        raise Missing(f"{expectation.of} and {other} are not paired: only one difference of means has an interval")
+    return numbers, stats.mean(numbers)
+
+
+def _subtract(value: float, base: float) -> float:
+    return value - base
+
+
+def _divide(value: float, base: float) -> float:
+    return value / base if base else math.copysign(math.inf, value)
+
+
+def _batches(runs: Sequence[RunRecord]) -> set[str]:
+    """Which batches the runs saw, given their seeds."""
+    return {repr(sorted(batch_settings(run).items())) for run in runs}
+
+
+def _runs_of(expectation: Expectation, role: str, runs: Mapping[str, Sequence[RunRecord]]) -> list[RunRecord]:
+    """The role's runs that have the settings of ``only``."""
+    flats = [(run, numbers(run.config)) for run in runs[role]]
+    chosen = [run for run, flat in flats if all(flat.get(key) == value for key, value in expectation.only.items())]
+    if not chosen:
+        only = f" with {dict(expectation.only)}" if expectation.only else ""
+        raise Missing(f"no run of {role}{only} came to its end")
+    return chosen
 
 
 def _by_seed(expectation: Expectation, runs: Sequence[RunRecord]) -> dict[tuple, float]:
-    """The number of every seed, of every seed and setting where a role was run with several."""
-    chosen = [run for run in runs if _has(run, expectation.only)]
-    if not chosen:
-        only = f" with {dict(expectation.only)}" if expectation.only else ""
-        raise Missing(f"no run of {expectation.of}{only} came to its end")
+    """{(seed, *settings that vary among the runs): number}; with ``best`` {(seed,): number}."""
     if expectation.best is not None:
-        return _best(expectation.best, chosen)
-    varied = _varied(chosen)
-    values = [tuple(repr(flatten(run.config).get(key)) for key in varied) for run in chosen]
-    return {(run.seed, *own): _read(expectation, run) for run, own in zip(chosen, values, strict=True)}
+        return _best_by_seed(expectation.best, runs)
+    columns = varying([numbers(run.config) for run in runs]).values()
+    keys = zip((run.seed for run in runs), *(map(repr, column) for column in columns), strict=True)
+    return {key: _read_number(expectation, run) for key, run in zip(keys, runs, strict=True)}
 
 
-def _has(run: RunRecord, only: Mapping[str, Any]) -> bool:
-    flat = flatten(run.config)
-    return all(flat.get(key) == value for key, value in only.items())
-
-
-def _varied(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings in which the runs differ, but for the seed."""
-    flats = [flatten(run.config) for run in runs]
-    keys = dict.fromkeys(key for flat in flats for key in flat)
-    return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
-
-
-def _best(key: str, runs: Sequence[RunRecord]) -> dict[tuple, float]:
-    """For every seed the value of ``key`` with the highest best validation accuracy."""
+def _best_by_seed(key: str, runs: Sequence[RunRecord]) -> dict[tuple, float]:
+    """{(seed,): the value of ``key`` with the highest best validation accuracy}."""
     accuracy = TARGETS[1]
     best: dict[tuple, tuple[float, float]] = {}
     for run in runs:
-        score, value = accuracy.of(run), flatten(run.config).get(key)
+        score, value = accuracy.of(run), numbers(run.config).get(key)
         if not isinstance(value, int | float):
-            raise Missing(f"{key}={plain(value)} is not a number")
+            raise Missing(f"{key}={as_typed(value)} is not a number")
         if score is not None and not run.diverged and math.isfinite(score):
             best[run.seed,] = max(best.get((run.seed,), (-math.inf, 0.0)), (score, float(value)))
-    if missing := {run.seed for run in runs} - {seed for seed, in best}:
+    if missing := {run.seed for run in runs} - {seed for (seed,) in best}:
         raise Missing(f"every run of seed {min(missing)} diverged")
     return {seed: value for seed, (_, value) in best.items()}
 
 
-def _read(expectation: Expectation, run: RunRecord) -> float:
+def _read_number(expectation: Expectation, run: RunRecord) -> float:
     tag = expectation.tag
     if run.diverged and expectation.take == "last":
         raise Missing(f"{run.path.name} diverged, so that it has no last {tag}")
@@ -194,8 +209,8 @@ def _read(expectation: Expectation, run: RunRecord) -> float:
     if expectation.after is not None:
         points = [point for point in points if point[0] > expectation.after]
     for other, (low, high) in expectation.where.items():
-        near = _latest(run.curves.get(other, ((), ())))
-        points = [point for point in points if low <= near(point[0]) <= high]
+        curve = run.curves.get(other, ((), ()))
+        points = [point for point in points if low <= _value_at(curve, point[0]) <= high]
     if expectation.at is not None:
         points = [point for point in points if point[0] <= expectation.at][-1:]
     if len(points) < (2 if expectation.take in ("drift", "spread") else 1):
@@ -204,12 +219,8 @@ def _read(expectation: Expectation, run: RunRecord) -> float:
     return TAKES[expectation.take]([value for _, value in points])
 
 
-def _latest(curve: tuple[Sequence[int], Sequence[float]]) -> Callable[[int], float]:
-    """The value of a curve at its last reading up to a step; NaN before its first."""
+def _value_at(curve: tuple[Sequence[int], Sequence[float]], step: int) -> float:
+    """The value of a curve at its last reading up to ``step``; NaN before its first."""
     steps, values = curve
-
-    def near(step: int) -> float:
-        position = bisect_right(steps, step)
-        return values[position - 1] if position else math.nan
-
-    return near
+    position = bisect_right(steps, step)
+    return values[position - 1] if position else math.nan

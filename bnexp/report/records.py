@@ -1,6 +1,6 @@
-"""Reads run folders back: config, status and curves of every run that is over, the numbers in them.
+"""Run folders read back: config, status and curves of each run that has ended, and the numbers compared.
 
-A run that is not over, failed or is damaged is left out by name, never silently.
+A run that is still running, failed or is damaged is left out and named.
 """
 
 import math
@@ -18,15 +18,14 @@ from bnexp.report import stats
 from bnexp.store.run_folder import is_taken, load_status
 from bnexp.store.untrusted import number, printable, read_lines, read_yaml
 
-Pair = tuple["RunRecord", "RunRecord"]  # the variant's run and the baseline's, of one seed
-DEEPEST = 50  # folders in each other that are looked into
+MOST_NESTED = 50  # levels of folders that are searched for runs
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished or diverged run as its folder tells it; ``curves`` is {tag: (steps, values)}.
+    """A finished or diverged run; ``curves`` is {tag: (steps, values)}, ``started`` a time in seconds since 1970.
 
-    ``name`` is what its variant is called, where the settings that differ would not say it well.
+    ``name`` is a name for its variant, used instead of the settings that differ.
     """
 
     path: Path
@@ -48,15 +47,21 @@ class RunRecord:
     def overrides(self) -> list[str]:
         return self.status.get("overrides") or []
 
+    @property
+    def evaluation(self) -> str:
+        """A sentence on how the run was evaluated, if its statistics were not the running ones; else empty."""
+        said = self.status.get("evaluation")
+        return printable(said, 300).rstrip(".") if isinstance(said, str) else ""
+
     @cached_property
     def histograms(self) -> dict[str, list[tuple[int, list[float], list[int]]]]:
-        """{tag: [(step, edges, counts)]} of what probes saw, read when first asked for; {} without probes."""
-        return _histograms(self.path / "probes.jsonl")
+        """{tag: [(step, edges, counts)]} of the probes' readings, read on first use; {} without probes."""
+        return _read_histograms(self.path / "probes.jsonl")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A run that does not count: running, dead, interrupted, failed, damaged or superseded, and why in one line."""
+    """A run that is left out: running, dead, interrupted, failed, damaged or superseded; ``reason`` is one line."""
 
     path: Path
     status: str
@@ -66,7 +71,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a run, read from the curve ``tag``: its last value or its best."""
+    """One number of a run: the last value of the curve ``tag``, or its best value."""
 
     key: str
     tag: str
@@ -85,16 +90,14 @@ class Metric:
             return (max if self.is_accuracy else min)(values, default=None)
         return values[-1] if values else None
 
-    def mean(self, runs: Sequence[RunRecord]) -> stats.Mean:
-        return stats.mean([value for value in map(self.of, runs) if value is not None])
+    def values(self, runs: Sequence[RunRecord]) -> list[float]:
+        return [value for value in map(self.of, runs) if value is not None]
 
-    def paired(self, pairs: Sequence[Pair]) -> stats.Paired:
-        both = [(self.of(run), self.of(base)) for run, base in pairs]
-        both = [values for values in both if None not in values]
-        return stats.paired([value for value, _ in both], [base for _, base in both])
+    def mean(self, runs: Sequence[RunRecord]) -> stats.Mean:
+        return stats.mean(self.values(runs))
 
     def show(self, value: float, sign: str = "") -> str:
-        """``value`` for a table: an accuracy in percent, a loss in nats."""
+        """``value`` as text: an accuracy in percent, a loss in nats."""
         if self.is_accuracy:
             return f"{100 * value:{sign}.2f}"
         return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign}.3g}"
@@ -114,69 +117,71 @@ TARGETS = (BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"])
 
 
 def read_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[RunRecord], list[Problem]]:
-    """Read every run at or below ``paths`` once, in the order of the paths and below each of their starts.
+    """Read every run at or below ``paths`` once, path by path, and below a path by the time that runs started.
 
-    Finished and diverged runs are records, all others problems. A path without a run is a `UserError`.
+    Finished and diverged runs become records, all others problems. A path without a run is a `UserError`.
     """
-    results: dict[str, RunRecord | Problem] = {}
+    records: list[RunRecord] = []
+    problems: list[Problem] = []
+    seen: set[str] = set()
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give a run's folder or one with runs below it")
         folders = run_folders(path)
         if not folders:
             raise UserError(f"{path}: no run in it (a folder with config.yaml and status.json); give one")
-        read = [_read(folder) for folder in folders]
-        for each in sorted(read, key=lambda each: getattr(each, "started", 0.0)):
-            results.setdefault(os.path.realpath(each.path), each)
-    records = [each for each in results.values() if isinstance(each, RunRecord)]
-    return records, [each for each in results.values() if isinstance(each, Problem)]
+        read = [_read_run(folder) for folder in folders if os.path.realpath(folder) not in seen]
+        seen |= {os.path.realpath(folder) for folder in folders}
+        records += sorted((run for run in read if isinstance(run, RunRecord)), key=lambda run: run.started)
+        problems += [run for run in read if isinstance(run, Problem)]
+    return records, problems
 
 
 def run_folders(folder: Path, depth: int = 0) -> list[Path]:
-    """Every run at or below ``folder``, whatever became of it; links are not followed."""
+    """Return the folders of all runs at or below ``folder``, ended or not; links are not followed."""
     try:
         entries = {entry.name: entry for entry in os.scandir(folder)}
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     if "status.json" in entries:
         return [folder]
-    if depth == DEEPEST:
-        raise UserError(f"{folder}: more than {DEEPEST} folders in each other; give the folder of the runs itself")
+    if depth == MOST_NESTED:
+        raise UserError(f"{folder}: more than {MOST_NESTED} levels of folders; give the folder of the runs itself")
     inner = [each.name for each in entries.values() if each.is_dir(follow_symlinks=False)]
     inner = [name for name in inner if not name.startswith(".")]  # .hydra holds another config.yaml
     below = [run for name in sorted(inner) for run in run_folders(folder / name, depth + 1)]
     return below or ([folder] if "config.yaml" in entries else [])
 
 
-def _read(folder: Path) -> RunRecord | Problem:
+def _read_run(folder: Path) -> RunRecord | Problem:
     overrides: tuple[str, ...] = ()
     try:
         status = load_status(folder)
         kind, overrides = printable(status["status"], 40), tuple(status["overrides"])
         if kind not in ("finished", "diverged"):
             if kind == "running":
-                kind, reason = _running(folder, status)
+                kind, reason = _running_or_dead(folder, status)
                 if kind == "dead" and load_status(folder)["status"] != "running":
-                    return _read(folder)  # it came to its end while we looked
+                    return _read_run(folder)  # it ended between the two looks
             else:
                 reason = status.get("error") or f"{kind} at step {status.get('step', 0)}"
             return Problem(folder, kind, printable(" ".join(str(reason).split()), 1000), overrides)
         config = read_yaml(folder / "config.yaml")
         if not isinstance(config.get("seed"), int | str | None):
             raise ValueError("config.yaml: seed is neither a number nor text")
-        curves = _curves(folder / "metrics.jsonl", required=kind == "finished")
+        curves = _read_curves(folder / "metrics.jsonl", required=kind == "finished")
         started = status.get("started", (folder / "status.json").stat().st_mtime)
         return RunRecord(folder, config, status, curves, started)
     except FileNotFoundError as error:
-        if not any((folder / name).exists() for name in ("status.json", "metrics.jsonl")):  # it has only just begun
-            return Problem(folder, *_running(folder, {}))
+        if not any((folder / name).exists() for name in ("status.json", "metrics.jsonl")):  # it has just begun
+            return Problem(folder, *_running_or_dead(folder, {}))
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
     except (OSError, ValueError) as error:
         return Problem(folder, "damaged", f"unreadable: {printable(' '.join(str(error).split()), 200)}", overrides)
 
 
-def _running(folder: Path, status: dict) -> tuple[str, str]:
-    """``running`` or ``dead``, and a reason: only this machine's processes hold locks that can be asked for."""
+def _running_or_dead(folder: Path, status: dict) -> tuple[str, str]:
+    """``running`` or ``dead``, and the reason. The lock tells, but only of processes on this machine."""
     step, host = status.get("step", 0), status.get("host")
     if is_taken(folder):
         return "running", f"running at step {step}"
@@ -186,8 +191,8 @@ def _running(folder: Path, status: dict) -> tuple[str, str]:
     return "dead", f"died at step {step}; bnexp resume {folder} goes on"
 
 
-def _curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float]]]:
-    """Every tag's steps and values, null as NaN."""
+def _read_curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float]]]:
+    """{tag: (steps, values)}; null becomes NaN. A file that is missing or empty is an error if ``required``."""
     if not required and not path.exists():
         return {}
     points: dict[str, dict[int, float]] = defaultdict(dict)
@@ -202,11 +207,11 @@ def _curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float
     return {printable(tag): tuple(map(list, zip(*sorted(curve.items()), strict=True))) for tag, curve in points.items()}
 
 
-def _histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[int]]]]:
+def _read_histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[int]]]]:
     found: dict[str, dict[int, tuple[list[float], list[int]]]] = defaultdict(dict)
     try:
         for row in read_lines(path) if path.exists() else ():
-            if "edges" in row:  # tables have a head instead
+            if "edges" in row:  # a histogram, not a table
                 found[printable(row.get("tag"))][row["step"]] = _bins(row, f"{path.name}: line of step {row['step']}")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error}); without it the run's histograms are missing") from error
@@ -214,13 +219,13 @@ def _histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[int]]
 
 
 def _bins(row: dict, where: str) -> tuple[list[float], list[int]]:
-    """The edges of a histogram's bins, ascending, and what was counted in each."""
+    """The ascending edges of a histogram's bins, and the count of each bin."""
     edges, counts = row["edges"], row.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
-        raise ValueError(f"{where}: no histogram, which has a count between every two edges")
-    edges, counts = ([number(each, where) for each in column] for column in (edges, counts))
+        raise ValueError(f"{where}: a histogram needs one count between every two edges")
+    edges, counts = ([number(value, where) for value in column] for column in (edges, counts))
     if not all(map(math.isfinite, edges)) or not all(low < high for low, high in zip(edges, edges[1:], strict=False)):
-        raise ValueError(f"{where}: edges of bins that do not ascend")
-    if not all(0 <= each < math.inf for each in counts) or not sum(counts):
-        raise ValueError(f"{where}: counts that cannot be")
+        raise ValueError(f"{where}: the edges of the bins do not ascend")
+    if not all(0 <= count < math.inf for count in counts) or not sum(counts):
+        raise ValueError(f"{where}: the counts are negative, not finite or all zero")
     return edges, counts

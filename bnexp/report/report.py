@@ -1,6 +1,6 @@
-"""Shows a comparison of runs: tables and a verdict to read, JSON, CSV, Markdown and a figure to keep.
+"""The report on finished runs: folders in, verdict out, as tables, JSON, CSV, Markdown and figures.
 
-`report` is the door: folders in, verdict out. What it prints is made of the same numbers as comparison.json.
+All forms show the same numbers.
 """
 
 import csv
@@ -9,23 +9,23 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from bnexp.errors import UserError
 from bnexp.report.records import METRICS, read_runs
-from bnexp.report.tables import _remarks, _tables, print_comparison
-from bnexp.report.variants import named
-from bnexp.report.verdict import Comparison, compare
+from bnexp.report.tables import comparison_tables, print_comparison, remarks
+from bnexp.report.variants import with_names
+from bnexp.report.verdict import Comparison, compare_records
 from bnexp.store.files import write_files
 from bnexp.store.untrusted import printable, read
 
-FORMATS = ("json", "csv", "markdown")
+REPORT_FORMATS = ("json", "csv", "markdown")
 
 
-def report(
+def make_report(
     paths: Iterable[str | os.PathLike],
     *,
     best_over: str | None = None,
@@ -36,30 +36,37 @@ def report(
     console: Console | None = None,
     names: Mapping[Path, str] | None = None,
 ) -> Comparison:
-    """Compare the finished runs at or below ``paths``, print the result and, with ``out``, write the files.
+    """Compare the finished runs at or below ``paths``, print the result and, with ``out``, write the files there.
 
-    ``format`` prints json, csv or markdown alone instead of tables. ``names`` says how the variants of runs are
-    called, by their folders, where the settings that differ would not say it well. Bad input is a `UserError`.
+    ``format`` prints json, csv or markdown alone instead of tables. ``names`` names the variants of runs, by folder,
+    instead of the settings that differ. ``baseline`` and ``best_over`` are those of `compare_records`.
+    Bad input is a `UserError`.
     """
-    if format is not None and format not in FORMATS:
-        raise UserError(f"format={format}: not known; choose one of {', '.join(FORMATS)}")
+    if format is not None and format not in REPORT_FORMATS:
+        raise UserError(f"format={format}: not known; choose one of {', '.join(REPORT_FORMATS)}")
     console = console or Console(quiet=quiet)
     records, problems = read_runs(paths)
-    records = named(records, names or {})
-    comparison = compare(records, problems, baseline=baseline, best_over=best_over)
-    figure = write_comparison(out, comparison) if out is not None else None
+    comparison = compare_records(
+        with_names(records, names or {}), problems, baseline=baseline, best_over=best_over
+    )  # fmt: skip
+    if out is not None:
+        comparison = write_comparison(out, comparison)
     if format is None:
         print_comparison(console, comparison)
-        if figure is not None:
-            console.print(f"figure: {printable(figure)}", markup=False, highlight=False, soft_wrap=True)
+        if out is not None:
+            figure = printable(Path(out) / "comparison.png")
+            console.print(f"figure: {figure}", markup=False, highlight=False, soft_wrap=True)
     else:
-        text = {"json": dump_json, "csv": to_csv, "markdown": to_markdown}[format](comparison)
+        text = {"json": comparison_json, "csv": comparison_csv, "markdown": comparison_markdown}[format](comparison)
         console.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True, emoji=False)
     return comparison
 
 
-def to_json(comparison: Comparison) -> dict:
-    """The content of comparison.json; undefined numbers are null, accuracies fractions, losses nats."""
+def comparison_content(comparison: Comparison) -> dict:
+    """The content of comparison.json: undefined numbers are null, accuracies fractions, losses nats.
+
+    A variant has its differences from the baseline under ``paired`` or under ``unpaired``; the other is null.
+    """
     variants = []
     for variant in comparison.variants:
         against = comparison.against.get(variant.label)
@@ -72,14 +79,16 @@ def to_json(comparison: Comparison) -> dict:
             "runs": [str(run.path) for run in variant.runs + variant.diverged],
             "metrics": {key: asdict(mean) for key, mean in comparison.means[variant.label].items()},
             "paired": None,
+            "unpaired": None,
             "speedups": None,
             "differs": None,
         }
         if against is not None:
-            content["paired"] = {
-                metric.key: asdict(against.paired[metric.key]) | {"evidence": against.evidence(metric)}
-                for metric in METRICS
-            }
+            if against.design in content:
+                content[against.design] = {
+                    metric.key: asdict(against.differences[metric.key]) | {"evidence": against.evidence(metric)}
+                    for metric in METRICS
+                }
             content["speedups"] = {tag: asdict(speed) for tag, speed in against.speedups.items()}
             content["differs"] = {key: list(values) for key, values in against.differs.items()}
         variants.append(content)
@@ -94,28 +103,28 @@ def to_json(comparison: Comparison) -> dict:
     }
 
 
-def dump_json(comparison: Comparison) -> str:
-    """comparison.json, strict: no NaN in it."""
-    return json.dumps(to_json(comparison), indent=2, allow_nan=False, default=str) + "\n"
+def comparison_json(comparison: Comparison) -> str:
+    """The text of comparison.json, strict JSON without NaN."""
+    return json.dumps(comparison_content(comparison), indent=2, allow_nan=False, default=str) + "\n"
 
 
-def to_csv(comparison: Comparison) -> str:
-    """One line per variant and number; a speed-up stands in the column mean, its count of seeds in n."""
+def comparison_csv(comparison: Comparison) -> str:
+    """One line per variant and number; a speed-up is in the column mean, its number of seeds in n."""
     columns = "variant,baseline,metric,n,mean,low,high,num_diverged,reached,num_pairs,difference"
-    columns += ",difference_low,difference_high,p,evidence"
+    columns += ",difference_low,difference_high,p,evidence,design"
     file = io.StringIO()
     writer = csv.DictWriter(file, columns.split(","), lineterminator="\n")
     writer.writeheader()
-    for variant in to_json(comparison)["variants"]:
+    for variant in comparison_content(comparison)["variants"]:
         shared = {"variant": variant["label"], "baseline": comparison.baseline.label}
         shared["num_diverged"] = variant["num_diverged"]
         for key, mean in variant["metrics"].items():
             row = shared | {"metric": key} | mean
-            if variant["paired"]:
-                paired = variant["paired"][key]
-                row |= {"num_pairs": paired["n"], "difference": paired["difference"], "p": paired["p"]}
-                row |= {"difference_low": paired["low"], "difference_high": paired["high"]}
-                row["evidence"] = paired["evidence"]
+            for design in ("paired", "unpaired"):
+                if found := (variant[design] or {}).get(key):
+                    row |= {"num_pairs": found["n"] if design == "paired" else None, "design": design}
+                    row |= {"difference_low": found["low"], "difference_high": found["high"]}
+                    row |= {name: found[name] for name in ("difference", "p", "evidence")}
             writer.writerow(row)
         for tag, speed in (variant["speedups"] or {}).items():
             row = shared | {"metric": f"speedup/{tag}", "mean": speed["ratio"]}
@@ -123,19 +132,21 @@ def to_csv(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def to_markdown(comparison: Comparison, figure: str | None = None, probed: Mapping[str, str] | None = None) -> str:
-    """Verdict, figure if there is one, tables, figures of probes {title: file} and remarks, for a pull request."""
+def comparison_markdown(
+    comparison: Comparison, figure: str | None = None, probed: Mapping[str, str] | None = None
+) -> str:
+    """Verdict, figure if there is one, tables, figures of probes {title: file} and remarks."""
     lines = [f"# {' / '.join(_cell(each.label) for each in comparison.variants)}", ""]
     lines += [f"{_cell(sentence)}\n" for sentence in comparison.sentences]
     if figure is not None:
         lines += [f"![loss and accuracy against steps, mean and 95% interval over seeds]({figure})", ""]
-    for title, head, rows, caption in _tables(comparison):
+    for title, head, rows, caption in comparison_tables(comparison):
         lines += [f"## {_cell(title)}", "", _row(head), _row([":--", *["--:"] * (len(head) - 2), ":--"])]
         lines += [_row([f"**{row[0]}**", *row[1:]] if not any(row[1:]) else row) for row in rows]
         lines += ["", f"{caption[0].upper()}{caption[1:]}.", ""]
     for title, name in (probed or {}).items():
         lines += [f"## {title}", "", f"![{title}]({name})", ""]
-    return "\n".join([*lines, *(f"* {_cell(remark)}" for remark in _remarks(comparison))]).rstrip() + "\n"
+    return "\n".join([*lines, *(f"* {_cell(remark)}" for remark in remarks(comparison))]).rstrip() + "\n"
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -143,35 +154,39 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """``text`` in Markdown, where names from a run's folder must be no link, no picture and no HTML."""
+    """``text`` in Markdown. Names from a run's folder must not become links, pictures or HTML."""
     return re.sub(r"[\\`|]|<(?=[\w/!])|](?=\()", r"\\\g<0>", text).replace("\n", " ")
 
 
-def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Path:
-    """Write comparison.png, .svg, .json and .md into ``folder``, each in one move; returns the png's path.
+def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Comparison:
+    """Write comparison.png, .svg, .json and .md and the figures of probes into ``folder``.
 
-    Beside them what probes saw, as .png and .svg. What an earlier report here showed of other runs' probes is taken
-    away, or it would seem to belong to this one; pictures that its comparison.md did not show are somebody else's.
+    Returns the comparison with a note on every figure that one reading cannot fill. Each file is written atomically.
+    Figures of probes that an earlier comparison.md here shows and this one does not are deleted: they belong to other
+    runs. Other pictures are left alone.
     """
-    from bnexp.report.figures import curves, probes
+    from bnexp.report.figures.curves import draw_curves
+    from bnexp.report.figures.probes import TITLES, draw_probes
+    from bnexp.report.figures.style import render_figure
 
     folder = Path(folder)
-    probed = probes.draw(comparison.variants)
-    drawn = {"comparison": curves.draw(comparison.variants), **probed}
-    files = {f"{name}.{kind}": curves.render(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}
-    titles = {probes.TITLES[name]: f"{name}.png" for name in probed}
-    files["comparison.json"] = dump_json(comparison).encode()
-    files["comparison.md"] = to_markdown(comparison, "comparison.png", titles).encode()
+    probed, notes = draw_probes(comparison.variants)
+    comparison = replace(comparison, notes=comparison.notes + notes)
+    drawn = {"comparison": draw_curves(comparison.variants), **probed}
+    files = {f"{name}.{kind}": render_figure(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}
+    titles = {TITLES[name]: f"{name}.png" for name in probed}
+    files["comparison.json"] = comparison_json(comparison).encode()
+    files["comparison.md"] = comparison_markdown(comparison, "comparison.png", titles).encode()
     try:
         try:
             before = read(folder / "comparison.md", 2**24)
-        except (FileNotFoundError, ValueError):  # none, or none of ours
+        except (FileNotFoundError, ValueError):  # no such file, or one that bnexp did not write
             before = b""
         write_files(folder, files)
-        for name in probes.TITLES:
+        for name in TITLES:
             if name not in probed and f"]({name}.png)".encode() in before:
                 (folder / f"{name}.png").unlink(missing_ok=True)
                 (folder / f"{name}.svg").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written to ({error.strerror}); choose another") from error
-    return folder / "comparison.png"
+    return comparison

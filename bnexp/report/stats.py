@@ -1,28 +1,30 @@
-"""What several seeds say together: means, paired differences and ratios, each with its 95% interval.
+"""Means, differences and ratios over seeds, each with its 95% interval.
 
-Pure functions of numbers. Where a quantity is undefined it is ``None``, never NaN and never a warning:
+An undefined quantity is ``None``, never NaN and never a warning:
 
-==========================  =================================================================
+==========================  ===============================================================
 no value (n = 0)            everything is None
-a value is not finite       everything is None: leaving it out would pretend it never happened
-one value (n = 1)           the centre is that value; no interval, no p
-no spread (zero variance)   the centre; no interval, no p: nothing was learned about the noise
-==========================  =================================================================
+a value is not finite       everything is None: leaving it out would hide that it happened
+one value (n = 1)           the mean is that value; no interval, no p
+no spread (zero variance)   the mean; no interval, no p: nothing is known about the noise
+==========================  ===============================================================
 
-Intervals and p-values take the mean over seeds to be about normal (Student 1908).
+Intervals and p-values are Student's (1908): they take the mean over seeds to be about normal. The t distribution
+comes from scipy.special, because scipy.stats takes twice as long to import and is no faster for it.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-12  # a spread below this share of the values is float rounding: 0.96 - 0.95 is not 0.95 - 0.94
+ROUNDING_SHARE = 1e-12  # a spread below this share of the values is float rounding: 0.96 - 0.95 is not 0.95 - 0.94
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of ``n`` values and its 95% interval, mean -+ t s / sqrt(n)."""
+    """The mean of ``n`` values, arithmetic or geometric, and its 95% interval."""
 
     n: int
     mean: float | None
@@ -31,14 +33,17 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The mean of ``n`` paired differences, its 95% interval and the two-sided p of the paired t-test."""
+class Difference:
+    """A difference of two means, its 95% interval and the two-sided p of the t-test.
+
+    ``n`` is the number of pairs or, where nothing is paired, the number of values on the side that has fewer.
+    """
 
     n: int
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
 
     @property
     def excludes_zero(self) -> bool:
@@ -46,72 +51,67 @@ class Paired:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """The geometric mean of ``n`` ratios and its 95% interval, both formed on the logarithms."""
-
-    n: int
-    ratio: float | None
-    low: float | None
-    high: float | None
-
-
 def mean(values: Sequence[float]) -> Mean:
-    """Return the mean of ``values`` with its t-interval."""
-    centre, error = _centre_and_error(values)
-    return Mean(len(values), centre, *_interval(centre, error, len(values)))
+    """Return the mean of ``values`` with its interval, mean -+ t s / sqrt(n)."""
+    centre, error = _mean_and_error(values)
+    return Mean(len(values), centre, *_t_test(centre, error, len(values) - 1)[:2])
 
 
-def paired(values: Sequence[float], baseline: Sequence[float]) -> Paired:
-    """Return the mean of ``values[i] - baseline[i]``, with interval and p; unequal lengths are refused."""
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Return the mean of ``values[i] - baseline[i]`` with the paired t-test; unequal lengths are a `ValueError`."""
     differences = [value - base for value, base in zip(values, baseline, strict=True)]
-    centre, error = _centre_and_error(differences, [*values, *baseline])
-    low, high = _interval(centre, error, len(differences))
-    if centre is None or error is None:
-        return Paired(len(differences), centre, low, high, None)
-    from scipy.special import stdtr
-
-    p = 2 * float(stdtr(len(differences) - 1, -abs(centre / error)))
-    return Paired(len(differences), centre, low, high, p)
+    centre, error = _mean_and_error(differences, [*values, *baseline])
+    return Difference(len(differences), centre, *_t_test(centre, error, len(differences) - 1))
 
 
-def geometric_mean(ratios: Sequence[float]) -> Ratio:
+def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Return mean(values) - mean(baseline) with Welch's t-test (1947), which lets the two variances differ."""
+    n = min(len(values), len(baseline))
+    means, errors = zip(_mean_and_error(values), _mean_and_error(baseline), strict=True)
+    if None in means or not math.isfinite(means[0] - means[1]):
+        return Difference(n)
+    if None in errors or not any(errors):
+        return Difference(n, means[0] - means[1])
+    error = math.hypot(*errors)
+    shares = [(each / error) ** 2 for each in errors]
+    freedom = 1 / (shares[0] ** 2 / (len(values) - 1) + shares[1] ** 2 / (len(baseline) - 1))
+    return Difference(n, means[0] - means[1], *_t_test(means[0] - means[1], error, freedom))
+
+
+def geometric_mean(ratios: Sequence[float]) -> Mean:
     """Return exp(mean(log r) -+ t s / sqrt(n)) over the ``ratios`` r; all None unless each is > 0."""
     if not all(ratio > 0 for ratio in ratios):  # also NaN
-        return Ratio(len(ratios), None, None, None)
+        return Mean(len(ratios), None, None, None)
     logs = [math.log(ratio) for ratio in ratios]
-    centre, error = _centre_and_error(logs, [1.0, *logs])
-    low, high = _interval(centre, error, len(logs))
-    return Ratio(len(logs), _exp(centre), _exp(low), _exp(high))
+    centre, error = _mean_and_error(logs, [1.0])
+    return Mean(len(logs), *map(_exp, (centre, *_t_test(centre, error, len(logs) - 1)[:2])))
 
 
-def _centre_and_error(
-    values: Sequence[float], scale_of: Sequence[float] | None = None
-) -> tuple[float | None, float | None]:
-    """Mean and standard error; no error where the spread is undefined or within rounding of ``scale_of``."""
+def _mean_and_error(values: Sequence[float], inputs: Sequence[float] = ()) -> tuple[float | None, float | None]:
+    """The mean and its standard error, which is 0 where the spread is within rounding of ``values`` and ``inputs``."""
     n = len(values)
     if n == 0 or not all(map(math.isfinite, values)):
         return None, None
-    # Exact scaling by a power of two, so that the squares of a loss of 1e200 do not overflow.
-    exponent = math.frexp(max(map(abs, values)))[1]
-    scaled = [math.ldexp(value, -exponent) for value in values]
-    centre = math.fsum(scaled) / n
-    if n == 1:
-        return values[0], None
-    deviation = math.sqrt(math.fsum((value - centre) ** 2 for value in scaled) / (n - 1))
-    magnitude = max(map(abs, scale_of if scale_of is not None else values))
-    centre, error = math.ldexp(centre, exponent), math.ldexp(deviation / math.sqrt(n), exponent)
-    return centre, error if error * math.sqrt(n) > ROUNDING * magnitude else None
+    centre = float(statistics.mean(values))  # statistics and math.dist do not overflow on values of 1e200
+    deviation = math.dist(values, [centre] * n) / math.sqrt(n - 1) if n > 1 else math.inf
+    if not math.isfinite(deviation):
+        return centre, None
+    magnitude = max(map(abs, [*values, *inputs]))
+    return centre, deviation / math.sqrt(n) if deviation > ROUNDING_SHARE * magnitude else 0.0
 
 
-def _interval(centre: float | None, error: float | None, n: int) -> tuple[float | None, float | None]:
-    if centre is None or error is None:
-        return None, None
-    from scipy.special import stdtrit  # imports in a third of the time of scipy.stats
+def _t_test(
+    centre: float | None, error: float | None, freedom: float
+) -> tuple[float | None, float | None, float | None]:
+    """Both ends of the interval around ``centre`` and p, given its standard error and degrees of freedom."""
+    if centre is None or not error:
+        return None, None, None
+    from scipy.special import stdtr, stdtrit
 
-    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * error
+    half = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * error
+    p = 2 * float(stdtr(freedom, -abs(centre / error)))
     low, high = centre - half, centre + half
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
+    return (low, high, p) if math.isfinite(low) and math.isfinite(high) else (None, None, p)
 
 
 def _exp(value: float | None) -> float | None:

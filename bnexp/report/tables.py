@@ -1,9 +1,10 @@
-"""What was measured after every epoch, as tutorials print it: one table for each split."""
+"""Tables for a terminal: a comparison, a sweep so far, and the epochs as tutorials print them."""
 
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from rich import box
 from rich.console import Console, Group
@@ -12,78 +13,26 @@ from rich.table import Table
 from rich.text import Text
 
 from bnexp.report import stats
+from bnexp.report.differences import Against, SpeedUp
 from bnexp.report.records import METRICS, TARGETS, Metric, Problem, RunRecord, read_runs
 from bnexp.report.variants import Variant, into_variants
-from bnexp.report.verdict import Comparison, SpeedUp, show_p
+from bnexp.report.verdict import Comparison, show_p
 from bnexp.store.untrusted import printable
 
-# The first tag that a run has: evaluated on the whole set, or averaged over the epoch's steps as they were taken.
-SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "test": ("test",)}
-
-
-def epoch_tables(variants: Sequence[Variant]) -> list[Table]:
-    """A table of loss and accuracy for every split, means over seeds; the training table also has seconds."""
-    return [table for title, tags in SPLITS.items() if (table := _table(title, tags, variants)) is not None]
-
-
-def _table(title: str, tags: Sequence[str], variants: Sequence[Variant]) -> Table | None:
-    has = {each for variant in variants for run in variant.runs for each in run.curves}
-    tag = next((each for each in tags if f"loss/{each}" in has), None)
-    if tag is None:
-        return None
-    seconds = title == "training"
-    title += " set, mean over seeds"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ["epoch", *(f"{each.label}: loss / accuracy{' / s' * seconds}" for each in variants)]:
-        table.add_column(escape(name), justify="right")
-    columns = [epoch_rows(variant.runs, tag) for variant in variants]
-    for epoch in sorted({epoch for column in columns for epoch in column}):
-        cells = []
-        for column in columns:
-            loss, accuracy, taken = column.get(epoch, (None, None, None))
-            cell = "-" if loss is None else f"{loss:.4f}  {accuracy:.2%}"
-            cells.append(cell + (f"  {taken:.1f}" if seconds and taken is not None else ""))
-        table.add_row(f"{epoch:g}", *cells)
-    return table
-
-
-def epoch_rows(runs: Sequence[RunRecord], split: str) -> dict[float, tuple[float, float, float]]:
-    """{epoch: (loss, accuracy, seconds that it took)}, means over ``runs``, at the evaluations that all have.
-
-    A curve with readings between the evaluations, the loss of training, is averaged from one to the next.
-    """
-    rows: list[dict[float, tuple[float, float, float]]] = []
-    for run in runs:
-        curves = run.curves
-        ends = next((curves[f"loss/{each}"][0] for each in ("valid", "test", split) if f"loss/{each}" in curves), [])
-        epoch, seconds = (dict(zip(*curves.get(key, ((), ())), strict=True)) for key in ("epoch", "seconds"))
-        row, before = {}, 0
-        for end in ends:
-            loss, accuracy = (_between(curves.get(f"{kind}/{split}"), before, end) for kind in ("loss", "accuracy"))
-            if loss is not None and accuracy is not None and end in epoch.keys() & seconds.keys():
-                row[round(epoch[end], 3)] = (loss, accuracy, seconds[end] - seconds.get(before, 0.0))
-            before = end
-        rows.append(row)
-    common = set.intersection(*map(set, rows)) if rows else set()
-    columns = {at: zip(*(row[at] for row in rows), strict=True) for at in common}
-    return {at: tuple(sum(column) / len(rows) for column in each) for at, each in columns.items()}
-
-
-def _between(curve: tuple[Sequence[int], Sequence[float]] | None, after: int, upto: int) -> float | None:
-    values = [value for step, value in zip(*(curve or ((), ())), strict=True) if after < step <= upto]
-    return sum(values) / len(values) if values else None
-
-
-CAPTION = "mean and 95% interval over seeds; differences paired by seed, p by the paired t-test"
+SEEDS_CAPTION = "mean and 95% interval over seeds"
+PAIRED_CAPTION = "differences paired by seed, p by the paired t-test"
+UNPAIRED = "*"  # marks a difference
 SPEED_CAPTION = "baseline's steps to its best / variant's steps to the same value, geometric mean over seeds"
+# Curves of a split; the first that a run has: evaluated on the whole set, or averaged over the steps of the epoch.
+EPOCH_SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "test": ("test",)}
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
-    """Print the tables, what must be said beside them, and the verdict."""
-    width = max(14, *(len(each.label) + 2 for each in comparison.variants))  # of the first column
+    """Print the tables, the remarks and the verdict."""
+    width = max(14, *(len(variant.label) + 2 for variant in comparison.variants))  # of the first column
     is_narrow = console.width < 100
-    for title, head, rows, caption in _tables(comparison):
-        table = _table(title, caption, gap=0 if is_narrow else 1)
+    for title, head, rows, caption in comparison_tables(comparison):
+        table = _empty_table(title, caption, gap=0 if is_narrow else 1)
         for name in head:
             justify = "left" if name in ("", "evidence") else "right"
             table.add_column(name, justify=justify, no_wrap=name != "evidence")
@@ -94,77 +43,71 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
             table.add_row(*map(escape, row), style=style)
         console.print(table)
         console.print()
-    for line in _remarks(comparison):
+    for line in remarks(comparison):
         console.print(line, markup=False, highlight=False)
     for sentence in comparison.sentences:
         console.print(f"\n{sentence}", markup=False, highlight=False, style="bold")
 
 
-def _table(title: str, caption: str, gap: int = 1) -> Table:
-    left = {"title_justify": "left", "caption_justify": "left"}
-    return Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), **left)
+def comparison_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """Title, head, rows and caption of each table; a row with nothing but a first cell opens a metric."""
+    return [table for table in (_difference_table(comparison), _speed_table(comparison)) if table[2]]
 
 
-def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """Title, head, rows and caption of both tables; a row with nothing but a first cell opens a metric."""
-    base = comparison.baseline.label
-    any_lost = any(each.diverged for each in comparison.variants)
+def _difference_table(comparison: Comparison) -> tuple[str, list[str], list[list[str]], str]:
+    any_lost = any(variant.diverged for variant in comparison.variants)
     head = ["", "n", *["div."] * any_lost, "mean", "difference", "p", "evidence"]
     rows = []
     for metric in METRICS:
-        if not any(means[metric.key].n for means in comparison.means.values()):
+        means = {variant.label: comparison.means[variant.label][metric.key] for variant in comparison.variants}
+        if not any(mean.n for mean in means.values()):
             continue
         rows.append([_head(metric), *[""] * (len(head) - 1)])
-        for variant in comparison.variants:
-            mean = comparison.means[variant.label][metric.key]
+        for variant, mean in zip(comparison.variants, means.values(), strict=True):
             cells = [f"  {variant.label}", str(mean.n), *_lost(variant, any_lost), mean_cell(metric, mean)]
-            against = comparison.against.get(variant.label)
-            if against is None:
-                cells += ["baseline", "", ""]
-            else:
-                paired = against.paired[metric.key]
-                p = "" if paired.p is None else show_p(paired.p)
-                cells += [_difference_cell(metric, paired), p, against.evidence(metric) if paired.n else ""]
-            rows.append(cells)
-    caption = CAPTION + "; div.: runs that diverged" * any_lost
-    tables = [(f"Variants against {base}", head, rows, caption)]
-    rows = []
+            rows.append(cells + _difference_cells(metric, comparison.against.get(variant.label)))
+    is_unpaired = any(against.design == "unpaired" for against in comparison.against.values())
+    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}" + f"; {UNPAIRED} unpaired, p by Welch's t-test" * is_unpaired
+    caption += "; div.: runs that diverged" * any_lost
+    return f"Variants against {comparison.baseline.label}", head, rows, caption
+
+
+def _speed_table(comparison: Comparison) -> tuple[str, list[str], list[list[str]], str]:
+    base, rows = comparison.baseline.label, []
     for metric in TARGETS:
-        speeds = {label: each.speedups[metric.tag] for label, each in comparison.against.items()}
-        if any(speed.n for speed in speeds.values()):
-            rows.append([f"{base}'s {metric.title}", "", "", ""])
-            rows += [[f"  {label}", *_speed_cells(speed)] for label, speed in speeds.items()]
-    if rows:
-        head = ["", "reached in", "speed-up", "evidence"]
-        tables.append((f"Steps to {base}'s best", head, rows, SPEED_CAPTION))
-    return tables
+        speeds = {f"  {label}": against.speedups[metric.tag] for label, against in comparison.against.items()}
+        cells = [[name, *_speed_cells(speed)] for name, speed in speeds.items() if speed.is_informative]
+        rows += [[f"{base}'s {metric.title}", "", "", ""], *cells] if cells else []
+    return f"Steps to {base}'s best", ["", "reached in", "speed-up", "evidence"], rows, SPEED_CAPTION
 
 
-def _head(metric: Metric) -> str:
-    return f"{metric.title}, %" if metric.is_accuracy else metric.title
-
-
-def _lost(variant: Variant, any_lost: bool) -> list[str]:
-    """The cell of the column on diverged runs, which is there only if any run did."""
-    share = f"{len(variant.diverged)}/{len(variant.runs + variant.diverged)}"
-    return [share if variant.diverged else ""] * any_lost
+def remarks(comparison: Comparison) -> list[str]:
+    """The notes of the comparison, then the runs that were left out, and why."""
+    left_out = [f"left out, {each.status}: {printable(each.path)} ({each.reason})" for each in comparison.left_out]
+    count = [f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out."] if left_out else []
+    return comparison.notes + count + left_out
 
 
 def mean_cell(metric: Metric, mean: stats.Mean) -> str:
-    """``97.13 ±0.21``, or as much of it as there is."""
+    """``97.13 ±0.21``, without the interval if there is none."""
     if mean.mean is None:
         return "not finite" if mean.n else "-"
     half = "" if mean.high is None else f" ±{metric.show(mean.high - mean.mean)}"
     return metric.show(mean.mean) + half
 
 
-def _difference_cell(metric: Metric, paired: stats.Paired) -> str:
-    if paired.difference is None:
-        return "not finite" if paired.n else "no pair"
-    cell = metric.show(paired.difference, "+")
-    if paired.low is not None:
-        cell += f" [{metric.show(paired.low, '+')}, {metric.show(paired.high, '+')}]"
-    return cell
+def _difference_cells(metric: Metric, against: Against | None) -> list[str]:
+    """The cells of difference, p and evidence."""
+    if against is None:
+        return ["baseline", "", ""]
+    found = against.differences[metric.key]
+    if not found.n:
+        return [{"paired": "no pair", "unpaired": "-"}.get(against.design, against.design), "", ""]
+    cell = "not finite" if found.difference is None else metric.show(found.difference, "+")
+    cell += UNPAIRED * (against.design == "unpaired")
+    if found.low is not None:
+        cell += f" [{metric.show(found.low, '+')}, {metric.show(found.high, '+')}]"
+    return [cell, "" if found.p is None else show_p(found.p), against.evidence(metric)]
 
 
 def _speed_cells(speed: SpeedUp) -> list[str]:
@@ -179,15 +122,23 @@ def _speed_cells(speed: SpeedUp) -> list[str]:
     return [f"{speed.reached} of {speed.n}", ratio, evidence]
 
 
-def _remarks(comparison: Comparison) -> list[str]:
-    left_out = [f"left out, {each.status}: {printable(each.path)} ({each.reason})" for each in comparison.left_out]
-    if left_out:
-        left_out.insert(0, f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out.")
-    return comparison.notes + left_out
+def _head(metric: Metric) -> str:
+    return f"{metric.title}, %" if metric.is_accuracy else metric.title
+
+
+def _lost(variant: Variant, any_lost: bool) -> list[str]:
+    """The cell of diverged runs; no cell if no variant has any."""
+    share = f"{len(variant.diverged)}/{len(variant.runs + variant.diverged)}"
+    return [share if variant.diverged else ""] * any_lost
+
+
+def _empty_table(title: str, caption: str | None = None, gap: int = 1) -> Table:
+    left = {"title_justify": "left", "caption_justify": "left"}
+    return Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), **left)
 
 
 def show_sweep(folder: Path) -> None:
-    """Print what became of the sweep in ``folder`` so far, and how to go on if something is left to do."""
+    """Print the results of the sweep in ``folder`` so far, and how to go on if it was interrupted."""
     records, problems = read_runs([folder])
     Console().print(sweep_table(records, problems))
     if any(each.status == "interrupted" for each in problems):
@@ -195,23 +146,70 @@ def show_sweep(folder: Path) -> None:
 
 
 def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Group:
-    """What became of a sweep: a row per variant, then every run that does not count and where it lies."""
+    """A row per variant, how runs were evaluated if unusually, and each run left out, with reason and place."""
     variants, superseded = into_variants(records)
-    any_lost = any(each.diverged for each in variants)
-    caption = "mean and 95% interval over seeds" + "; div.: runs that diverged, not in the means" * any_lost
-    table = _table("Sweep", caption)
-    shown = [metric for metric in METRICS[:6] if any(metric.mean(each.runs).n for each in variants)]
+    any_lost = any(variant.diverged for variant in variants)
+    table = _empty_table("Sweep", SEEDS_CAPTION + "; div.: runs that diverged, not in the means" * any_lost)
+    shown = [metric for metric in METRICS[:6] if any(metric.values(variant.runs) for variant in variants)]
     table.add_column("variant", no_wrap=True)
     for name in ["n", *["div."] * any_lost, *map(_head, shown), "s"]:
         table.add_column(name.replace("accuracy,", "acc."), justify="right")
     for variant in variants:
         cells = [mean_cell(metric, metric.mean(variant.runs)) for metric in shown]
-        seconds = stats.mean([run.status.get("seconds", 0.0) for run in variant.runs])
-        taken = "-" if seconds.mean is None else f"{seconds.mean:.1f}"
-        lost = _lost(variant, any_lost)
-        table.add_row(escape(variant.label), str(len(variant.runs)), *lost, *cells, taken)
+        seconds = f"{fmean(run.status.get('seconds', 0.0) for run in variant.runs):.1f}" if variant.runs else "-"
+        table.add_row(escape(variant.label), str(len(variant.runs)), *_lost(variant, any_lost), *cells, seconds)
     lines = [
         Text(printable(f"{each.status}: {' '.join(each.overrides)}: {each.reason} ({each.path / 'status.json'})"))
         for each in [*problems, *superseded]
     ]
-    return Group(*([table] if variants else []), *lines)
+    evaluations = [Text(line) for variant in variants for line in variant.evaluations]
+    return Group(*([table] if variants else []), *evaluations, *lines)
+
+
+def epoch_tables(variants: Sequence[Variant]) -> list[Table]:
+    """A table of loss and accuracy for each split, means over seeds; the training table also has seconds."""
+    curves = {tag for variant in variants for run in variant.runs for tag in run.curves}
+    splits = {name: next((tag for tag in tags if f"loss/{tag}" in curves), None) for name, tags in EPOCH_SPLITS.items()}
+    return [_epoch_table(name, tag, variants) for name, tag in splits.items() if tag is not None]
+
+
+def _epoch_table(split: str, tag: str, variants: Sequence[Variant]) -> Table:
+    has_seconds = split == "training"
+    table = _empty_table(f"{split} set, mean over seeds")
+    for name in ["epoch", *(f"{each.label}: loss / accuracy{' / s' * has_seconds}" for each in variants)]:
+        table.add_column(escape(name), justify="right")
+    columns = [epoch_rows(variant.runs, tag) for variant in variants]
+    for epoch in sorted({epoch for column in columns for epoch in column}):
+        cells = []
+        for column in columns:
+            loss, accuracy, seconds = column.get(epoch, (None, None, None))
+            cell = "-" if loss is None else f"{loss:.4f}  {accuracy:.2%}"
+            cells.append(cell + (f"  {seconds:.1f}" if has_seconds and seconds is not None else ""))
+        table.add_row(f"{epoch:g}", *cells)
+    return table
+
+
+def epoch_rows(runs: Sequence[RunRecord], split: str) -> dict[float, tuple[float, float, float]]:
+    """{epoch: (loss, accuracy, seconds since the last row)}, means over ``runs``, at the evaluations that all have.
+
+    A curve with readings between the evaluations, the loss of training, is averaged from one to the next.
+    """
+    rows: list[dict[float, tuple[float, float, float]]] = []
+    for run in runs:
+        curves = run.curves
+        ends = next((curves[f"loss/{tag}"][0] for tag in ("valid", "test", split) if f"loss/{tag}" in curves), [])
+        epoch, seconds = (dict(zip(*curves.get(key, ((), ())), strict=True)) for key in ("epoch", "seconds"))
+        row, before = {}, 0
+        for end in ends:
+            loss, accuracy = (_between(curves.get(f"{kind}/{split}"), before, end) for kind in ("loss", "accuracy"))
+            if loss is not None and accuracy is not None and end in epoch.keys() & seconds.keys():
+                row[round(epoch[end], 3)] = (loss, accuracy, seconds[end] - seconds.get(before, 0.0))
+            before = end
+        rows.append(row)
+    common = set.intersection(*map(set, rows)) if rows else set()
+    return {at: tuple(map(fmean, zip(*(row[at] for row in rows), strict=True))) for at in common}
+
+
+def _between(curve: tuple[Sequence[int], Sequence[float]] | None, after: int, upto: int) -> float | None:
+    values = [value for step, value in zip(*(curve or ((), ())), strict=True) if after < step <= upto]
+    return fmean(values) if values else None

@@ -1,7 +1,7 @@
-"""Sorts runs into variants, so that seeds can be averaged and paired.
+"""Runs sorted into variants, and the question which of them may be paired.
 
-Runs are one variant when their configs agree in everything but the seed and the HOUSEKEEPING. Of a seed
-that ran twice the later run counts.
+Runs belong to one variant if their configs agree in every setting that decides numbers: not the seed, the
+schedule of looking or the place. If a variant ran a seed twice, the later run counts.
 """
 
 import difflib
@@ -14,15 +14,16 @@ from pathlib import Path
 
 from bnexp.errors import UserError
 from bnexp.report.records import TARGETS, Problem, RunRecord
-from bnexp.store.settings import HOUSEKEEPING, flatten
+from bnexp.store.settings import NUMBERS, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
+DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch")  # beside the seed and the kind of device
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that agree in everything but the seed; ``parts`` sets them apart, ``label`` says it short."""
+    """Runs that agree in everything but the seed; ``parts`` are the settings that set it apart, ``label`` its name."""
 
     label: str
     parts: dict
@@ -35,18 +36,21 @@ class Variant:
 
     @property
     def overrides(self) -> list[str]:
-        """The overrides of its runs but for the seed and the housekeeping."""
-        return [each for each in self.first.overrides if each.lstrip("+").split("=")[0] not in HOUSEKEEPING]
+        """The overrides of its runs that decide numbers."""
+        return [word for word in self.first.overrides if decides(word.lstrip("+").split("=")[0]) & NUMBERS]
+
+    @property
+    def evaluations(self) -> list[str]:
+        """How its runs were evaluated, one sentence each, if not with running statistics."""
+        return [f"{self.label}: {each}." for each in {run.evaluation: 0 for run in self.runs + self.diverged} if each]
 
 
 def group_names(run: RunRecord) -> dict[str, str]:
-    """Short names of a run's groups, {"norm": "none"}: as overridden, else as the ``_target_`` is called."""
+    """Short names of a run's groups, {"norm": "none"}: from the overrides, else from the ``_target_``."""
     names = {}
     for group, options in run.config.items():
         if isinstance(options, dict) and isinstance(options.get("_target_"), str):
-            *_, module, last = ["", *options["_target_"].split(".")]
-            is_ours = options["_target_"].startswith("bnexp.") and last[:1].isupper()
-            names[group] = module if is_ours else last.lower()
+            names[group] = short_name(options["_target_"])
     for override in run.overrides:
         key, _, value = override.lstrip("+").partition("=")
         if key.split("@")[0] in names and value:
@@ -54,18 +58,30 @@ def group_names(run: RunRecord) -> dict[str, str]:
     return names
 
 
+def varying(settings: Sequence[Mapping]) -> dict[str, tuple]:
+    """{key: its values, None where it is missing} of the keys in which the ``settings`` are not all the same."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    columns = {key: tuple(each.get(key) for each in settings) for key in keys}
+    return {key: column for key, column in columns.items() if len(set(map(repr, column))) > 1}
+
+
+def batch_settings(run: RunRecord) -> dict:
+    """The settings that decide which batches a run sees, given its seed. Only runs that share them can be paired."""
+    settings = {key: value for key, value in numbers(run.config).items() if key.split(".")[0] in DECIDE_BATCHES}
+    # A CPU and a GPU draw other random numbers from one seed.
+    return settings | {"device": str(run.status.get("device")).split(":")[0]}
+
+
 def identity(run: RunRecord, ignore: str | None = None) -> str:
-    """What two runs share if and only if they are the same variant."""
-    flat = {key: value for key, value in flatten(run.config).items() if key != ignore}
+    """A text that two runs share if and only if they are of the same variant."""
+    flat = {key: value for key, value in numbers(run.config).items() if key != ignore}
     return json.dumps(flat, sort_keys=True, default=str)
 
 
-def into_variants(
-    records: Sequence[RunRecord], ignore: str | None = None
-) -> tuple[list[Variant], list[Problem]]:
-    """Variants in order of appearance, and the runs superseded by a later one of the same variant and seed.
+def into_variants(records: Sequence[RunRecord], ignore: str | None = None) -> tuple[list[Variant], list[Problem]]:
+    """Return the variants in order of appearance, and the runs that a later run of the same seed replaces.
 
-    ``ignore`` is a key in which runs of one variant may differ: that of which the best value was picked.
+    ``ignore`` is a setting in which runs of one variant may differ: the one whose best value was picked.
     """
     groups: dict[str, dict[str, RunRecord]] = defaultdict(dict)
     superseded = []
@@ -76,42 +92,41 @@ def into_variants(
             reason = f"seed {run.seed} of the same variant was run again later, in {run.path}"
             superseded.append(Problem(earlier.path, "superseded", reason, tuple(earlier.overrides)))
         seeds[repr(run.seed)] = run
-    runs = [sorted(seeds.values(), key=_by_seed) for seeds in groups.values()]
+    runs = [sorted(seeds.values(), key=_seed_order) for seeds in groups.values()]
     names = [group_names(each[0]) for each in runs]
-    parts = _distinguish([flatten(each[0].config) for each in runs], names, ignore)
+    parts = _distinguish([numbers(each[0].config) for each in runs], names, ignore)
     variants = [
         Variant(label, part, [run for run in each if not run.diverged], [run for run in each if run.diverged])
-        for label, part, each in zip(_named(runs, _labels(parts, names)), parts, runs, strict=True)
+        for label, part, each in zip(_given_or(_labels(parts, names), runs), parts, runs, strict=True)
     ]
     return variants, superseded
 
 
-def named(records: Sequence[RunRecord], names: Mapping[Path, str]) -> list[RunRecord]:
+def with_names(records: Sequence[RunRecord], names: Mapping[Path, str]) -> list[RunRecord]:
     """The records with the names of their variants, given by folder."""
     return [replace(record, name=names.get(record.path, record.name)) for record in records]
 
 
-def _named(variants: Sequence[Sequence[RunRecord]], labels: list[str]) -> list[str]:
-    """The labels, or the name that all runs of a variant were given, if no other variant has it."""
+def _given_or(labels: list[str], variants: Sequence[Sequence[RunRecord]]) -> list[str]:
+    """The labels, but the name that was given to all runs of a variant, if no other variant has it."""
     names = [{run.name for run in runs} for runs in variants]
     given = [min(each) if len(each) == 1 else "" for each in names]
     return [name if name and given.count(name) == 1 else label for name, label in zip(given, labels, strict=True)]
 
 
-def _by_seed(run: RunRecord) -> tuple:
+def _seed_order(run: RunRecord) -> tuple:
     return (0, run.seed, "") if isinstance(run.seed, int) else (1, 0, str(run.seed))
 
 
 def _distinguish(flats: list[dict], names: list[dict], ignore: str | None) -> list[dict]:
-    """What sets each variant apart: the names of groups that change, then the other settings that change.
+    """What sets each variant apart: the names of groups that vary, then the other settings that vary.
 
-    An option of a group is held only against variants of the same name: that `none` has no eps is no news.
+    An option of a group is compared only among variants with the same name of that group: `none` never has an eps.
     """
-    groups = dict.fromkeys(key for each in names for key in each)
-    changing = [key for key in groups if len({each.get(key) for each in names}) > 1]
-    parts = [{key: each[key] for key in changing if key in each} for each in names]
+    groups = varying(names)
+    parts = [{key: own[key] for key in groups if key in own} for own in names]
     for key in dict.fromkeys(key for flat in flats for key in flat if key != ignore):
-        peers = [each.get(key.split(".")[0]) for each in names]
+        peers = [own.get(key.split(".")[0]) for own in names]
         values: dict[str | None, set[str]] = defaultdict(set)
         for flat, peer in zip(flats, peers, strict=True):
             values[peer].add(repr(flat.get(key)))
@@ -122,11 +137,11 @@ def _distinguish(flats: list[dict], names: list[dict], ignore: str | None) -> li
 
 
 def _labels(parts: list[dict], names: list[dict]) -> list[str]:
-    ends = Counter(short(key) for key in {key for part in parts for key in part})
+    ends = Counter(last_part(key) for key in {key for part in parts for key in part})
     labels: list[str] = []
     for part, groups in zip(parts, names, strict=True):
         words = [
-            str(value) if key in groups else f"{short(key) if ends[short(key)] == 1 else key}={plain(value)}"
+            str(value) if key in groups else f"{last_part(key) if ends[last_part(key)] == 1 else key}={as_typed(value)}"
             for key, value in part.items()
         ]
         label = printable(" ".join(words) or groups.get("norm", "all runs"), LONGEST_LABEL)
@@ -136,66 +151,71 @@ def _labels(parts: list[dict], names: list[dict]) -> list[str]:
     return labels
 
 
-def short(key: str) -> str:
+def last_part(key: str) -> str:
     """The last part of a dotted key."""
     return key.split(".")[-1]
 
 
-def plain(value) -> str:
+def as_typed(value) -> str:
     """A setting's value as one would type it."""
     return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def find_key(records: Sequence[RunRecord], wanted: str) -> str:
-    """The dotted key meant by ``wanted``, also by its last part; `UserError` unless exactly one fits."""
-    keys = dict.fromkeys(key for run in records for key in flatten(run.config))
-    fits = [wanted] if wanted in keys else [key for key in keys if short(key) == wanted]
-    if len(fits) != 1:
-        close = fits or difflib.get_close_matches(wanted, keys, n=3) or list(keys)
-        raise UserError(f"best over {wanted}: not one setting of these runs; choose among {', '.join(close)}")
-    return fits[0]
+    """Return the dotted key that is ``wanted`` or ends in it; `UserError` unless there is exactly one."""
+    keys = dict.fromkeys(key for run in records for key in numbers(run.config))
+    fits = [wanted] if wanted in keys else [key for key in keys if last_part(key) == wanted]
+    if len(fits) == 1:
+        return fits[0]
+    close = fits or difflib.get_close_matches(wanted, keys, n=1, cutoff=0.8)
+    choices = dict.fromkeys([*close, *tried_settings(records)]) or keys
+    raise UserError(f"best over {wanted}: not one setting of these runs; choose among {', '.join(choices)}")
+
+
+def tried_settings(records: Sequence[RunRecord]) -> list[str]:
+    """The settings that have several values among the runs, without the classes of groups."""
+    columns = varying([numbers(run.config) for run in records])
+    given = {key: {repr(value) for value in column if value is not None} for key, column in columns.items()}
+    return [key for key, values in given.items() if len(values) > 1 and last_part(key) != "_target_"]
 
 
 def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], list[Problem], list[str]]:
-    """Keep of each variant-but-for-``key`` the runs at its best value; also superseded runs and notes.
+    """Keep the runs at the best value of ``key`` of each variant; also return the runs replaced later, and notes.
 
-    Best is the highest mean over seeds of the best validation accuracy (the lowest loss where no accuracy was
-    read). A value at which a smaller share of the seeds diverged comes first whatever its mean.
+    Best is the highest mean over seeds of the best validation accuracy, or the lowest mean of the loss if no accuracy
+    was read. A value at which a smaller share of the seeds diverged is better whatever its mean.
     """
     variants, superseded = into_variants(records)
     buckets: dict[str, list[Variant]] = defaultdict(list)
     for variant in variants:
         buckets[identity(variant.first, ignore=key)].append(variant)
-    _, accuracy = TARGETS
-    has_accuracy = any(accuracy.of(run) is not None for run in records)
-    metric = accuracy if has_accuracy else TARGETS[0]
+    loss, accuracy = TARGETS
+    metric = accuracy if accuracy.values(records) else loss
 
     def rank(variant: Variant) -> tuple[float, float]:
         value = metric.mean(variant.runs).mean
         share = len(variant.diverged) / len(variant.runs + variant.diverged)
-        return share, math.inf if value is None else -value if has_accuracy else value
+        return share, math.inf if value is None else -value if metric is accuracy else value
 
     best = [min(bucket, key=rank) for bucket in buckets.values()]
     kept = [run for variant in best for run in variant.runs + variant.diverged]
-    labels = [each.label for each in into_variants(kept, ignore=key)[0]]
-    notes = []
-    for label, variant, bucket in zip(labels, best, buckets.values(), strict=True):
-        value = flatten(variant.first.config).get(key)
-        values = [flatten(each.first.config).get(key) for each in bucket]
-        among = ", ".join(plain(each) for each in _ordered(values))
-        note = f"{label} stands at its best {key}={plain(value)} of {among}, by mean {metric.title}"
-        if len(values) > 1 and _numeric(values) and value in (min(values), max(values)):
-            end = "smallest" if value == min(values) else "largest"
-            note += f"; the {end} tried, so one beyond may be better"
-        if len({len(each.runs + each.diverged) for each in bucket}) > 1:
-            note += "; the values were not tried with equally many seeds"
-        notes.append(note + ".")
+    if all(len(bucket) == 1 for bucket in buckets.values()):
+        others = ", ".join(each for each in tried_settings(records) if each != key) or "no other setting"
+        note = f"best over {key}: each variant has one value of it, so nothing is picked; what varies is {others}."
+        return kept, superseded, [note]
+    labels = [variant.label for variant in into_variants(kept, ignore=key)[0]]
+    notes = [_best_note(*each, key, metric.title) for each in zip(labels, best, buckets.values(), strict=True)]
     return kept, superseded, notes
 
 
-def _numeric(values: list) -> bool:
-    return all(isinstance(value, int | float) for value in values)
-
-
-def _ordered(values: list) -> list:
-    return sorted(values) if _numeric(values) else values
+def _best_note(label: str, best: Variant, bucket: Sequence[Variant], key: str, title: str) -> str:
+    """Which value was picked for one variant, and what makes the choice doubtful."""
+    value, *values = (numbers(variant.first.config).get(key) for variant in (best, *bucket))
+    is_numeric = all(isinstance(each, int | float) for each in values)
+    among = ", ".join(map(as_typed, sorted(values) if is_numeric else values))
+    note = f"{label} stands at its best {key}={as_typed(value)} of {among}, by mean {title}"
+    if len(values) > 1 and is_numeric and value in (min(values), max(values)):
+        note += f"; the {'smallest' if value == min(values) else 'largest'} tried, so one beyond may be better"
+    if len({len(variant.runs + variant.diverged) for variant in bucket}) > 1:
+        note += "; the values were not tried with equally many seeds"
+    return note + "."

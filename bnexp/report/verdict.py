@@ -1,54 +1,19 @@
-"""Compares variants with a baseline, paired by seed: differences, steps to its best, and a verdict in words.
+"""The verdict: variants compared with a baseline, in numbers, in sentences, and with notes on how to read them."""
 
-A diverged run has no final values: means and pairs leave it out and say so, and it never reaches anything.
-Steps to the baseline's best: for every seed, the step at which the baseline was at its own best validation
-value, over the first step at which the variant is as good; Ioffe & Szegedy (2015, fig. 2) count so.
-"""
-
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bnexp.errors import UserError
 from bnexp.report import stats
-from bnexp.report.records import BY_KEY, METRICS, TARGETS, Metric, Pair, Problem, RunRecord
-from bnexp.report.variants import Variant, find_key, group_names, into_variants, pick_best, plain, short
-from bnexp.store.settings import flatten
-
-
-@dataclass(frozen=True)
-class SpeedUp:
-    """The baseline's steps to its best over the variant's steps to the same value; above 1 is faster.
-
-    ``n`` seeds had a target and ``reached`` of them reached it; ``ratio`` is the geometric mean over those.
-    """
-
-    n: int
-    reached: int
-    ratio: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Against:
-    """A variant against the baseline; ``differs`` is {setting: (baseline's, variant's)}."""
-
-    paired: dict[str, stats.Paired]
-    speedups: dict[str, SpeedUp]
-    differs: dict[str, tuple]
-
-    def evidence(self, metric: Metric) -> str:
-        """``better``, ``worse`` or ``not enough evidence``, which is what an interval across zero means."""
-        paired = self.paired[metric.key]
-        if not paired.excludes_zero:
-            return "not enough evidence"
-        return "better" if (paired.difference > 0) == metric.is_accuracy else "worse"
+from bnexp.report.differences import Against, SpeedUp, measure_against
+from bnexp.report.records import BY_KEY, METRICS, TARGETS, Metric, Problem, RunRecord
+from bnexp.report.variants import Variant, as_typed, find_key, group_names, into_variants, last_part, pick_best
+from bnexp.store.settings import numbers
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants, the baseline first; every other one ``against`` it by label; what must be said beside."""
+    """Variants, the baseline first; the others ``against`` it by label; the verdict, and notes on its numbers."""
 
     variants: list[Variant]
     means: dict[str, dict[str, stats.Mean]]
@@ -64,17 +29,17 @@ class Comparison:
         return self.variants[0]
 
 
-def compare(
+def compare_records(
     records: Sequence[RunRecord],
     problems: Sequence[Problem] = (),
     *,
     baseline: str | None = None,
     best_over: str | None = None,
 ) -> Comparison:
-    """Compare the variants among ``records`` with one of them.
+    """Compare the variants among ``records`` with a baseline.
 
-    That is the one named ("norm=none", or a label), else the first whose norm is none, else the first.
-    ``best_over`` is a key: each variant is first put at its best value of it, by `pick_best`.
+    The baseline is the variant named ("norm=none", or a label), else the first whose norm is none, else the first.
+    ``best_over`` is a setting: each variant is first put at its best value of it, by `pick_best`.
     """
     if not records:
         left = "; ".join(f"{each.path} {each.status}: {each.reason}" for each in problems)
@@ -85,35 +50,36 @@ def compare(
         best_over = find_key(records, best_over)
         records, repeated, notes = pick_best(records, best_over)
     variants, superseded = into_variants(records, ignore=best_over)
-    base = _find_baseline(variants, baseline, notes)
-    variants = [base, *(each for each in variants if each is not base)]
+    first = _find_baseline(variants, baseline, notes)
+    variants = [first, *(variant for variant in variants if variant is not first)]
     chosen: dict[str, object] = {}
     if best_over is not None:
-        values = [flatten(each.first.config).get(best_over) for each in variants]
-        names = [f"{short(best_over)}={plain(value)}" for value in values]
-        variants = [replace(each, label=f"{each.label} {n}") for each, n in zip(variants, names, strict=True)]
-        chosen = {each.label: value for each, value in zip(variants, values, strict=True)}
-        base = variants[0]
-    against = {each.label: _against(each, base) for each in variants[1:]}
-    notes += [note for each in variants for note in _notes(each, base, against.get(each.label))]
-    if len(variants) > 2:
-        notes.append(f"The p-values are not corrected for comparing {len(variants) - 1} variants at once.")
-    sentences = [_sentence(each, base, against[each.label]) for each in variants[1:]]
-    means = {each.label: {metric.key: metric.mean(each.runs) for metric in METRICS} for each in variants}
-    left_out = [*problems, *repeated, *superseded]
+        values = [numbers(variant.first.config).get(best_over) for variant in variants]
+        labels = [f"{v.label} {last_part(best_over)}={as_typed(x)}" for v, x in zip(variants, values, strict=True)]
+        variants = [replace(variant, label=label) for variant, label in zip(variants, labels, strict=True)]
+        chosen = dict(zip(labels, values, strict=True))
+    base, *others = variants
+    against = {variant.label: measure_against(variant, base) for variant in others}
+    notes += [note for variant in variants for note in _notes_on_runs(variant, is_base=variant is base)]
+    notes += [note for variant in others for note in _notes_on_pairs(variant, base, against[variant.label])]
+    if len(others) > 1:
+        notes.append(f"The p-values are not corrected for comparing {len(others)} variants at once.")
+    sentences = [_sentence(variant, base, against[variant.label]) for variant in others]
     sentences = sentences or [f"One variant only, {base.label}: nothing to compare it with."]
+    means = {variant.label: {metric.key: metric.mean(variant.runs) for metric in METRICS} for variant in variants}
+    left_out = [*problems, *repeated, *superseded]
     return Comparison(variants, means, against, sentences, notes, left_out, best_over, chosen)
 
 
 def _find_baseline(variants: list[Variant], wanted: str | None, notes: list[str]) -> Variant:
     if wanted is None:
-        plain_ones = [each for each in variants if group_names(each.first).get("norm") == "none"]
-        return (plain_ones or variants)[0]
+        without_norm = [variant for variant in variants if group_names(variant.first).get("norm") == "none"]
+        return (without_norm or variants)[0]
     words = wanted.replace(",", " ").split()
-    fits = [each for each in variants if each.label == wanted]
-    fits = fits or [each for each in variants if words and all(_fits(each.first, word) for word in words)]
+    fits = [variant for variant in variants if variant.label == wanted]
+    fits = fits or [variant for variant in variants if words and all(_fits(variant.first, word) for word in words)]
     if not fits:
-        known = ", ".join(f"`{each.label}`" for each in variants)
+        known = ", ".join(f"`{variant.label}`" for variant in variants)
         raise UserError(f"baseline={wanted}: not among the variants, which are {known}; name one of them")
     if len(fits) > 1:
         notes.append(f"baseline {wanted} fits {len(fits)} variants; {fits[0].label} is taken, the first.")
@@ -121,136 +87,116 @@ def _find_baseline(variants: list[Variant], wanted: str | None, notes: list[str]
 
 
 def _fits(run: RunRecord, override: str) -> bool:
+    """Whether ``override`` (``norm=none``, ``lr=1e-1``, ``none``) is true of the run."""
     key, equals, value = override.lstrip("+").partition("=")
     if not equals:
         return key in group_names(run).values()
-    flat = flatten(run.config)
-    settings = [group_names(run).get(key), *(flat[each] for each in flat if key in (each, short(each)))]
+    flat = numbers(run.config)
+    settings = [group_names(run).get(key), *(flat[each] for each in flat if key in (each, last_part(each)))]
     return override in run.overrides or any(_equal(each, value) for each in settings if each is not None)
 
 
 def _equal(setting, text: str) -> bool:
     try:
-        return plain(setting) == text or (not isinstance(setting, bool) and float(setting) == float(text))
+        return as_typed(setting) == text or (not isinstance(setting, bool) and float(setting) == float(text))
     except (TypeError, ValueError):
         return False
 
 
-def _against(variant: Variant, base: Variant) -> Against:
-    partner = {repr(run.seed): run for run in base.runs}
-    pairs = [(run, partner[repr(run.seed)]) for run in variant.runs if repr(run.seed) in partner]
-    lost = [(run, partner[repr(run.seed)]) for run in variant.diverged if repr(run.seed) in partner]
-    paired = {metric.key: metric.paired(pairs) for metric in METRICS}
-    speedups = {metric.tag: _speed_up(metric, pairs + lost) for metric in TARGETS}
-    keys = dict.fromkeys([*base.parts, *variant.parts])
-    settings = {key: (base.parts.get(key), variant.parts.get(key)) for key in keys}
-    names = group_names(base.first), group_names(variant.first)
-    renamed = {key for key in keys if names[0].get(key) != names[1].get(key)}
-    differs = {
-        key: values
-        for key, values in settings.items()
-        if values[0] != values[1] and not ("." in key and key.split(".")[0] in renamed)
-    }
-    return Against(paired, speedups, differs)
-
-
-def _speed_up(metric: Metric, pairs: Sequence[Pair]) -> SpeedUp:
-    ratios, n = [], 0
-    for run, base in pairs:
-        target = metric.of(base)
-        if target is None or not math.isfinite(target):
-            continue
-        n += 1
-        step = None if run.diverged else _first_step(metric, run, target)
-        if step is not None:
-            ratios.append(max(_first_step(metric, base, target), 1) / max(step, 1))  # step 0: before training
-    result = stats.geometric_mean(ratios)
-    return SpeedUp(n, len(ratios), result.ratio, result.low, result.high)
-
-
-def _first_step(metric: Metric, run: RunRecord, target: float) -> int | None:
-    steps, values = run.curves.get(metric.tag, ((), ()))
-    as_good = target.__le__ if metric.is_accuracy else target.__ge__
-    return next((step for step, value in zip(steps, values, strict=True) if as_good(value)), None)
-
-
-def _notes(variant: Variant, base: Variant, against: Against | None) -> list[str]:
-    """What must be known to read this variant's numbers."""
-    notes, label = [], variant.label
-    total = len(variant.runs) + len(variant.diverged)
+def _notes_on_runs(variant: Variant, is_base: bool) -> list[str]:
+    """What a reader of this variant's means must know."""
+    label, runs, notes = variant.label, variant.runs + variant.diverged, variant.evaluations
     if variant.diverged:
-        role = "sets no best to reach" if against is None else "counts as never reaching the baseline's best"
+        role = "sets no best to reach" if is_base else "counts as never reaching the baseline's best"
         others = f"means and differences are over the others, and a diverged run {role}"
-        notes.append(f"{label}: {len(variant.diverged)} of {total} runs diverged; {others}.")
-    if total == 1:
+        notes.append(f"{label}: {len(variant.diverged)} of {len(runs)} runs diverged; {others}.")
+    if len(runs) == 1:
         notes.append(f"{label}: one seed, so no interval and no p.")
-    if against is None:
-        return notes
-    if len(against.differs) > 1:
-        settings = [f"{key} ({_said(old)}, {_said(new)})" for key, (old, new) in against.differs.items()]
-        notes.append(f"{label} differs from {base.label} in more than one setting: {', '.join(settings)}.")
-    partners = {repr(run.seed) for run in base.runs + base.diverged}
-    alone = [str(run.seed) for run in variant.runs + variant.diverged if repr(run.seed) not in partners]
-    if alone:
-        seeds = f"seed {', '.join(alone)}"
-        notes.append(f"{label}: {seeds} without partner in {base.label}; in means, not in differences.")
     return notes
 
 
-def _said(value) -> str:
-    return "-" if value is None else plain(value)
+def _notes_on_pairs(variant: Variant, base: Variant, against: Against) -> list[str]:
+    """What a reader of this variant's differences must know."""
+    notes, both, unlike = [], f"{variant.label} and {base.label}", _settings(against.unlike)
+    if len(against.differs) > 1:
+        settings = _settings(against.differs)
+        notes.append(f"{variant.label} differs from {base.label} in more than one setting: {settings}.")
+    if against.design == "other data":
+        notes.append(f"{both} saw different images ({unlike}): no difference between them is given.")
+    if against.design == "unpaired":
+        consequence = "the differences are not paired by seed, and steps to a best are not compared"
+        notes.append(f"{both} saw different batches ({unlike}): {consequence}.")
+    partners = {repr(run.seed) for run in base.runs + base.diverged}
+    alone = [str(run.seed) for run in variant.runs + variant.diverged if repr(run.seed) not in partners]
+    if alone and against.design == "paired":
+        seeds = f"seed {', '.join(alone)}"
+        notes.append(f"{variant.label}: {seeds} without partner in {base.label}; in means, not in differences.")
+    return notes
+
+
+def _settings(pairs: Mapping[str, tuple]) -> str:
+    """``norm (none, library), optimizer.lr (0.1, 0.5)``"""
+    words = {key: ["-" if value is None else as_typed(value) for value in pair] for key, pair in pairs.items()}
+    return ", ".join(f"{key} ({', '.join(pair)})" for key, pair in words.items())
 
 
 def _sentence(variant: Variant, base: Variant, against: Against) -> str:
     """The verdict on one variant in words."""
-    metrics = [BY_KEY[key] for key in ("accuracy/test", "loss/test") if against.paired[key].n]
-    metrics = metrics or [metric for metric in reversed(TARGETS) if against.paired[metric.key].n]
-    if not metrics:
-        words = f"{variant.label} and {base.label} share no finished seed, so nothing can be paired"
-    else:
-        n = max(against.paired[metric.key].n for metric in metrics)
-        over = f"over {n} paired seeds" if n > 1 else "in one seed, which is not enough evidence"
-        words = f"{variant.label} against {base.label}, {over}: "
-        words += "; ".join(_difference(metric, against) for metric in metrics)
+    counts = {key: difference.n for key, difference in against.differences.items()}
+    metrics = [BY_KEY[key] for key in ("accuracy/test", "loss/test") if counts[key]]
+    metrics = metrics or [metric for metric in reversed(TARGETS) if counts[metric.key]]
+    words = _opening(variant, base, against.design, max((counts[metric.key] for metric in metrics), default=0))
+    words += "; ".join(_difference_words(metric, against.differences[metric.key]) for metric in metrics)
     speeds = [(metric, against.speedups[metric.tag]) for metric in TARGETS]
-    reached = "; it ".join(_speed(metric, speed, base.label) for metric, speed in speeds if speed.n)
+    reached = "; it ".join(_speed_words(metric, speed, base.label) for metric, speed in speeds if speed.n)
     words += f". It {reached}" if reached else ""
     if variant.diverged:
         words += f". {len(variant.diverged)} of its {len(variant.runs + variant.diverged)} runs diverged"
     return words + "."
 
 
-def _difference(metric: Metric, against: Against) -> str:
-    paired = against.paired[metric.key]
-    unit = " points" if metric.is_accuracy else ""
-    if paired.difference is None:
+def _opening(variant: Variant, base: Variant, design: str, n: int) -> str:
+    if design == "other data":
+        return f"{variant.label} and {base.label} saw different images, so they are not compared"
+    if n == 0:
+        return f"{variant.label} and {base.label} share no finished {'seed' if design == 'paired' else 'measurement'}"
+    over = f"unpaired, {len(variant.runs)} against {len(base.runs)} runs"
+    if design == "paired":
+        over = f"over {n} paired seeds" if n > 1 else "in one seed"
+    return f"{variant.label} against {base.label}, {over}{', which is not enough evidence' * (n == 1)}: "
+
+
+def _difference_words(metric: Metric, found: stats.Difference) -> str:
+    if found.difference is None:
         return f"{metric.title} is not finite"
-    if paired.difference == 0 and paired.low is None:
-        return f"{metric.title} is the same" + (" in every seed" if paired.n > 1 else "")
-    by = f"{metric.show(abs(paired.difference))}{unit}"
-    words = f"{metric.title} is {'higher' if paired.difference > 0 else 'lower'} by {by}"
-    if paired.low is None:
-        return words + (" in every seed, without any spread to judge it by" if paired.n > 1 else "")
-    interval = f"95% interval {metric.show(paired.low, '+')} to {metric.show(paired.high, '+')}"
-    if not paired.excludes_zero:
+    if found.difference == 0 and found.low is None:
+        return f"{metric.title} is the same" + (" in every seed" if found.n > 1 else "")
+    unit = " points" if metric.is_accuracy else ""
+    direction = "higher" if found.difference > 0 else "lower"
+    words = f"{metric.title} is {direction} by {metric.show(abs(found.difference))}{unit}"
+    if found.low is None:
+        return words + (" in every seed, without any spread to judge it by" if found.n > 1 else "")
+    interval = f"95% interval {metric.show(found.low, '+')} to {metric.show(found.high, '+')}"
+    if not found.excludes_zero:
         return f"not enough evidence of a difference in {metric.title} ({interval})"
-    return f"{words} ({interval}, p {show_p(paired.p, '= ')})"
+    return f"{words} ({interval}, p {show_p(found.p, '= ')})"
 
 
-def _speed(metric: Metric, speed: SpeedUp, base: str) -> str:
+def _speed_words(metric: Metric, speed: SpeedUp, base: str) -> str:
     target = f"{base}'s best validation {'accuracy' if metric.is_accuracy else 'loss'}"
     if not speed.reached:
         return f"never reaches {target}" + (f" in {speed.n} seeds" if speed.n > 1 else "")
-    words = f"reaches {target} in {speed.reached} of {speed.n} seeds"
-    if speed.ratio is None:
-        return words
-    times = f", there {_fold(speed.ratio):.2g} times {'sooner' if speed.ratio > 1 else 'later'}"
+    seeds = f" in {speed.reached} of {speed.n} seeds" if speed.n > 1 else ""
+    if speed.ratio is None or speed.is_same_step:
+        return f"reaches {target}{' at the same step' * speed.is_same_step}{seeds}"
+    times = f"{', there' * bool(seeds)} {_fold(speed.ratio):.2g} times {'sooner' if speed.ratio > 1 else 'later'}"
     if speed.low is None:
-        return words + (times if speed.ratio != 1 else "") + (" in each" if speed.reached > 1 else "")
+        return f"reaches {target}{seeds}{times}" + (" in each" if speed.reached > 1 else "")
     if speed.low <= 1 <= speed.high:
-        return f"{words}, but not evidently sooner or later (speed-up {speed.ratio:.2f}, not enough evidence)"
+        unclear = f"not evidently sooner or later (speed-up {speed.ratio:.2f}, not enough evidence)"
+        return f"reaches {target}{seeds}, but {unclear}"
     low, high = sorted(map(_fold, (speed.low, speed.high)))
-    return f"{words}{times} (95% interval {low:.2g} to {high:.2g})"
+    return f"reaches {target}{seeds}{times} (95% interval {low:.2g} to {high:.2g})"
 
 
 def _fold(ratio: float) -> float:

@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, and read without executing anything.
+"""Checkpoints: written whole or not at all, and read without executing code.
 
     checkpoint.pt  checkpoint.previous.pt (the one before)  best.pt, checkpoint-STEP.pt (if asked for)
 
-Each ends with the SHA-256 of all that stands before it, as the comment of the zip file that torch makes. The sums
-inside the zip are not enough: they leave out its table of contents, where a flipped bit can name other contents.
+Each ends with the SHA-256 of everything before it, as the comment of the zip file that torch writes. The checksums
+inside the zip are not enough: they do not cover its table of contents, where one flipped bit can name other contents.
 """
 
 import errno
@@ -21,35 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.store.files import writing
+from bnexp.store.files import replacing, writing
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
 MARK, NUM_DIGITS = b"sha256 ", 64
 
 
 def save(state: dict, folder: Path, *also: Path) -> Path:
-    """Write ``state`` to ``folder/checkpoint.pt``; what was there becomes ``checkpoint.previous.pt``.
+    """Write ``state`` to ``folder/checkpoint.pt``; the file that was there becomes ``checkpoint.previous.pt``.
 
-    At every moment checkpoint.pt is a whole one, the old or the new, and the new has its other names ``also``.
+    At every moment checkpoint.pt is a whole file, the old or the new. ``also`` are further names of the new one.
     """
     return write(state, folder / NAME, *also, previous=folder / PREVIOUS)
 
 
 def write(state: dict, path: Path, *also: Path, previous: Path | None = None) -> Path:
-    """Write ``state`` to ``path`` in one move, on the disk when this returns; ``previous`` gets what was there."""
-    scratch = path.with_name(f".{path.name}.new")  # one name, so that many who are killed here leave one file
+    """Write ``state`` to ``path`` in one move and flush it to the disk; ``previous`` becomes a name of the old file."""
+    with replacing(path) as file:
+        save_into(file, state)
+        seal(file)
+        for name in also:
+            also_call(Path(file.name), name)
+        if previous is not None and path.exists():
+            also_call(path, previous)
     with writing(path):
-        try:
-            with open(scratch, "wb") as file:
-                save_into(file, state)
-            seal(scratch)
-            for name in also:
-                also_call(scratch, name)
-            if previous is not None and path.exists():
-                also_call(path, previous)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
         sync_folder(path.parent)
     return path
 
@@ -57,22 +52,21 @@ def write(state: dict, path: Path, *also: Path, previous: Path | None = None) ->
 def save_into(file: BinaryIO, state: dict) -> None:
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # while it tidies up after the one that matters
+    except RuntimeError as error:  # raised while torch cleans up after the error that matters
         cause = error.__context__
         raise cause if isinstance(cause, OSError | KeyboardInterrupt) else error from None
 
 
-def seal(path: Path) -> None:
-    """Put the sum of the whole file at its end, and all of it on the disk."""
-    with open(path, "r+b") as file:
-        file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
-        file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
-        num_bytes = file.tell()
-        digest = checksum(file, num_bytes)
-        file.seek(num_bytes)
-        file.write(digest)
-        file.flush()
-        os.fsync(file.fileno())
+def seal(file: BinaryIO) -> None:
+    """Append the checksum of the whole file, and flush it to the disk."""
+    file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
+    file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
+    num_bytes = file.tell()
+    digest = checksum(file, num_bytes)
+    file.seek(num_bytes)
+    file.write(digest)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def checksum(file: BinaryIO, num_bytes: int) -> bytes:
@@ -86,7 +80,7 @@ def checksum(file: BinaryIO, num_bytes: int) -> bytes:
 
 
 def also_call(path: Path, name: Path) -> None:
-    """Let ``name`` be another name of the file at ``path``, in one move; a copy where there are no hard links."""
+    """Make ``name`` another name of the file at ``path``, in one move; a copy where there are no hard links."""
     scratch = name.with_name(f".{name.name}.new")
     try:
         scratch.unlink(missing_ok=True)
@@ -96,26 +90,27 @@ def also_call(path: Path, name: Path) -> None:
             shutil.copyfile(path, scratch)
         os.replace(scratch, name)
     finally:
-        scratch.unlink(missing_ok=True)  # also where both were the same file already, which replace leaves alone
+        scratch.unlink(missing_ok=True)  # replace does nothing if both names were the same file already
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` on the disk too."""
+    """Flush the names in ``folder`` to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folder back
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush a folder
             raise
     finally:
         os.close(handle)
 
 
 def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, mend: bool = False) -> dict | None:
-    """The last good checkpoint of a run's folder with its tensors on ``device``, None if there is none at all.
+    """The last good checkpoint in a run's folder with its tensors on ``device``; None if there is none at all.
 
-    Good is what is whole and, with a ``model``, :func:`fits <check_fits>` it. If that is not the last one, stderr says
-    so, and with ``mend`` the bad one is put aside and the good one in its place. :class:`UserError` if none is good.
+    A checkpoint is good if it is whole and, with a ``model``, :func:`fits <check_fits>` it. If the last one is not
+    good, stderr says so and the one before is taken; with ``mend`` the bad file is put aside and the good one takes its
+    name. :class:`UserError` if neither is good.
     """
     bad: list[tuple[Path, UserError]] = []
     for path in (folder / NAME, folder / PREVIOUS):
@@ -129,7 +124,7 @@ def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, 
             bad.append((path, error))
             continue
         for wrong, error in bad:
-            told = str(error).rpartition("; ")[0]  # what to do about it is not for the person to do
+            told = str(error).rpartition("; ")[0]  # without the remedy, which is not needed here
             print(f"bnexp: warning: {told}; taking the one before, {path}, instead", file=sys.stderr)
             if mend:
                 os.replace(wrong, folder / DAMAGED)
@@ -141,7 +136,7 @@ def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, 
 
 
 def read(path: Path, device: torch.device) -> object:
-    """What the file at ``path`` holds, if it is whole and no code; else :class:`UserError`."""
+    """The content of the checkpoint at ``path``; :class:`UserError` if it is damaged or holds code."""
     try:
         check_whole(path)
         return torch.load(path, map_location=device, weights_only=True)
@@ -152,8 +147,8 @@ def read(path: Path, device: torch.device) -> object:
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError for a file that is not as it was written: torch itself does not look at any sum."""
-    if not path.is_file():  # a pipe would be waited for
+    """Raise ValueError for a file that is not as it was written; torch itself verifies no checksum."""
+    if not path.is_file():  # a pipe would block
         raise ValueError("not a file")
     if not zipfile.is_zipfile(path):
         raise ValueError("damaged, cut short, or no checkpoint at all")
@@ -166,18 +161,18 @@ def check_whole(path: Path) -> None:
         mark, digest = file.read(len(MARK)), file.read()
         if mark == MARK:
             if checksum(file, start + len(MARK)) != digest:
-                raise ValueError("damaged: its contents do not have the sum that stands at its end")
+                raise ValueError("damaged: its contents do not match the checksum at its end")
             return
         file.seek(-2, os.SEEK_END)
-        if file.read() != bytes(2):  # torch's files end with the length of no comment
-            raise ValueError("damaged or cut short where its sum should stand")
-    with zipfile.ZipFile(path) as file:  # not written by us, or before there was a sum
+        if file.read() != bytes(2):  # a zip without a comment ends with the length 0
+            raise ValueError("damaged or cut short where its checksum should be")
+    with zipfile.ZipFile(path) as file:  # written by torch alone, without our checksum
         if damaged := file.testzip():
             raise ValueError(f"damaged in {damaged}")
 
 
 def check_fits(state: object, model: nn.Module, path: Path) -> None:
-    """Raise :class:`UserError` unless ``state`` holds every weight of ``model`` and nothing else, and their step.
+    """Raise :class:`UserError` unless ``state`` holds exactly the weights of ``model``, and a step.
 
     ``model`` may be on the meta device: only names and shapes are compared.
     """

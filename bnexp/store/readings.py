@@ -1,4 +1,4 @@
-"""What a look at a run yields: a tag and a value of one kind. Writers know how to keep each kind."""
+"""Readings: a tag and a value of one kind. Probes and the loop yield them, writers write them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often values fell between neighbouring ``edges`` (ascending, one more than ``counts``)."""
+    """``counts[i]`` values lay between ``edges[i]`` and ``edges[i + 1]``; edges ascend, one more than counts."""
 
     tag: str
     edges: tuple[float, ...]
@@ -31,11 +31,15 @@ class Image:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head."""
+    """Rows of cells under a head: texts, numbers, tuples of numbers, or None for what there is not."""
 
     tag: str
     head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as {column: cell}."""
+        return [dict(zip(self.head, row, strict=True)) for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -48,4 +52,4 @@ class Band:
     upper: float
 
 
-Reading = Scalar | Histogram | Image | Table  # what a probe yields; bands are of several runs
+Reading = Scalar | Histogram | Image | Table  # of one run; bands are of several

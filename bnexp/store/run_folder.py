@@ -4,12 +4,14 @@
     events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
 """
 
+import errno
 import fcntl
 import os
 import platform
 import socket
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +27,14 @@ from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
 CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
 PROBES = "probes.jsonl"
 WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
-OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # how names of what a run writes begin
-STATUS_EVERY = 1.0  # seconds between two writings of status.json for the sake of readings alone
-DONE = ("finished", "diverged")  # results; every other status leaves something to do
+OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # prefixes of its files
+STATUS_EVERY = 1.0  # seconds between two writes of status.json that only readings ask for
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of flock, on some network file systems
+DONE = ("finished", "diverged")  # results; a run with any other status can go on
 
 
 def check_free(out: str | Path) -> None:
-    """Refuse, before any work, a folder that cannot be written, or holds a run or what is left of one."""
+    """Raise :class:`UserError` for a folder that cannot be written, or that holds a run or remains of one."""
     if out == "":
         raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     path = Path(out)
@@ -53,9 +56,9 @@ def check_free(out: str | Path) -> None:
 
 
 def check_own(folder: Path) -> None:
-    """Refuse a folder in which writing a run's files would reach somebody else's, or wait for ever.
+    """Raise :class:`UserError` for a folder with links or pipes where a run writes its files.
 
-    It may have come from a stranger, who can have put links and pipes where these files are written.
+    The folder may come from a stranger: writing through a link would reach other files, and a pipe would block.
     """
     if UNPRINTABLE.search(str(folder)):
         raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
@@ -65,7 +68,7 @@ def check_own(folder: Path) -> None:
 
 
 def _is_file_or_gone(path: Path) -> bool:
-    """Whether ``path`` is a file itself, or nothing any more: who holds the run renames files while we look."""
+    """Whether ``path`` is a regular file, or gone: the process that holds the run may rename it meanwhile."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -73,7 +76,7 @@ def _is_file_or_gone(path: Path) -> bool:
 
 
 def claim(path: Path, config: str) -> Path:
-    """Make ``path`` this run's by writing its ``config.yaml``; of two who try, one succeeds."""
+    """Make ``path`` this run's folder by writing its ``config.yaml``; of two processes that try, one succeeds."""
     check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +89,7 @@ def claim(path: Path, config: str) -> Path:
 
 
 def claim_new(parent: Path, name: str, config: str) -> Path:
-    """A new folder ``parent/name``, or ``parent/name-2``, ... if others were first; atomic."""
+    """A new folder ``parent/name``, or ``parent/name-2``, ... if that exists; atomic."""
     suffix = 1
     while True:
         path = parent / (name if suffix == 1 else f"{name}-{suffix}")
@@ -102,10 +105,10 @@ def claim_new(parent: Path, name: str, config: str) -> Path:
 
 @contextmanager
 def taken(folder: Path) -> Iterator[bool]:
-    """Hold a run's lock, if no living process does; yields whether it is ours.
+    """Hold a run's lock, if no living process holds it; yields whether this process does.
 
-    The operating system lets go of it when the process ends, however it ends. A file of the folder that cannot be
-    written while it is held is told as :class:`StorageError`.
+    The operating system releases the lock when the process ends, however it ends. An OSError about a file of the
+    folder, raised inside, becomes a :class:`StorageError`.
     """
     check_own(folder)
     try:
@@ -118,6 +121,10 @@ def taken(folder: Path) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                _warn_of_no_locks(folder.absolute().parent, error.strerror)
             yield True
     except OSError as error:
         if error.filename is None or folder not in (Path(error.filename), *Path(error.filename).parents):
@@ -125,13 +132,23 @@ def taken(folder: Path) -> Iterator[bool]:
         raise StorageError(not_written(error, folder)) from error
 
 
+@cache
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Say on stderr, once for each folder of runs, that nothing keeps two processes from one run there."""
+    print(
+        f"bnexp: warning: {folder}: its file system has no locks ({reason}); go on without, and start no two "
+        "processes on one run there",
+        file=sys.stderr,
+    )
+
+
 def in_other_hands(folder: Path) -> UserError:
-    """That a living process is at work on the run in ``folder``."""
+    """The error for a run that another process holds."""
     return UserError(f"{folder}: {holder(folder)} is at work on this run; wait for it, or stop it first")
 
 
 def holder(folder: Path) -> str:
-    """Who is at work on the run, as far as its status tells: it may not have written its own yet."""
+    """Which process is at work on the run, as far as its status tells."""
     status = read_status(folder)
     if status.get("status") != "running" or not is_alive(status.get("host"), status.get("pid")):
         return "another process"
@@ -140,7 +157,7 @@ def holder(folder: Path) -> str:
 
 
 def is_alive(host: object, pid: object) -> bool:
-    """Whether there is such a process; one of another host, which cannot be asked, is believed to live."""
+    """Whether the process exists; of another host, which cannot be asked, it is assumed to."""
     if not isinstance(pid, int) or host is None:
         return False
     try:
@@ -154,7 +171,10 @@ def is_alive(host: object, pid: object) -> bool:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only."""
+    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only.
+
+    Where the file system has no locks, the run's status tells.
+    """
     try:
         with open(folder / LOCK, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:  # or a pipe
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -162,11 +182,17 @@ def is_taken(folder: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        status = read_status(folder)
+        is_elsewhere = status.get("host") != socket.gethostname() or status.get("pid") == os.getpid()
+        return status.get("status") == "running" and not is_elsewhere and is_alive(status["host"], status.get("pid"))
     return False
 
 
 def load_status(folder: Path) -> dict:
-    """``status.json``; ValueError for what no run has written, FileNotFoundError where there is none."""
+    """The content of ``status.json``; ValueError if no run can have written it, FileNotFoundError if there is none."""
     status = {"status": None, "step": 0, "metrics": {}, "overrides": []} | read_json(folder / STATUS)
     for name, kind in {"status": str, "step": int, "metrics": dict, "overrides": list}.items():
         if not isinstance(status[name], kind):
@@ -177,19 +203,19 @@ def load_status(folder: Path) -> dict:
 
 
 def read_status(folder: Path) -> dict:
-    """``status.json``, or {} where there is none yet."""
+    """The content of ``status.json``, {} if there is none yet."""
     try:
         return load_status(folder)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {error}; delete {STATUS}, and what is left to do is done") from error
+        raise UserError(f"{folder}: {error}; delete {STATUS}, then the run goes on from its checkpoint") from error
 
 
 class Status:
-    """``status.json``: what became of a run. Metrics hold the last value of every tag.
+    """``status.json``: how far a run is and how it ended; its metrics hold the last value of every tag.
 
-    A process that is killed leaves ``running`` behind; host and pid say which it was, heartbeat when it last wrote.
+    A process that is killed leaves ``running`` behind; host and pid name the process, heartbeat its last write.
     """
 
     def __init__(self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False) -> None:
@@ -213,9 +239,9 @@ class Status:
         self.update()
 
     def update(self, metrics: dict[str, float] | None = None, **fields: Any) -> None:
-        """Write ``fields`` down at once; with ``metrics``, a reading, only if the last writing is long enough ago.
+        """Write ``fields`` at once; with ``metrics`` (a reading) only if the last write is a second ago.
 
-        Readings come many a second, and each stands in metrics.jsonl already.
+        There can be many readings a second, and each is in metrics.jsonl already.
         """
         self.content["metrics"] |= metrics or {}
         self.content |= {"heartbeat": time.time(), **fields}
@@ -247,7 +273,7 @@ def git_commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != here.parent:
-            return None  # installed inside somebody else's repository
+            return None  # installed inside another repository
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,24 +1,87 @@
-"""Settings as plain dictionaries: flat, and what each of them decides."""
+"""Settings as plain dictionaries, and the one table of what each run-level setting decides.
+
+Resuming, sweeps, variants, studies, folds and inspections all read this table.
+"""
+
+from collections.abc import Mapping
+from enum import Flag, auto
+from typing import Any
 
 
-FREE_TO_RESUME = ("out", "quiet", "allow", "resume")  # between two starts of one run; none of them changes its files
-# The seed, and what decides where files go or how often one looks, but not what is trained. The device and
-# the engine are missing on purpose: they round differently, so the table says when they differ. So may replicas, but
-# which of a variant's runs are computed as one, and which alone, is chance.
-HOUSEKEEPING = frozenset((
-    "seed", "out", "quiet", "threads", "deterministic", "allow", "log_every", "eval_train", "eval_test",
-    "checkpoint_every", "keep", "probe", "resume", "replicas", "sweep_order",
-))  # fmt: skip
+class Decides(Flag):
+    """What a setting decides; some decide two things."""
+
+    NUMBERS = auto()  # what is trained and measured: part of the variant
+    SEED = auto()  # the initial weights and the batches
+    LOOKING = auto()  # when the run is looked at and what is kept of it
+    PLACE = auto()  # where and how it is computed: may change when a run is resumed
+    COMMAND = auto()  # this start alone: not read from a run's folder
+    PERSON = auto()  # for the person at the keyboard to say: not allowed in a study
 
 
-def flatten(config: dict, prefix: str = "") -> dict:
-    """Dotted keys to values, without the housekeeping and without Hydra's ``_partial_``."""
-    flat = {}
+NUMBERS, SEED, LOOKING, PLACE, COMMAND, PERSON = Decides
+NOTHING = Decides(0)
+DECIDES = {
+    "model": NUMBERS, "norm": NUMBERS, "data": NUMBERS, "optimizer": NUMBERS, "schedule": NUMBERS,
+    # Engines and kinds of device round differently, so variants name them. Two GPUs of one kind are one place.
+    "engine": NUMBERS, "device": NUMBERS | PLACE,
+    # Which images a folder holds, and where they lie.
+    "data.root": NUMBERS | PLACE,
+    "batch_size": NUMBERS, "epochs": NUMBERS, "steps": NUMBERS, "drop_last": NUMBERS, "classes_per_batch": NUMBERS,
+    "precision": NUMBERS, "channels_last": NUMBERS,
+    "eval_every": NUMBERS,  # the best of several readings depends on how many there are
+    "seed": SEED,
+    "probe": LOOKING, "log_every": LOOKING, "eval_train": LOOKING, "eval_test": LOOKING,
+    "checkpoint_every": LOOKING, "keep": LOOKING,
+    "threads": PLACE, "deterministic": PLACE,
+    "out": COMMAND | PERSON, "resume": COMMAND | PERSON, "allow": COMMAND | PERSON,
+    "quiet": COMMAND, "replicas": COMMAND, "sweep_order": COMMAND,
+}  # fmt: skip
+
+
+def decides(key: str) -> Decides:
+    """What the setting with this dotted key decides; an option decides what its group does, if it has no line."""
+    return DECIDES.get(key) or DECIDES.get(key.partition(".")[0], NUMBERS)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values, without Hydra's ``_partial_``; an empty table is a value."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "_partial_" or (not prefix and key in HOUSEKEEPING):
-            continue
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        elif key != "_partial_":
+            flat[prefix + key] = value
     return flat
+
+
+def select(config: Mapping[str, Any], what: Decides, but: Decides = NOTHING) -> dict[str, Any]:
+    """The flat settings that decide any of ``what`` and none of ``but``; of a device its kind, ``cuda`` for cuda:1."""
+    flat = {key: value for key, value in flatten(config).items() if decides(key) & what and not decides(key) & but}
+    return flat | ({"device": str(flat["device"]).partition(":")[0]} if "device" in flat else {})
+
+
+def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that make the variant: two runs of one variant have the same."""
+    return select(config, NUMBERS)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], but: Decides = NOTHING) -> list[str]:
+    """``key is X there and Y here`` for every setting that differs, decides more than a start, and none of ``but``."""
+    there, here = (select(each, NUMBERS | SEED | LOOKING, but) for each in (there, here))
+    return [
+        f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here"
+        for key in dict.fromkeys([*here, *there]) if there.get(key, "missing") != here.get(key, "missing")
+    ]  # fmt: skip
+
+
+def first_few(items: list[str], most: int = 6) -> str:
+    """The first items, joined by semicolons, and how many more there are."""
+    items = list(dict.fromkeys(items))
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def short_name(target: str) -> str:
+    """The short name of a ``_target_``: ``none`` for ``bnexp.norms.none.Shift``, ``adam`` for ``torch.optim.Adam``."""
+    *_, module, name = ["", *target.split(".")]
+    return module if target.startswith("bnexp.") and name[:1].isupper() else name.lower()

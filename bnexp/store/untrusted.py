@@ -1,7 +1,7 @@
-"""Reads files that a stranger may have written, so that none of them can hang us, fill the memory or look things up.
+"""Readers for files that a stranger may have written: none can hang the process, fill the memory or look things up.
 
-A run's folder, a sweep or a study can come from anybody. What cannot be taken is a ValueError that names the file and
-says why, before it does harm; a file that is not there is a FileNotFoundError.
+A run's folder, a sweep or a study can come from anybody. A file that is refused is a ValueError that names the file
+and the reason, raised before it does harm. A missing file is a FileNotFoundError.
 """
 
 import json
@@ -15,52 +15,52 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MOST_YAML, MOST_JSON, MOST_LINE = 100_000, 2**24, 2**22  # bytes of a file, of a file and of a line
-DEEPEST = 30  # levels of lists and tables in each other
-LARGEST = 2**63  # of whole numbers: torch knows no larger, and Python cannot print the very large
-# Control characters, ends of lines and paragraphs, turned directions, halves of characters: what is no text.
+DEEPEST = 30  # nested lists and tables
+LARGEST = 2**63  # bound of whole numbers: torch has no larger ones, and Python refuses to print very large ones
+# What is not text: control characters, line and paragraph separators, changes of direction, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object, most: int = 10_000) -> str:
-    """``text`` on one line, with nothing in it that a terminal would obey: ``\\x1b`` stands for the character."""
+    """``text`` on one line, with control characters escaped (``\\x1b``) so that no terminal obeys them."""
     text = str(text)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def as_file_name(text: str) -> str:
-    """``text`` as the name of a file in whichever folder it is put, as short as file systems want it."""
+    """``text`` as the name of a file: no slashes, no leading dots, at most 150 bytes."""
     return re.sub(r"[/\\]|^\.+", "_", printable(text)).encode()[:150].decode(errors="ignore")
 
 
 def open_file(path: Path) -> BinaryIO:
-    """The file at ``path``, if it is one: a pipe would be waited for, and a device has no end."""
+    """Open the regular file at ``path``; a pipe would block and a device has no end."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
-    raise ValueError(f"{path.name}: a pipe or a device and no file")
+    raise ValueError(f"{path.name}: not a regular file, but a pipe or a device")
 
 
 def read(path: Path, most: int) -> bytes:
-    """What the file at ``path`` holds, ``most`` bytes or fewer."""
+    """The content of the file at ``path``; ValueError if it is longer than ``most`` bytes."""
     with open_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise ValueError(f"{path.name}: longer than the {most:,} bytes that are read of it")
+        raise ValueError(f"{path.name}: longer than {most:,} bytes")
     return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """The object in a JSON file."""
     try:
         content = json.loads(read(path, MOST_JSON))
     except RecursionError:
         raise ValueError(f"{path.name}: nested deeper than {DEEPEST} levels") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name}: no JSON ({error})") from None
+        raise ValueError(f"{path.name}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name}: no JSON object, but a {type(content).__name__}")
+        raise ValueError(f"{path.name}: not a JSON object, but a {type(content).__name__}")
     level = [content]
     for _ in range(DEEPEST):
         inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that has one per line, each with its ``step``; a last line cut short is dropped."""
+    """The objects of a JSON Lines file, each with a ``step``; a last line that is cut short is dropped."""
     with open_file(path) as file:
         number = 0
         while line := file.readline(MOST_LINE + 1):
@@ -83,10 +83,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             except (ValueError, RecursionError):  # also a number of too many digits
                 if not file.peek(1):
                     return
-                raise ValueError(f"{path.name}: line {number} is no JSON") from None
+                raise ValueError(f"{path.name}: line {number} is not JSON") from None
             step = row.get("step") if isinstance(row, dict) else None
             if type(step) is not int or not 0 <= step < 2**53:
-                raise ValueError(f"{path.name}: line {number} is no JSON object with a step")
+                raise ValueError(f"{path.name}: line {number} is not a JSON object with a step")
             yield row
 
 
@@ -97,14 +97,14 @@ def number(value: object, what: str) -> float:
             return math.nan if value is None else float(value)
     except OverflowError:
         pass
-    raise ValueError(f"{what}: {printable(json.dumps(value), 30)} is no number that can be used")
+    raise ValueError(f"{what}: {printable(json.dumps(value), 30)} is not a number that can be used")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The table that a YAML file of settings holds: names, and below them text, numbers, true, false and null.
+    """The table in a YAML file of settings: names, and below them text, numbers, true, false and null.
 
-    Refused are references (``*name``), with which ten lines hold a billion values, tags (``!!name``), which ask for
-    other types, and interpolations (``${...}``), which would look things up in whoever's environment this is.
+    Refused are references (``*name``), with which ten lines can hold a billion values, tags (``!!name``), which ask
+    for other types, and interpolations (``${...}``), which would read the environment of the person who loads the file.
     """
     import yaml
 
@@ -121,7 +121,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _check_events(text: bytes) -> None:
-    """Look at all that a YAML file holds before anything is built of it, because building recurses."""
+    """Check the events of a YAML file before values are built from it, because building recurses."""
     import yaml
 
     depth = 0
@@ -133,15 +133,15 @@ def _check_events(text: bytes) -> None:
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"{where}: *{event.anchor} refers to another place; write out what stands there")
         if getattr(event, "tag", None):
-            raise ValueError(f"{where}: the tag {event.tag} asks for what no setting is")
+            raise ValueError(f"{where}: the tag {event.tag} is not allowed in settings")
 
 
 def _check_settings(value: object, where: str) -> None:
-    """Raise ValueError for whatever no setting is made of."""
+    """Raise ValueError for a value that no setting can have."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"{where}: {printable(key, 30)} is no name of a setting")
+                raise ValueError(f"{where}: {printable(key, 30)} cannot be the name of a setting")
             _check_settings(key, f"{where}: a name")
             _check_settings(inner, f"{where}: {key}" if where.count(":") == 0 else f"{where}.{key}")
     elif isinstance(value, list):
@@ -156,12 +156,12 @@ def _check_settings(value: object, where: str) -> None:
         if not -LARGEST <= value < LARGEST:
             raise ValueError(f"{where}: a whole number beyond 64 bits")
     elif value is not None and type(value) not in (bool, float):
-        raise ValueError(f"{where}: a {type(value).__name__}, which no setting is")
+        raise ValueError(f"{where}: a {type(value).__name__} cannot be a setting")
 
 
 @cache
 def _loader() -> type:
-    """As OmegaConf reads YAML: 1e-3 is a number, a date is text, and no name stands twice."""
+    """A YAML loader with OmegaConf's rules: 1e-3 is a number, a date is text, a repeated name is an error."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # C: ten times as fast

@@ -1,7 +1,7 @@
-"""The TensorBoard door: readings become events and JSON lines in a run's folder.
+"""Turns readings into TensorBoard events and JSON lines in a run's folder.
 
-``metrics.jsonl`` holds the scalars, one line per step, and is the truth that reports read. ``probes.jsonl`` holds
-histograms and tables, one line each. The events are the same for TensorBoard, and the only home of images.
+``metrics.jsonl`` holds the scalars, one line per step; reports read it. ``probes.jsonl`` holds histograms and tables,
+one line each. The event file holds the same for TensorBoard, and images, which are nowhere else.
 """
 
 import io
@@ -27,19 +27,19 @@ from bnexp.store.untrusted import MOST_LINE
 
 
 class Writer:
-    """Writes the readings of one run. ``step`` 0 starts anew, a later one goes on after that step."""
+    """Writes the readings of one run; ``step`` is that of the checkpoint it goes on from, 0 for a new run."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         self.folder = folder
         self.metrics = Lines(folder / METRICS, step)
         self.probes = Lines(folder / PROBES, step) if (folder / PROBES).exists() else None
         self.events = EventFile(folder)
-        # What an earlier file holds beyond this step did not happen. TensorBoard takes a run's first START for its
-        # beginning and drops nothing, so the beginning has one too.
+        # START at a later step makes TensorBoard drop what an earlier file holds beyond it. It ignores a run's first
+        # START, so a new run writes one too.
         self.events.add(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
-        """Keep the readings of one step; returns the scalars among them by tag."""
+        """Write the readings of one step; returns the scalars among them by tag."""
         readings = list(readings)
         metrics = scalars(readings)
         self.metrics.add({"step": step, "epoch": round(epoch, 6), "seconds": round(seconds, 6), **metrics})
@@ -53,20 +53,20 @@ class Writer:
         return metrics
 
     def describe(self, config: str, hparams: Mapping[str, bool | int | float | str], group: str) -> None:
-        """The resolved config as text, and HParams in this very run, its seeds averaged under ``group``."""
+        """Write the resolved config as text, and HParams that TensorBoard averages over the runs of one ``group``."""
         self.events.add(summary=text("config", f"```yaml\n{config}\n```"))
-        # No list of what to show: of several TensorBoard takes the first run's, and would miss norm.eps if that is
-        # of norm=none. Left alone it gathers the settings of all runs and puts first what differs.
+        # Without a list of columns: TensorBoard would take the first run's list for all, and miss norm.eps if that run
+        # has norm=none. Without one it collects the settings of all runs and sorts those that differ first.
         self.events.add(summary=summary_v2.hparams_pb(dict(hparams), trial_id=group))
 
     def sync(self) -> None:
-        """Have all lines on the disk."""
+        """Flush all lines to the disk."""
         for lines in (self.metrics, self.probes):
             if lines is not None:
                 lines.sync()
 
     def close(self, success: bool) -> None:
-        """Say how the run ended, and let go of the files; once is enough."""
+        """Write how the run ended and close the files; a second call does nothing."""
         if self.metrics.file.closed:
             return
         status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
@@ -80,7 +80,7 @@ class Writer:
 
 
 class Lines:
-    """A file of one JSON object per line, in the order of their steps, that goes on after ``step``."""
+    """A JSON Lines file in the order of steps; lines after ``step`` are dropped when it is opened."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class Lines:
             self._drop_after(path, step)
 
     def _drop_after(self, path: Path, step: int) -> None:
-        """Forget what was written after ``step``, by a process that died before its next checkpoint."""
+        """Drop lines after ``step``: written by a process that died before its next checkpoint."""
         keep = 0
         with open(path, "rb") as file, suppress(ValueError, KeyError, TypeError, RecursionError):
             while (line := file.readline(MOST_LINE)) and json.loads(line)["step"] <= step:
@@ -97,7 +97,7 @@ class Lines:
         os.truncate(path, keep)
 
     def add(self, *rows: dict) -> None:
-        """Write a line for each of ``rows``, numbers that JSON does not know as null, all of them or none."""
+        """Write a line for each of ``rows``, all or none; numbers that are not finite become null."""
         append(self.file, b"".join(json.dumps(finite(row), allow_nan=False).encode() + b"\n" for row in rows))
 
     def sync(self) -> None:
@@ -105,16 +105,11 @@ class Lines:
             os.fsync(self.file.fileno())
 
 
-def read_lines(folder: Path) -> list[dict]:
-    """The readings of a run that goes on, oldest first."""
-    return [json.loads(line) for line in (folder / METRICS).read_bytes().splitlines()]
-
-
 class EventFile:
-    """TensorBoard's file of a run. Written at once and in this thread, so that a full disk is heard of here."""
+    """A TensorBoard event file, written unbuffered in this thread, so that a full disk is an error here."""
 
     def __init__(self, folder: Path) -> None:
-        # TensorBoard reads a run's files in the order of their names, whatever clock or machine they are from.
+        # TensorBoard reads the files of a run in the order of their names, which begin with the time.
         earlier = (re.match(r"events\.out\.tfevents\.(\d+\.\d+)", path.name) for path in folder.iterdir())
         latest = max((float(found[1]) for found in earlier if found), default=0.0)
         now = max(time.time(), latest + 1e-5)
@@ -129,7 +124,7 @@ class EventFile:
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """All of ``data`` or nothing: what does not fit on the disk any more is taken back, and the file stays whole."""
+    """Append all of ``data`` or nothing: if the disk is full, the file is cut back to what it was."""
     before = os.fstat(file.fileno()).st_size
     with writing(file.name):
         try:
@@ -146,7 +141,7 @@ def scalars(readings: Iterable[Reading]) -> dict[str, float]:
 
 
 def as_rows(step: int, reading: Reading) -> list[dict]:
-    """The lines of probes.jsonl that keep ``reading``; none for images, which are for the eye."""
+    """The lines of probes.jsonl for ``reading``; none for images."""
     if isinstance(reading, Histogram):
         return [{"step": step, "tag": reading.tag, "edges": reading.edges, "counts": reading.counts}]
     if isinstance(reading, Table):
@@ -155,12 +150,12 @@ def as_rows(step: int, reading: Reading) -> list[dict]:
 
 
 def as_summary(reading: Histogram | Image | Table) -> Summary:
-    """``reading`` as TensorBoard takes it: a histogram, a PNG, a table in Markdown."""
+    """``reading`` as a TensorBoard summary: a histogram, a PNG, a table in Markdown."""
     if isinstance(reading, Histogram):
         return Summary(value=[Summary.Value(tag=reading.tag, histo=histogram_proto(reading))])
     if isinstance(reading, Table):
         rows = [reading.head, ["---"] * len(reading.head), *reading.rows]
-        lines = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
         return text(reading.tag, "\n".join(lines))
     from PIL import Image as Picture  # here, because most runs have no use for it
 
@@ -174,12 +169,12 @@ def as_summary(reading: Histogram | Image | Table) -> Summary:
 
 
 def text(tag: str, markdown: str) -> Summary:
-    """``markdown`` under the tag that TensorBoard's other writers would give it."""
+    """A text summary, with the tag that TensorBoard's text plugin expects."""
     return text_pb(f"{tag}/text_summary", [markdown])
 
 
 def histogram_proto(reading: Histogram) -> HistogramProto:
-    """The bins as they are; sum and sum of squares as if every value lay in the middle of its bin."""
+    """The histogram as TensorBoard's message; its sums take every value to be in the middle of its bin."""
     edges, counts = reading.edges, reading.counts
     middles = [(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]
     return HistogramProto(
@@ -194,7 +189,7 @@ def histogram_proto(reading: Histogram) -> HistogramProto:
 
 
 class NullWriter:
-    """Keeps nothing; for loops that are only timed."""
+    """Writes nothing."""
 
     def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
         return scalars(readings)
@@ -207,7 +202,7 @@ class NullWriter:
 
 
 def write_bands(folder: Path, label: str, bands: Iterable[tuple[int, Band]]) -> None:
-    """One TensorBoard run for a variant: ``TAG/mean``, ``TAG/lower`` and ``TAG/upper`` over (step, band)s."""
+    """Write a TensorBoard run for a variant: ``TAG/mean``, ``TAG/lower`` and ``TAG/upper`` of each (step, band)."""
     (folder / label).mkdir(parents=True)
     events = EventFile(folder / label)
     with events.file:
@@ -218,7 +213,7 @@ def write_bands(folder: Path, label: str, bands: Iterable[tuple[int, Band]]) -> 
 
 
 def write_layout(folder: Path, tags: Sequence[str]) -> None:
-    """Ask TensorBoard's custom-scalars page to draw the bands of ``tags`` as margin charts."""
+    """Write the layout with which TensorBoard's custom-scalars page draws the bands of ``tags`` as margin charts."""
     from torch.utils.tensorboard import summary  # here, because it imports TensorFlow where there is one
 
     charts: dict[str, dict] = {}

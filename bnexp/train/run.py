@@ -7,12 +7,11 @@ from functools import cache, cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
-from bnexp.norms.base import BatchNormBase
+from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate
 from bnexp.train.meter import Meter
 
@@ -159,7 +158,8 @@ class Run:
     @cached_property
     def evaluation(self) -> str | None:
         """How the model is evaluated if an image's result depends on other images, else None."""
-        if all(norm.running_mean is not None for norm in batch_norms(self.model)):
+        norms = map(contract_of, self.model.modules())
+        if not any(norm.uses_batch_statistics() and not norm.keeps_running_statistics() for norm in norms):
             return None
         return f"batch statistics over shuffled chunks of at most {EVALUATION_BATCH} images"
 
@@ -211,12 +211,7 @@ def whole(value: object) -> object:
 
 def uses_batch_statistics(model: nn.Module) -> bool:
     """Whether a norm of ``model``, in the mode that it is in, normalizes by statistics of the batch."""
-    return any(BatchNormBase.uses_batch_statistics(norm) for norm in batch_norms(model))
-
-
-def batch_norms(model: nn.Module) -> list[BatchNormBase | _BatchNorm]:
-    """The norms of ``model``, ours and torch's, that normalize by statistics of the batch in training."""
-    return [module for module in model.modules() if isinstance(module, BatchNormBase | _BatchNorm)]
+    return any(contract_of(module).uses_batch_statistics() for module in model.modules())
 
 
 @cache

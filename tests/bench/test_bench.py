@@ -9,12 +9,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
-from bnexp.bench import norms as bench
-from bnexp.bench import results, timing
-from bnexp.bench.cases import REFERENCE, SETS, SITES, Case
-from bnexp.bench.parity import Inputs, make_inputs, oracle, parity, verdict
-from bnexp.bench.timing import Contestant, Steps
+from bnexp.bench import benchmark, timing
+from bnexp.bench.benchmark import geometric_means, run_benchmark, write_benchmark
+from bnexp.bench.cases import PHASES, REFERENCE, SETS, SITES, Case
+from bnexp.bench.parity import Inputs, differences_from_float64, float64_results, make_inputs, parity_failure
+from bnexp.bench.results import make_results_folder
+from bnexp.bench.settings import BENCH_CHOICES, BenchSettings
+from bnexp.bench.timing import Implementation, Steps, measure_case, time_steps
+from bnexp.cli.bench import read_settings
 from bnexp.errors import UserError
 from bnexp.norms import fused, library, scratch
 
@@ -80,11 +84,11 @@ FAULTS = {  # and what parity names, the first thing that is wrong
 
 
 def judged(factory, case, dtype=torch.float32, layout="nchw", add=True):
-    """(verdict, differences) of ``factory``'s module on one shape."""
+    """(failure, differences) of ``factory``'s module on one shape."""
     inputs, state = make_inputs(case, dtype, layout == "nhwc", CPU)
     module = factory(case.shape[1], activation="relu")
-    off = parity(module, module, inputs, state, add=add)
-    return verdict(off, dtype), off
+    off = differences_from_float64(module, module, inputs, state, add=add)
+    return parity_failure(off, dtype), off
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def rows_of(folder):
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("shape", [(9, 4), (5, 3, 4, 7)])
-def test_the_oracle_agrees_with_torch_in_float64(shape, add):
+def test_the_expected_results_agree_with_torch_in_float64(shape, add):
     # Roundings of float64, 1e-16, on channels 100 deviations from zero whose scale, 1 / 0.003, gradients have.
     inputs, state = make_inputs(Case(shape), torch.float32, False, CPU)
     x, residual, dy = (t.detach().double().requires_grad_() for t in inputs[:3])
@@ -116,7 +120,7 @@ def test_the_oracle_agrees_with_torch_in_float64(shape, add):
     evaluated = F.batch_norm(x, mean, var, weight, bias, training=False, eps=1e-5)
     evaluated = (evaluated + residual if add else evaluated).relu()
     want |= {"output": y, "output in evaluation": evaluated, "running_mean": mean, "running_var": var}
-    got = oracle(x.detach(), residual.detach() if add else None, dy.detach(), y > 0, state, 0.1, 1e-5)
+    got = float64_results(x.detach(), residual.detach() if add else None, dy.detach(), y > 0, state, 0.1, 1e-5)
     assert set(want) | {"gradient of residual"} == set(got)
     for name, value in want.items():
         assert torch.allclose(got[name][0], value.detach(), rtol=1e-10, atol=1e-11), name
@@ -175,7 +179,7 @@ def test_a_result_that_is_not_a_number_fails():
 def test_what_fails_parity_gets_no_time_and_says_why(small, tmp_path, capsys):
     entries = {"biased": partial(scratch.BatchNorm, running_var="biased"), "scratch": scratch.BatchNorm}
     entries["float64"] = partial(Broken, fault="wrong type")
-    folder = bench.run(entries, bench.Settings(out=str(tmp_path / "out"), rounds=1), CPU)
+    folder = run_benchmark(entries, BenchSettings(out=str(tmp_path / "out"), rounds=1), CPU)
     (wrong,) = {row["status"] for row in rows_of(folder) if row["implementation"] == "float64"}
     assert wrong == "parity failed: output off by inf (allowed 2e-05)"
     rows = [row for row in rows_of(folder) if row["implementation"] == "biased"]
@@ -190,27 +194,27 @@ def test_what_fails_parity_gets_no_time_and_says_why(small, tmp_path, capsys):
 
 def test_fused_needs_a_device_and_is_never_timed_by_the_interpreter(small, monkeypatch):
     pytest.importorskip("triton")
-    compare = partial(timing.compare, [Contestant("fused", fused.BatchNorm)], site="BN+ReLU", dtype="float32")
-    compare = partial(compare, layout="nchw", rounds=1, device=CPU)
+    compare = partial(measure_case, [Implementation("fused", fused.BatchNorm)], site="BN+ReLU")
+    compare = partial(compare, settings=BenchSettings(rounds=1), device=CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert compare(case=ODD)[0]["status"] == "not run: needs a CUDA device"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert compare(case=Case((512, 513)))[0]["status"] == "not run: too large for the interpreter"
-    monkeypatch.setattr(timing, "parity", lambda *args, **kwargs: {"output": 0.0})
+    monkeypatch.setattr(timing, "differences_from_float64", lambda *args, **kwargs: {"output": 0.0})
     found = compare(case=ODD)
     assert [row["status"] for row in found] == ["parity passed, not timed: interpreted"]
 
 
 @pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') != '1'", reason="not interpreted")
 def test_fused_passes_parity_and_names_its_tier(small):
-    entries = [Contestant("fused", fused.BatchNorm)]
-    (row,) = timing.compare(entries, ODD, "BN+add+ReLU", "float32", "nchw", 1, CPU)
+    entries = [Implementation("fused", fused.BatchNorm)]
+    (row,) = measure_case(entries, ODD, "BN+add+ReLU", BenchSettings(rounds=1), CPU)
     assert row["status"] == "parity passed, not timed: interpreted" and row["tier"] in ("local", "two-launch")
 
 
 def test_shapes_that_do_not_fit_are_skipped_or_only_compared(small, monkeypatch):
-    compare = partial(timing.compare, [Contestant("scratch", scratch.BatchNorm)], site="BN+ReLU", dtype="float32")
-    compare = partial(compare, case=ODD, layout="nchw", rounds=1, device=CPU)
+    compare = partial(measure_case, [Implementation("scratch", scratch.BatchNorm)], site="BN+ReLU")
+    compare = partial(compare, case=ODD, settings=BenchSettings(rounds=1), device=CPU)
     one = timing.bytes_needed(ODD, torch.float32)
     monkeypatch.setattr(timing, "free_bytes", lambda device: one - 1)
     assert compare()[0]["status"] == "skipped: needs 0.0 GiB of memory, 0.0 are free"
@@ -226,7 +230,7 @@ def test_an_implementation_that_raises_stops_nobody_else(small, tmp_path):
             raise RuntimeError("no kernel\nfor this")
 
     entries = {"raises": Raises, "scratch": scratch.BatchNorm}
-    folder = bench.run(entries, bench.Settings(out=str(tmp_path / "out"), rounds=1), CPU)
+    folder = run_benchmark(entries, BenchSettings(out=str(tmp_path / "out"), rounds=1), CPU)
     status = {row["implementation"]: row["status"] for row in rows_of(folder)}
     assert status == {REFERENCE: "timed", "raises": "not run: RuntimeError: no kernel", "scratch": "timed"}
 
@@ -245,7 +249,7 @@ def test_everybody_gets_as_many_turns_on_every_buffer_in_rotating_order():
             torch.no_grad,
         )
 
-    seconds = timing.measure({"a": steps("a"), "b": steps("b")}, ring, rounds=2)
+    seconds = time_steps({"a": steps("a"), "b": steps("b")}, ring, rounds=2)
     assert {(n, p): len(s) for n, phases in seconds.items() for p, s in phases.items()} == {
         (name, phase): 6 for name in "ab" for phase in ("forward", "backward", "both")
     }  # two turns on three buffers, the warm-up not counted
@@ -259,7 +263,7 @@ def test_everybody_gets_as_many_turns_on_every_buffer_in_rotating_order():
 @pytest.mark.parametrize("case, layout", [(ODD, "nchw"), (ODD, "nhwc"), (Case((4, 6, 5, 8), gaps=True), "nchw")])
 def test_the_steps_that_are_timed_are_a_norm_and_kernels_of_the_same_traffic(case, layout, add):
     inputs, state = make_inputs(case, torch.float32, layout == "nhwc", CPU)
-    inputs = timing.copied(inputs)
+    inputs = timing.copy_inputs(inputs)
     assert inputs.x.stride() == make_inputs(case, torch.float32, layout == "nhwc", CPU)[0].x.stride()
     assert inputs.x.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")
     assert inputs.x.is_contiguous() == (layout == "nchw" and not case.gaps)
@@ -287,7 +291,7 @@ def test_buffers_rotate_through_four_caches(monkeypatch):
 def test_times_are_medians_with_percentiles_and_a_ratio():
     seconds = {phase: [5e-6, 1e-6, 3e-6, 2e-6, 4e-6, 6e-6] for phase in ("forward", "backward", "both")}
     reference = {phase: [1e-6, 2e-6, 9e-6] for phase in seconds}
-    found = timing.times(seconds, reference)
+    found = timing.summarize_seconds(seconds, reference)
     assert found["n"] == 6
     # of 1..6: the median 3.5, a fifth and four fifths of the way from 1 to 6
     assert found["forward_us"] == pytest.approx(3.5) and found["both_ratio"] == pytest.approx(1.75)
@@ -302,27 +306,49 @@ def test_the_summary_weighs_shapes_by_how_many_norms_see_them():
     rows = [row(shape, count, REFERENCE, 1.0) for shape, count in (("1x2", 1), ("3x4", 3))]
     rows += [row("1x2", 1, "library", 16.0), row("3x4", 3, "library", 2.0)]
     rows += [row("1x2", 1, "ours", 4.0), row("3x4", 3, "ours", None, "parity failed: output off by 1")]
-    theirs, ours = bench.summary(rows)
+    theirs, ours = geometric_means(rows)
     assert theirs["implementation"] == "library" and (theirs["norms"], theirs["of"]) == (4, 4)
     assert theirs[f"both_over_{REFERENCE}"] == pytest.approx((16 * 2**3) ** (1 / 4))
     assert theirs[f"both_over_{REFERENCE}_range"] == [2.0, 16.0]
     assert (ours["norms"], ours["of"], ours["forward_over_library"]) == (1, 4, pytest.approx(0.25))
 
 
+@pytest.mark.parametrize(
+    "microseconds, cell",
+    [
+        ((1.234, 1.1, 65432.1), "1.23 1.1-65k 100x"),  # one call waited for another program
+        ((98765.4, 12345.6, 99999.0), "98.8k 12k-100k 100x"),
+        ((9999.4, 9876.5, 9999.4), "9999 9876-9999 100x"),
+    ],
+)
+def test_times_of_any_size_fit_into_a_line(microseconds, cell, monkeypatch, capsys):
+    def row(name, times):
+        keys = [f"{phase}_{key}" for phase in PHASES for key in ("us", "p20_us", "p80_us")]
+        ratios = {f"{phase}_ratio": 100.0 for phase in PHASES}
+        same = {"status": "timed", "implementation": name, "tier": "", "n": 3}
+        return same | ratios | dict(zip(keys, [*times] * 3, strict=True))
+
+    monkeypatch.setenv("COLUMNS", "80")
+    Console().print(benchmark.case_table([row(REFERENCE, (2.0, 1.0, 3.0)), row("x", microseconds)], "title"))
+    assert capsys.readouterr().out.splitlines()[-1] == " ".join(["x".ljust(12), *[cell.rjust(21)] * 3])
+    slow = benchmark.case_table([row("x", (2e3, 1.9e3, 1.2e6))], "title")
+    assert slow.title == "title: ms, 20%-80%, x elementwise, n=3" and "2 1.9-1200 100x" in next(slow.columns[1].cells)
+
+
 # ---- the command ----
 
 
-def test_the_quick_set_runs_end_to_end_and_is_written_down(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("first_word", [(), ("norms",)], ids=["bench", "bench norms"])
+def test_the_quick_set_runs_end_to_end_and_is_written_down(bnexp, first_word, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**16)
-    monkeypatch.setattr(timing, "INTERPRETED", 2**10)  # the shapes here take the interpreter seconds
+    monkeypatch.setattr(timing, "MAX_INTERPRETED", 2**10)  # the shapes here take the interpreter seconds
     monkeypatch.setenv("COLUMNS", "80")
-    settings = bench.parse(["norms", "set=quick", "rounds=1", f"out={tmp_path / 'out'}"])
-    entries = {"library": library.BatchNorm, "scratch": scratch.BatchNorm, "fused": fused.BatchNorm}
-    folder = bench.run(entries, settings, CPU)
+    assert bnexp("bench", *first_word, "rounds=1", "device=cpu", "out=mine") == 0
+    folder = tmp_path / "mine"
 
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == str(folder) == str(tmp_path / "out")
-    assert max(map(len, out.replace(str(folder), "").splitlines())) <= 80
+    assert out.splitlines()[-1] == "mine"
+    assert max(map(len, out.splitlines())) <= 80
     assert "library again" in out and "Geometric means" in out
     lines = [line.split() for line in out.splitlines() if line.startswith(REFERENCE)]
     assert len(lines) == 2 * len(SETS["quick"])
@@ -330,8 +356,8 @@ def test_the_quick_set_runs_end_to_end_and_is_written_down(monkeypatch, tmp_path
 
     content = json.loads((folder / "bench.json").read_text())
     assert content["complete"] and content["versions"]["torch"].startswith(torch.__version__[:4])
-    assert content["device"].endswith("1 thread") and content["command"] == settings.command
-    assert content["command"].startswith("bnexp bench norms set=quick rounds=1 out=")
+    assert content["device"].endswith("1 thread") and content["set"] == "quick"
+    assert content["command"] == " ".join(["bnexp bench", *first_word, "rounds=1 device=cpu out=mine"])
     assert {row["shape"] for row in content["rows"]} == {str(case) for case in SETS["quick"]}
     assert {row["site"] for row in content["rows"]} == set(SITES)
     timed = [row for row in content["rows"] if row["status"] == "timed"]
@@ -353,8 +379,8 @@ def test_the_quick_set_runs_end_to_end_and_is_written_down(monkeypatch, tmp_path
 def test_only_implementations_of_batch_norm_compete(bnexp, monkeypatch):
     """The other norms of conf/ compute something else, whatever they inherit, so parity could only fail them."""
     entered = {}
-    monkeypatch.setattr(bench, "run", lambda norms, settings, device: entered.update(norms))
-    assert bnexp("bench", "norms", "device=cpu") == 0
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda norms, *rest: entered.update(norms))
+    assert bnexp("bench", "device=cpu") == 0
     assert set(entered) == {"scratch", "library", "fused"}
 
 
@@ -367,7 +393,7 @@ def test_an_interruption_keeps_what_was_measured(small, tmp_path, capsys):
 
     folder = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        bench.run({"interrupted": Interrupted}, bench.Settings(out=str(folder), rounds=1), CPU)
+        run_benchmark({"interrupted": Interrupted}, BenchSettings(out=str(folder), rounds=1), CPU)
     content = json.loads((folder / "bench.json").read_text())
     assert not content["complete"] and {row["shape"] for row in content["rows"]} == {"4x6x5x5"}
     assert capsys.readouterr().out.splitlines()[-1] == str(folder)
@@ -376,17 +402,15 @@ def test_an_interruption_keeps_what_was_measured(small, tmp_path, capsys):
 def test_results_are_never_overwritten(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda text: "2020-01-01/bench-120000")
-    assert [str(results.claim_out(None)) for _ in range(2)] == [
+    assert [str(make_results_folder(None)) for _ in range(2)] == [
         "outputs/2020-01-01/bench-120000", "outputs/2020-01-01/bench-120000-2",
     ]  # fmt: skip
-    folder = bench.run({"scratch": scratch.BatchNorm}, bench.Settings(out="mine", rounds=1), CPU)
+    folder = run_benchmark({"scratch": scratch.BatchNorm}, BenchSettings(out="mine", rounds=1), CPU)
     before = (folder / "bench.json").read_text()
-    with pytest.raises(UserError, match="out=mine: already holds a benchmark"):
-        bench.parse(["out=mine"])
     with pytest.raises(UserError, match="already holds"):
-        bench.run({"scratch": scratch.BatchNorm}, bench.Settings(out="mine", rounds=1), CPU)
+        run_benchmark({"scratch": scratch.BatchNorm}, BenchSettings(out="mine", rounds=1), CPU)
     with pytest.raises(UserError, match="another benchmark has just taken"):
-        bench.write(folder, json.loads(before), [])
+        write_benchmark(folder, json.loads(before), [])
     assert (folder / "bench.json").read_text() == before
 
 
@@ -395,43 +419,55 @@ def test_results_are_never_overwritten(small, tmp_path, monkeypatch):
     [
         (["sums"], "sums: no setting of bench"),
         (["norms", "quick"], "quick: no setting of bench; settings are set, dtype, layout, device, rounds, out"),
-        (["dtyp=float32"], r"dtyp=float32: no setting of bench \(did you mean dtype\?\)"),
-        (["set=resnet52"], r"set=resnet52: not known \(did you mean resnet50\?\); choose quick, lenet, .*adv"),
-        (["dtype=float64"], "dtype=float64: not known .*; choose float32, bfloat16, float16"),
+        (["set=quick", "norms"], "norms: no setting of bench"),
+        (["dtyp=float32"], "dtyp=float32: no setting of bench (did you mean dtype?)"),
+        (["command=x"], "command=x: no setting of bench"),
+        (["set=resnet52"], "set=resnet52: resnet52 is not known (did you mean resnet50?); choose quick, lenet, mlp"),
+        (["set=quick,lenet"], "set=quick,lenet: quick,lenet is not known (did you mean quick?); choose"),
+        (["dtype=float64"], "dtype=float64: float64 is not known (did you mean float16?); choose float32, b"),
         (["layout=chwn"], "choose nchw, nhwc"),
-        (["set="], "set=: no setting"),
-        (["command=x"], "command=x: no setting"),
+        (["set="], "set=: has no value; give one as set=VALUE"),
+        (["out"], "out: has no value; give one as out=VALUE"),
         (["rounds=0"], "rounds=0: has to be a whole number, 1 or more"),
-        (["rounds=1.5"], "rounds=1.5: has to be"),
-        (["set=quick", "set=lenet"], "set is given twice"),
+        (["rounds=1.5"], "rounds=1.5: has to be a whole number, 1 or more"),
+        (["rounds=null"], "rounds=null: has to be a whole number, 1 or more"),
+        (["rounds=" + "9" * 5000], "has to be a whole number, 1 or more"),
+        (["out=???"], "out=???: ${...} and ??? have a meaning of their own"),
+        (["out=${oc.env:HOME}"], "out=${oc.env:HOME}: ${...} and ??? have a meaning of their own"),
+        (["set=quick", "set=lenet"], "set=lenet: set is given twice"),
+        (["out=mine"], "out=mine: already holds a benchmark, which is never overwritten; choose another folder"),
+        (["loop", "set=quick"], "run python tests/bench/loop.py [setting=value] ... there"),
     ],
 )
-def test_an_argument_that_cannot_be_is_answered_with_what_can(arguments, message):
-    with pytest.raises(UserError, match=message):
-        bench.parse(arguments)
+def test_an_argument_that_cannot_be_is_refused_in_one_sentence(bnexp, tmp_path, capsys, arguments, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/bench.csv").touch()
+    assert bnexp("bench", *arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_arguments_have_defaults_and_are_kept():
-    assert bench.parse([]) == bench.Settings(command="bnexp bench")
-    given = bench.parse(["norms", "set=lenet", "layout=nhwc", "dtype=bfloat16", "rounds=7", "device=cpu"])
-    assert given == bench.Settings(
-        "lenet", "bfloat16", "nhwc", "cpu", 7, None,
-        "bnexp bench norms set=lenet layout=nhwc dtype=bfloat16 rounds=7 device=cpu",
-    )  # fmt: skip
+def test_settings_have_defaults_and_are_kept_as_typed():
+    def read(*words):
+        return read_settings("bench", words, BenchSettings, BENCH_CHOICES)
+
+    assert read() == BenchSettings()
+    given = read("set=lenet", "layout=nhwc", "dtype=bfloat16", "rounds=7", "device=cpu", "out=1e3")
+    assert given == BenchSettings("lenet", "bfloat16", "nhwc", "cpu", 7, "1e3")
+    assert read("out=a=b").out == "a=b"
 
 
-def test_help_lists_every_choice(capsys):
-    with pytest.raises(SystemExit) as ended:
-        bench.parse(["--help"])
-    assert ended.value.code == 0
+def test_help_lists_every_choice(bnexp, capsys):
+    assert bnexp("bench", "--help") == 0
     shown = capsys.readouterr().out
-    assert all(choice in shown for choices in bench.CHOICES.values() for choice in choices)
+    assert all(choice in shown for choices in BENCH_CHOICES.values() for choice in choices)
 
 
 def test_arguments_are_answered_before_torch_is_imported():
-    code = "import sys; from bnexp.bench import norms; norms.parse(['set=quick']); print('torch' in sys.modules)"
+    code = "import sys; from bnexp.cli.main import main; print(main(['bench', 'set=quik']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "2 False\n"
 
 
 def test_the_sets_are_the_ones_promised():
@@ -446,6 +482,6 @@ def test_the_sets_are_the_ones_promised():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_library_also_runs_without_cudnn_and_compiled(small, tmp_path):
     entries = {"library": library.BatchNorm, "fused": fused.BatchNorm}
-    folder = bench.run(entries, bench.Settings(out=str(tmp_path / "out"), rounds=1), torch.device("cuda"))
+    folder = run_benchmark(entries, BenchSettings(out=str(tmp_path / "out"), rounds=1), torch.device("cuda"))
     timed = {row["implementation"] for row in rows_of(folder) if row["status"] == "timed"}
     assert timed >= {REFERENCE, "library", "fused", "library again", "library (cudnn off)", "library (compiled)"}

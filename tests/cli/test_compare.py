@@ -256,7 +256,7 @@ def test_a_run_that_fails_on_the_way_stops_no_other(bnexp, monkeypatch):
 def test_without_a_baseline_that_ended_there_is_no_comparison_but_all_that_happened_is_told(bnexp, capsys):
     assert bnexp("compare", *LENET, "data.size=17,16", "out=compare") == 1
     printed = capsys.readouterr()
-    assert "no comparison: no run of the baseline, size17, came to its end" in printed.err
+    assert "no comparison: no run of the baseline, size17, has finished" in printed.err
     assert printed.out.count("failed: ") == 2 and re.search(r"library +2 ", printed.out)
 
 

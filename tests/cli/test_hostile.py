@@ -129,9 +129,9 @@ CONFIGS = {
     "a billion laughs": (lambda text: text + LAUGHS, "refers to another place"),
     "a loop": (lambda text: f"{text}x: &x [*x]\n", "refers to another place"),
     "10 MB of nesting": (lambda _: "probe: " + "[" * 5_000_000 + "]" * 5_000_000, f"{MOST_YAML:,} bytes"),
-    "nesting": (lambda _: "probe: " + "[" * 40_000, "nested deeper"),
-    "nested tables": (lambda _: "{a: " * 20_000, "nested deeper"),
-    "nested lists": (lambda _: "- " * 40_000, "nested deeper"),
+    "nesting": (lambda _: "probe: " + "[" * 40_000, "nest"),
+    "nested tables": (lambda _: "{a: " * 20_000, "nest"),
+    "nested lists": (lambda _: "- " * 40_000, "nest"),
     "10 MB of text": (lambda text: f"{text}x: {'a' * 10_000_000}\n", f"{MOST_YAML:,} bytes"),
     "an object": (lambda text: f"{text}x: !!python/object/apply:os.system [touch outside/bad]\n", "what no setting is"),
     "the environment": (config("seed", "${oc.env:SECRET}"), "seed: holds ${"),
@@ -232,7 +232,7 @@ def test_nothing_is_waited_for_and_nothing_is_written_through_a_link(name, thing
         if command is RESUME and thing != "1 GB of nothing":
             refused((code, out, err), "run")
         if command is REPORT and thing in ("a pipe", "a device") and name in FILES[:3]:
-            refused((code, out, err), f"{name}: a pipe or a device and no file")
+            refused((code, out, err), f"{name}: not a regular file, but a pipe or a device")
 
 
 def test_the_same_command_again_does_not_follow_a_link_either(run, attack):
@@ -297,18 +297,18 @@ def line(step=2, **values) -> str:
 
 
 READINGS = {
-    "broken in the middle": (f"{line(1)}\n{{oops\n{line(2)}\n", "line 2 is no JSON"),
-    "no JSON at all": ("\0" * 999 + "\n\n", "line 1 is no JSON"),
-    "lists": ("[1]\n[2]\n", "no JSON object with a step"),
-    "no step": ('{"loss/valid": 1}\n', "no JSON object with a step"),
-    "a step in words": ('{"step": "a"}\n', "no JSON object with a step"),
-    "a negative step": ('{"step": -5}\n', "no JSON object with a step"),
-    "a step that is true": ('{"step": true}\n', "no JSON object with a step"),
-    "a step of 400 digits": (f'{{"step": {"9" * 400}}}\n', "no JSON object with a step"),
-    "a huge integer": (f'{{"step": 1, "loss/valid": {"9" * 400}}}\n', "no number that can be used"),
-    "an integer of 5,000 digits": (f'{{"step": 1, "loss/valid": {"9" * 5000}}}\n{line(2)}\n', "line 1 is no JSON"),
+    "broken in the middle": (f"{line(1)}\n{{oops\n{line(2)}\n", "line 2 is not JSON"),
+    "no JSON at all": ("\0" * 999 + "\n\n", "line 1 is not JSON"),
+    "lists": ("[1]\n[2]\n", "not a JSON object with a step"),
+    "no step": ('{"loss/valid": 1}\n', "not a JSON object with a step"),
+    "a step in words": ('{"step": "a"}\n', "not a JSON object with a step"),
+    "a negative step": ('{"step": -5}\n', "not a JSON object with a step"),
+    "a step that is true": ('{"step": true}\n', "not a JSON object with a step"),
+    "a step of 400 digits": (f'{{"step": {"9" * 400}}}\n', "not a JSON object with a step"),
+    "a huge integer": (f'{{"step": 1, "loss/valid": {"9" * 400}}}\n', "not a number that can be used"),
+    "an integer of 5,000 digits": (f'{{"step": 1, "loss/valid": {"9" * 5000}}}\n{line(2)}\n', "line 1 is not JSON"),
     "words": (line(**{"accuracy/valid": "low"}), '"low" is no number'),
-    "nested": ('{"step": 1, "x": ' + "[" * 100_000 + f"\n{line(2)}\n", "line 1 is no JSON"),
+    "nested": ('{"step": 1, "x": ' + "[" * 100_000 + f"\n{line(2)}\n", "line 1 is not JSON"),
     "a line without end": ("x" * (MOST_LINE + 1), f"longer than {MOST_LINE:,} bytes"),
     "NaN and infinity": (line(**{"loss/valid": float("nan"), "accuracy/valid": float("inf")}), None),
     "1e999": ('{"step": 1, "loss/valid": 1e999, "loss/train": -1e999}', None),
@@ -402,7 +402,7 @@ def test_arguments_that_are_no_text_are_refused(word, command, attack):
 def test_folders_in_each_other_are_not_looked_into_for_ever(attack, tmp_path):
     (tmp_path / "run" / "/".join(60 * "d")).mkdir(parents=True)
     for command in ("report", "inspect"):
-        refused(attack(command, "run"), "more than 50 folders in each other")
+        refused(attack(command, "run"), "more than 50 levels of folders")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -466,7 +466,7 @@ def test_a_sweep_that_nobody_began_is_refused(content, run, attack):
         os.mkfifo(path)
     else:
         path.write_text(content)
-    refused(attack("train", "-m", *TINY, *SWEPT, "out=run"), "out=run: holds no sweep that can be gone on with")
+    refused(attack("train", "-m", *TINY, *SWEPT, "out=run"), "out=run: holds no sweep that can go on")
 
 
 @pytest.mark.parametrize("name", ["library-s1", "bands"])
@@ -507,7 +507,7 @@ STUDY = {
 EXPECTED = STUDY["expect"][0]
 STUDIES = {
     "laughs": (f"title: t\n{LAUGHS}", "refers to another place"),
-    "nesting": ("title: " + "[" * 50_000, "nested deeper"),
+    "nesting": ("title: " + "[" * 50_000, "nest"),
     "the environment": ({"settings": ["seed=${oc.env:SECRET}"]}, "holds ${"),
     "where to write": ({"settings": ["out=../outside/x"]}, "no study may say that"),
     "where to write, another way": ({"variants": {"a": ["++out=../outside/x"]}}, "no study may say that"),

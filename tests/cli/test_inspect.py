@@ -16,19 +16,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.core.global_hydra import GlobalHydra
-from PIL import Image
+from PIL import Image as Picture
 from rich.console import Console
 from torch import nn
 
+from bnexp.cli import inspect as command
 from bnexp.cli.main import main
 from bnexp.config import build
-from bnexp.config.compose import stored_config
-from bnexp.inspect import featuremaps, findings
-from bnexp.inspect.diagnosis import Diagnosis, NormStatistics, Score, batch_logits, batches_of, diagnose
-from bnexp.inspect.inspection import Question, inspect
-from bnexp.probes.features import grey
-from bnexp.probes.statistics import compare
+from bnexp.config.stored import stored_config
+from bnexp.probes import statistics
+from bnexp.probes.confusion import count_confusions
+from bnexp.probes.features import UNIT, look_at_images, picture_output, to_grey
+from bnexp.probes.layers import list_layers
+from bnexp.probes.population import recompute_statistics, training_batches
+from bnexp.probes.statistics import NORM_HEAD, compare_statistics, score_by_batch, shuffled_batches
+from bnexp.report import readings as report
+from bnexp.report.figures.features import draw_image
 from bnexp.store import checkpoint
+from bnexp.store.readings import Image, Table
 from bnexp.store.run_folder import read_status
 
 DATA = ("data.limit=96", "batch_size=32", "log_every=2")
@@ -145,7 +150,7 @@ def test_the_confusion_matrix_counts_every_image_once_and_its_diagonal_is_the_ac
         by_hand[label, each] += 1
     assert (counts == by_hand).all() and 0 < counts.trace() < 96
     recall = by_hand.diagonal() / by_hand.sum(1)
-    assert list(found["recall"].values()) == pytest.approx(recall.tolist(), abs=1e-6)  # counted in float32
+    assert list(found["recall"].values()) == pytest.approx(recall.tolist(), abs=1e-15)
     assert all(f"{share:.1%}" in out for share in recall)
 
 
@@ -205,7 +210,7 @@ def test_the_score_with_batch_statistics_is_that_of_a_computation_by_hand(folder
     _, found = inspected(path := folder("mlp"))
     run = rebuilt(path)
     test, logits = run.dataset.test, torch.empty(96, 10, dtype=torch.float64)
-    for picked in batches_of(96, 32):
+    for picked in shuffled_batches(96, 32):
         logits[picked] = by_hand(run, test.images[picked], lambda i, x: (x.mean(0), x.var(0, unbiased=False)))
     expected = scored(logits, test.labels)
     assert found["scores"]["batch"] == pytest.approx(expected, rel=1e-5)  # float32 against float64
@@ -214,38 +219,40 @@ def test_the_score_with_batch_statistics_is_that_of_a_computation_by_hand(folder
 
 @pytest.mark.parametrize("num_images, batch_size", [(96, 32), (100, 32), (33, 32), (5, 32), (1, 4), (7, 1)])
 def test_every_image_is_evaluated_once_and_in_a_full_batch(num_images, batch_size):
-    batches = batches_of(num_images, batch_size)
+    batches = shuffled_batches(num_images, batch_size)
     assert batches.shape[1] == batch_size and batches.numel() < num_images + batch_size
     assert sorted(batches.flatten()[:num_images].tolist()) == list(range(num_images))
     assert set(batches.flatten().tolist()) <= set(range(num_images))
-    assert torch.equal(batches, batches_of(num_images, batch_size))
+    assert torch.equal(batches, shuffled_batches(num_images, batch_size))
 
 
 def test_batches_do_not_hold_one_class_each_where_the_files_are_sorted():
     labels = torch.arange(10).repeat_interleave(64)
-    assert min(len(labels[picked].unique()) for picked in batches_of(640, 64)) >= 8
+    assert min(len(labels[picked].unique()) for picked in shuffled_batches(640, 64)) >= 8
 
 
 @torch.no_grad()
 def test_each_batch_finds_the_running_statistics_of_the_run_and_only_norms_are_in_training_mode(folder):
     run = rebuilt(folder("renorm"))  # whose training mode corrects by its running statistics
     run.model.classifier = nn.Sequential(nn.Dropout(0.5), run.model.classifier)
-    split = run.dataset.test
-    logits = batch_logits(run, split, run.model, 32)
+    split, batches = run.dataset.test, shuffled_batches(96, 32)
+    found = score_by_batch(run, split, run.model, batches)
     assert run.model.norm1.num_batches_tracked == 9
-    for picked in batches_of(96, 32).flip(0):
+    logits = torch.empty(96, 10, dtype=torch.float64)
+    for picked in batches.flip(0):
         fresh = copy.deepcopy(run.model).eval()
         fresh.norm1.train()
         fresh.norm2.train()
-        expected = fresh(run.dataset.prepare(split.images[picked]))
-        assert torch.equal(logits[picked], expected)
+        logits[picked] = fresh(run.dataset.prepare(split.images[picked])).double()
+    expected = scored(logits, split.labels)
+    assert found == (pytest.approx(expected["loss"], rel=1e-12), expected["accuracy"])  # sums in another order
 
 
 @torch.no_grad()
 def test_looking_leaves_the_run_as_it_is(folder):
     run = rebuilt(folder("renorm"))
     before, random = copy.deepcopy(run.state_dict()["model"]), torch.random.get_rng_state()
-    diagnose(run, [0], ["norm1"])
+    list(command.look_at_run(run, "test", [0], ["norm1"]))
     assert all(torch.equal(before[key], each) for key, each in run.model.state_dict().items())
     assert torch.equal(random, torch.random.get_rng_state())
     assert not any(module._forward_hooks for module in run.model.modules())
@@ -273,12 +280,10 @@ def test_gaps_and_dead_channels_are_those_of_the_probe(folder, inspected):
     assert [norm["dead"] for norm in found["norms"].values()] == [0, 2, 0, 0]
     assert found["norms"]["norm1"]["mean_gap"] > 50 > 1 > found["norms"]["norm2"]["mean_gap"]
     run = rebuilt(path)
-    from bnexp.probes.population import recompute_statistics, training_batches
-
     population = copy.deepcopy(run.model)
     recompute_statistics(population, training_batches(run, 10_000), run.forward)
     for name, norm in found["norms"].items():
-        probe = compare(run.model.get_submodule(name), population.get_submodule(name))
+        probe = compare_statistics(run.model.get_submodule(name), population.get_submodule(name))
         assert all(norm[key] == float(probe[key]) for key in ("mean_gap", "variance_gap", "dead"))
 
 
@@ -341,7 +346,8 @@ def test_a_run_of_any_status_that_has_a_checkpoint_can_be_looked_at(status, fold
 def test_a_diverged_run_is_said_to_be_one_and_its_json_is_strict(folder, inspected):
     out, found = inspected(path := folder("diverged"))
     status = read_status(path)
-    assert f"diverged at step {status['step']}" in out and f"since step {status['diverged_step']}" in out
+    words = " ".join(out.split())  # wherever the lines break
+    assert f"diverged at step {status['step']}" in words and f"since step {status['diverged_step']}" in words
     assert found["scores"]["running"]["loss"] is None
     assert "not finite" in out and "nan" not in out
     assert (path / "inspect/image-0.png").is_file()
@@ -352,7 +358,7 @@ def test_without_test_images_validation_images_are_looked_at_and_it_is_said(fold
         for i in range(6):
             file = Path(f"photos/train/{name}/{i}.png")
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (9, 13, 3), np.uint8)).save(file)
+            Picture.fromarray(np.random.default_rng(i).integers(0, 255, (9, 13, 3), np.uint8)).save(file)
     options = ("data=folder", "data.root=photos", "data.size=8", "data.valid=5", "batch_size=3", "steps=2", "model=mlp")
     path = train(*options)
     out, found = inspected(path)
@@ -367,17 +373,22 @@ def test_without_test_images_validation_images_are_looked_at_and_it_is_said(fold
 # ---------------------------------------------------------------- tables, in 80 columns
 
 
-def diagnosis(confusion, classes, **other):
-    counts = torch.tensor(confusion)
-    score = Score(0.5, float(counts.trace() / counts.sum()))
-    fixed = {"split": "test", "num_images": int(counts.sum()), "num_training_images": 50, "batch_size": 10, "norms": [],
-             "scores": dict.fromkeys(KEPT, score), "why_one_score": "", "portraits": []}  # fmt: skip
-    return Diagnosis(**fixed | other, classes=tuple(classes), confusion=counts)
+SCORES = {"running": (0.5, 0.9), "recomputed": (0.5, 0.9), "batch": (0.5, 0.9)}
 
 
-def printed(found, width=80, **console):
+def printed(counts, classes, scores=SCORES, norms=(), width=80, **console):
+    """What is printed of a confusion matrix and of the other tables, before the images."""
+    rows = [tuple(norm.get(column) for column in NORM_HEAD) for norm in norms]
+    matrix = tuple((name, *row) for name, row in zip(classes, counts, strict=True))
+    readings = {
+        "norms": Table("norms", NORM_HEAD, tuple(rows)),
+        "scores": Table("scores", ("statistics", "loss", "accuracy"), tuple((k, *v) for k, v in scores.items())),
+        "confusion": Table("confusion", ("true", *classes), matrix),
+    }
+    about = {"split": "test", "images": sum(map(sum, counts)), "training_images": 50, "batch_size": 10,
+             "why_one_score": None}  # fmt: skip
     console = Console(file=io.StringIO(), width=width, **console)
-    for each in findings.shown(found, width):
+    for each in report.show_findings(about, readings, width):
         console.print(each, markup=False)
     return console.file.getvalue()
 
@@ -388,7 +399,7 @@ FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 def test_a_matrix_of_10_classes_and_10000_images_fits_80_columns_uncut():
     counts = np.full((10, 10), 1000 // 90 + 1)
     np.fill_diagonal(counts, 1000)
-    lines = printed(diagnosis(counts.tolist(), FASHION)).splitlines()
+    lines = printed(counts.tolist(), FASHION).splitlines()
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines if re.search(r"\d\d\.\d%$", line) and "1000" in line]
     assert [row[-11:-1].count("12") for row in rows] == [9] * 10
@@ -397,8 +408,8 @@ def test_a_matrix_of_10_classes_and_10000_images_fits_80_columns_uncut():
 
 
 def test_names_that_would_look_alike_are_numbered():
-    found = diagnosis(np.eye(10, dtype=int).tolist(), ["shirt, red", "shirt, blue", *FASHION[2:]])
-    (head,) = [line for line in printed(found).splitlines() if line.rstrip().endswith("recall")]
+    text = printed(np.eye(10, dtype=int).tolist(), ["shirt, red", "shirt, blue", *FASHION[2:]])
+    (head,) = [line for line in text.splitlines() if line.rstrip().endswith("recall")]
     assert head.split()[:3] == ["0", "1", "Pullo"]
 
 
@@ -406,127 +417,150 @@ def test_more_classes_than_fit_are_listed_by_recall_lowest_first():
     counts = np.eye(40, dtype=int) * 10
     counts[7, 7], counts[7, 8] = 4, 6
     counts[39] = 0
-    text = printed(diagnosis(counts.tolist(), [f"class {i}" for i in range(40)]))
+    text = printed(counts.tolist(), [f"class {i}" for i in range(40)])
     assert "lowest of 39 classes" in text and "confusion.csv" in text
     assert re.search(r"recall\s+─+\s+class 7\s+10\s+40.0%", text)
     assert "Most frequent confusions: class 7 taken for class 8 (6 of 10)." in " ".join(text.split())
 
 
 def test_confusions_come_in_words_the_most_frequent_first():
-    text = printed(diagnosis([[5, 3, 0], [1, 9, 0], [0, 7, 2]], ["[bold]cat", "dog", "ox"]))
+    text = printed([[5, 3, 0], [1, 9, 0], [0, 7, 2]], ["[bold]cat", "dog", "ox"])
     words = "ox taken for dog (7 of 9), [bold]cat taken for dog (3 of 8), dog taken for [bold]cat (1 of 10)."
     assert f"Most frequent confusions: {words}" in " ".join(text.split())
-    perfect = printed(diagnosis([[5, 0], [0, 9]], ["cat", "dog"]))
+    perfect = printed([[5, 0], [0, 9]], ["cat", "dog"])
     assert "Every one of the 14 test images is recognized." in perfect
 
 
 def test_a_class_without_images_has_no_recall():
-    text = printed(diagnosis([[5, 0], [0, 0]], ["cat", "dog"]))
+    text = printed([[5, 0], [0, 0]], ["cat", "dog"])
     assert re.search(r"dog +\. +\. +-$", text, re.M)
 
 
 def test_statistics_that_are_not_finite_are_called_so():
-    norm = NormStatistics("norm1", 3, (0.0, 1.0), (math.nan, math.nan), (0.0, math.inf), (1.0, 2.0), math.nan, 0.1)
-    text = printed(diagnosis([[5, 0], [0, 9]], ["cat", "dog"], norms=[norm]))
+    norm = {"layer": "norm1", "channels": 3, "running_mean": (0.0, 1.0), "running_var": (math.nan, math.nan),
+            "population_mean": (0.0, math.inf), "population_var": (1.0, 2.0), "mean_gap": math.nan,
+            "variance_gap": 0.1}  # fmt: skip
+    text = printed([[5, 0], [0, 9]], ["cat", "dog"], norms=[norm])
     assert text.count("not finite") == 3
     assert "nan" not in text and "inf" not in text
 
 
+def test_the_limits_named_below_the_table_of_norms_are_those_of_the_probe():
+    scale, variance = statistics.SMALL_SCALE, statistics.SMALL_VARIANCE
+    assert f"|gamma| < {scale:g} or a population variance < {variance:g}" in report.GAP_CAPTION
+
+
 @pytest.mark.parametrize("loss, accuracy, warns", [(2.0, 0.5, True), (2.0, 0.97, False), (0.1, 0.5, False)])
 def test_running_statistics_that_do_harm_are_named(loss, accuracy, warns):
-    scores = {"running": Score(loss, accuracy), "recomputed": Score(0.5, 0.98), "batch": Score(0.6, 0.97)}
-    text = " ".join(printed(diagnosis([[50, 0], [2, 48]], ["cat", "dog"], scores=scores)).split())
+    scores = {"running": (loss, accuracy), "recomputed": (0.5, 0.98), "batch": (0.6, 0.97)}
+    text = " ".join(printed([[50, 0], [2, 48]], ["cat", "dog"], scores).split())
     assert ("The running statistics cost" in text) is warns
     assert ("cost 48 images" in text) is warns
 
 
 def test_the_matrix_is_green_where_it_is_right_red_where_it_is_wrong_and_plain_in_a_pipe():
-    found = diagnosis([[5, 3], [0, 9]], ["cat", "dog"])
-    colours = printed(found, force_terminal=True, color_system="truecolor")
+    colours = printed([[5, 3], [0, 9]], ["cat", "dog"], force_terminal=True, color_system="truecolor")
     (row,) = [line for line in colours.splitlines() if line.startswith("cat")]
     background = {count: re.findall(rf"48;2;(\d+);(\d+);(\d+)m +{count}\x1b", row)[0] for count in (5, 3)}
     assert int(background[5][0]) < int(background[5][1]) and int(background[3][0]) > int(background[3][1])
-    assert "\x1b" not in printed(found)
+    assert "\x1b" not in printed([[5, 3], [0, 9]], ["cat", "dog"])
 
 
 # ---------------------------------------------------------------- feature maps
 
 
-@pytest.fixture
-def question(tmp_path):
-    return lambda path, images=None, layers=None: Question(path, images, layers, tmp_path / "seen", [])
-
-
-def pixels(path):
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
-
-
-def holds(picture, block):
-    """Whether ``block`` (H, W, 3) stands somewhere in ``picture``, pixel for pixel, beside the names of the layers."""
-    left = featuremaps.MARGIN + featuremaps.LABELS
-    column = picture[:, left : left + block.shape[1]]
-    return any(torch.equal(column[top : top + len(block)], block) for top in range(len(column) - len(block) + 1))
+def looked(run, indices, layers=None):
+    """What is found of single test images, by tag."""
+    layers = layers or command.choose_layers(list_layers(run.model, run.dataset.in_shape))
+    return {each.tag: each for each in look_at_images(run, run.dataset.test, indices, layers)}
 
 
 @torch.no_grad()
-def test_a_picture_holds_the_maps_of_every_layer_of_its_image(folder, question, tmp_path):
-    run = rebuilt(path := folder())
-    found = inspect(run, question(path, [2, 5]), Console(file=io.StringIO()))
-    assert [each.index for each in found.portraits] == [2, 5]
-    assert list(found.portraits[0].outputs) == ["conv1", "norm1", "pool1", "conv2", "norm2", "pool2"]
-    model = run.model.eval()
-    for index, portrait in zip((2, 5), found.portraits, strict=True):
-        image = run.dataset.test.images[index : index + 1]
+def test_a_picture_holds_the_maps_of_every_layer_of_its_image(folder):
+    run = rebuilt(folder())
+    found = looked(run, [2, 5])
+    model, test = run.model.eval(), run.dataset.test
+    assert [row[0] for row in found["predictions"].rows] == [2, 5]
+    for index, row in zip((2, 5), found["predictions"].rows, strict=True):
+        image = test.images[index : index + 1]
         x = model.conv1(run.dataset.prepare(image))
         expected = {"conv1": x, "norm1": model.norm1(x)}
         expected["conv2"] = model.conv2(model.pool1(expected["norm1"]))
-        # Alone or beside others, an image gives the same maps but for the last bits of sums.
+        outputs = {each["layer"]: each for each in found["outputs"].records() if each["image"] == index}
+        assert list(outputs) == ["conv1", "norm1", "pool1", "conv2", "norm2", "pool2"]
+        # Alone or beside others, an image gives the same maps but for the last bits of sums: a grey may be the next.
         for name, maps in expected.items():
-            torch.testing.assert_close(portrait.outputs[name], maps[0])
-        assert portrait.label == int(run.dataset.test.labels[index])
+            pixels = found[f"image-{index}/{name}"].pixels
+            assert (pixels.int() - picture_output(maps[0])[0]).abs().max() <= 1
+            spans = [outputs[name][end] for end in ("lowest", "highest")]
+            assert spans == pytest.approx([float(end) for end in maps.aminmax()], rel=1e-4, abs=1e-6)
+            assert outputs[name]["shape"] == maps.shape[1:]
+            liveliest = maps[0].flatten(1).std(1).argmax()
+            picture = found[f"liveliest-{index}/{name}"].pixels
+            assert (picture.int() - to_grey(maps[:1, liveliest, None])[0, 0]).abs().max() <= 1
         probabilities = model(run.dataset.prepare(image)).softmax(1)[0]
-        torch.testing.assert_close(portrait.probabilities, probabilities)
-        picture = pixels(tmp_path / f"seen/image-{index}.png")
-        assert all(holds(picture, featuremaps.block(each)) for each in portrait.outputs.values())
-        other = found.portraits[index == 2]
-        assert not holds(picture, featuremaps.block(other.outputs["conv1"]))
+        assert row[3:] == pytest.approx(probabilities.tolist(), rel=1e-4)
+        names = run.dataset.class_names
+        assert row[1:3] == (names[int(test.labels[index])], names[int(probabilities.argmax())])
+        assert torch.equal(found[f"image-{index}"].pixels, image[0, 0])
+    assert not torch.equal(found["image-2/conv1"].pixels, found["image-5/conv1"].pixels)
+
+
+@torch.no_grad()
+def test_a_figure_shows_what_the_readings_hold(folder):
+    found = looked(rebuilt(folder()), [2], ["conv1", "pool2", "classifier"])
+    figure = draw_image(2, "test", found)
+    shown = [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
+    tags = ("image-2", "image-2/conv1", "image-2/pool2", "image-2/classifier")
+    expected = [found[tag].pixels.numpy() for tag in tags]
+    assert all(map(np.array_equal, shown, expected)) and len(shown) == 4
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    for row in found["outputs"].rows:
+        assert row[1] in texts and any(report.show_cell(row[-2:]) in text for text in texts)
+    assert any("6 maps of 24x24" in text for text in texts) and any("10 units" in text for text in texts)
+    bars = [bar.get_width() for bar in figure.axes[1].patches]
+    assert bars == pytest.approx(found["predictions"].rows[0][3:])
+    assert sum("true class" in text for text in texts) == 1 == sum("predicted" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", ["lenet", "untracked"])
 def test_every_image_is_taken_for_what_the_matrix_says_whichever_are_shown_beside_it(name, folder):
-    found = diagnose(run := rebuilt(folder(name)), list(range(95, -1, -1)))
+    run = rebuilt(folder(name))
+    rows = looked(run, list(range(95, -1, -1)), ["classifier"])["predictions"].rows
     counts = torch.zeros(10, 10, dtype=torch.int64)
-    for portrait in found.portraits:
-        counts[portrait.label, portrait.predicted] += 1
-    assert torch.equal(counts, found.confusion)
-    (alone,) = diagnose(run, [37]).portraits
-    assert torch.equal(alone.probabilities, found.portraits[95 - 37].probabilities)
+    for _, true, predicted, *_ in rows:
+        counts[int(true), int(predicted)] += 1
+    assert torch.equal(counts, count_confusions(run, run.dataset.test, run.model.eval()))
+    (alone,) = looked(run, [37], ["classifier"])["predictions"].rows
+    assert alone == rows[95 - 37]
 
 
+@torch.no_grad()
 def test_images_are_found_beyond_the_first_evaluation_batch(folder, monkeypatch):
     monkeypatch.setattr("bnexp.train.run.EVALUATION_BATCH", 40)
     run = rebuilt(folder())
-    portraits = diagnose(run, [95, 0, 40, 39]).portraits
-    assert [portrait.index for portrait in portraits] == [95, 0, 40, 39]
-    for portrait in portraits:
-        assert torch.equal(portrait.image, run.dataset.test.images[portrait.index])
-        with torch.no_grad():
-            logits = run.model.eval()(run.dataset.prepare(portrait.image[None]))
-        torch.testing.assert_close(portrait.probabilities, logits.softmax(1)[0])
-        maps = run.model.conv1(run.dataset.prepare(portrait.image[None]))[0]
-        torch.testing.assert_close(portrait.outputs["conv1"], maps)
+    found = looked(run, [95, 0, 40, 39])
+    assert [row[0] for row in found["predictions"].rows] == [95, 0, 40, 39]
+    for index, _, _, *shares in found["predictions"].rows:
+        image = run.dataset.test.images[index]
+        assert torch.equal(found[f"image-{index}"].pixels, image[0])
+        logits = run.model.eval()(run.dataset.prepare(image[None]))
+        assert shares == pytest.approx(logits.softmax(1)[0].tolist(), rel=1e-4)
+        maps = run.model.conv1(run.dataset.prepare(image[None]))[0]
+        assert (found[f"image-{index}/conv1"].pixels.int() - picture_output(maps)[0]).abs().max() <= 1
 
 
-def test_a_block_shows_maps_in_rows_of_8_and_units_as_squares_of_one_grey():
+def test_a_picture_shows_maps_in_rows_of_8_and_units_as_squares_of_one_grey():
     maps = torch.arange(11 * 16.0).view(11, 4, 4).sin()
-    picture = featuremaps.block(maps)
-    assert picture.shape == (2 * 66 + 2, 8 * 66 + 2, 3)
-    ninth = picture[68:132, 2:66, 0]
-    assert torch.equal(ninth[::16, ::16], grey(maps[None])[0, 8])
-    units = featuremaps.block(torch.tensor([-1.0, 0.0, 1.0]))
-    side = featuremaps.UNIT
-    assert units.shape == (side, 3 * side, 3)
-    assert units[0, ::side, 0].tolist() == [0, 128, 255] and units[-1, side - 1 :: side, 2].tolist() == [0, 128, 255]
+    picture, pictured = picture_output(maps)
+    assert picture.shape == (2 * 66 + 2, 8 * 66 + 2) and pictured == 11
+    ninth = picture[68:132, 2:66]
+    assert torch.equal(ninth[::16, ::16], to_grey(maps[None])[0, 8])
+    units, _ = picture_output(torch.tensor([-1.0, 0.0, 1.0]))
+    assert units.shape == (UNIT, 40 * UNIT)
+    squares = [0, 128, 255] + [240] * 37
+    assert units[0, ::UNIT].tolist() == squares and units[-1, UNIT - 1 :: UNIT].tolist() == squares
+    assert [picture_output(torch.zeros(shape))[1] for shape in ((64, 7, 7), (300,), (5, 1, 1))] == [16, 240, 5]
 
 
 def test_layers_are_the_ones_asked_for_in_the_order_asked_for(folder, inspected):
@@ -539,24 +573,52 @@ def test_a_deep_model_is_shown_by_the_last_layer_of_every_size():
     from bnexp.models.mlp import MLP
     from bnexp.models.resnet import ResNet
     from bnexp.norms.library import BatchNorm
-    from bnexp.probes.layers import list_layers
 
     shape = (1, 28, 28)
-    chosen = featuremaps.choose(list_layers(ResNet(shape, 10, BatchNorm).to("meta"), shape))
+    chosen = command.choose_layers(list_layers(ResNet(shape, 10, BatchNorm).to("meta"), shape))
     assert chosen == ["norm1", "stage1.block2.norm2", "stage2.block2.norm2", "stage3.block2.norm2"]
-    chosen = featuremaps.choose(list_layers(MLP(shape, 10, BatchNorm).to("meta"), shape))
+    chosen = command.choose_layers(list_layers(MLP(shape, 10, BatchNorm).to("meta"), shape))
     assert chosen == ["dense1", "norm1", "dense2", "norm2", "classifier"]
 
 
-def test_the_title_is_red_where_the_model_is_wrong():
-    def portrait(label):
-        probabilities = torch.tensor([0.25, 0.75])
-        return featuremaps.Portrait(3, torch.zeros(1, 8, 8, dtype=torch.uint8), label, probabilities, {})
+def prediction_of(true, shares, classes=("cat", "dog")):
+    """The readings of an image of 8x8 pixels, by tag."""
+    row = (3, true, classes[int(np.argmax(shares))], *shares)
+    outputs = Table("outputs", ("image", "layer", "shape", "pictured", "lowest", "highest"), ())
+    predictions = Table("predictions", ("image", "true", "predicted", *classes), (row,))
+    image = Image("image-3", torch.zeros(8, 8, dtype=torch.uint8))
+    return {each.tag: each for each in (predictions, outputs, image)}
 
-    assert portrait(1).sentence("test", ["cat", "dog"]) == "test image 3: true class dog, predicted dog (75.0%)"
-    pictures = [pixels(io.BytesIO(featuremaps.draw(portrait(label), "test", ["cat", "dog"]))) for label in (1, 0)]
-    reddest = [int((each[14:31, :, 0].int() - each[14:31, :, 1]).max()) for each in pictures]
-    assert reddest[0] <= 0 < 100 < reddest[1]
+
+def test_the_title_is_red_where_the_model_is_wrong():
+    readings = prediction_of("dog", [0.25, 0.75])
+    sentence = report.show_prediction("test", readings["predictions"].rows[0])
+    assert sentence == "test image 3: true class dog, predicted dog (75.0%)"
+    right = draw_image(3, "test", readings)
+    assert right.get_suptitle() == sentence
+    wrong = draw_image(3, "test", prediction_of("cat", [0.25, 0.75]))
+    assert right._suptitle.get_color() != wrong._suptitle.get_color()
+    assert [text.get_text() for text in right.axes[1].texts] == ["25.0%", "75.0%  true class, predicted"]
+    assert [text.get_text() for text in wrong.axes[1].texts] == ["25.0%  true class", "75.0%  predicted"]
+
+
+def test_the_ten_most_probable_classes_have_a_bar_in_their_order():
+    classes = [f"a class with a very long name, number {i}" for i in range(12)]
+    shares = [0.0, 0.3, *[0.05] * 9, 0.25]
+    axes = draw_image(3, "test", prediction_of(classes[11], shares, classes)).axes[1]
+    assert [bar.get_width() for bar in axes.patches] == [0.3, *[0.05] * 8, 0.25]
+    assert len(axes.get_yticklabels()) == 10
+
+
+def test_probabilities_that_are_no_numbers_are_drawn_and_named():
+    readings = prediction_of("cat", [math.nan, math.nan])
+    assert "not finite" in draw_image(3, "test", readings).get_suptitle()
+    assert [text.get_text() for text in draw_image(3, "test", readings).axes[1].texts][1] == "not finite"
+
+
+def test_classes_may_have_the_names_of_columns():
+    readings = prediction_of("true", [0.25, 0.5, 0.25], ("image", "true", "predicted"))
+    assert [bar.get_width() for bar in draw_image(3, "test", readings).axes[1].patches] == [0.25, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -570,22 +632,24 @@ def test_the_title_is_red_where_the_model_is_wrong():
         ({}, False),
     ],
 )
-def test_a_terminal_with_enough_colours_shows_small_pictures_and_nothing_else_does(console, shows, folder, question):
+def test_a_terminal_with_enough_colours_shows_small_pictures_and_nothing_else_does(console, shows, folder):
     console = Console(file=io.StringIO(), width=80, **console)
-    inspect(rebuilt(path := folder()), question(path, [3]), console)
+    report.show_images(console, "test", looked(rebuilt(folder()), [3]))
     text = console.file.getvalue()
     rows = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines() if "▀" in line]
-    assert len(rows) == (featuremaps.TILE // 2 if shows else 0)
-    assert all(len(row) <= 80 and row.count("▀") == 6 * featuremaps.TILE for row in rows)
+    assert len(rows) == (report.TILE_SIDE // 2 if shows else 0)
+    assert all(len(row) <= 80 and row.count("▀") == 6 * report.TILE_SIDE for row in rows)
     assert ("input        conv1        norm1" in text) is shows
 
 
-def test_a_small_picture_has_the_colours_of_the_image():
-    image = torch.zeros(3, 12, 12, dtype=torch.uint8)
-    image[0, 0], image[2, 1] = 255, 255  # a red row above a blue one
-    strip = featuremaps.strip(featuremaps.Portrait(0, image, 0, torch.ones(1), {}), 80)
-    first = next(span for span in strip.spans if strip.plain[span.start] == "▀")
-    assert str(first.style) == "rgb(255,0,0) on rgb(0,0,255)"
+@pytest.mark.parametrize("side", [6, 12, 120])
+def test_a_small_picture_has_the_colours_of_the_image(side):
+    image = np.zeros((side, side, 3), np.uint8)
+    image[: side // 2, :, 0], image[side // 2 :, :, 2] = 255, 255  # red above blue
+    text = report.half_blocks({"input": image}, 80)
+    styles = [str(span.style) for span in text.spans if text.plain[span.start] == "▀"]
+    assert len(styles) == 12 * 6
+    assert set(styles[:36]) == {"rgb(255,0,0) on rgb(255,0,0)"} and set(styles[36:]) == {"rgb(0,0,255) on rgb(0,0,255)"}
 
 
 # ---------------------------------------------------------------- bad input
@@ -612,9 +676,9 @@ def test_a_small_picture_has_the_colours_of_the_image():
         (["lenet", "--out", "lenet/config.yaml"], ["--out lenet/config.yaml", "choose another"]),
         (["lenet", "--out", "lenet/config.yaml/x"], ["--out", "choose another"]),
         (["lenet", "--out", "/proc/x/y"], ["--out /proc/x/y", "choose another"]),
-        (["lenet", "empty"], ["empty", "--help"]),
+        (["lenet", "empty"], ["empty: not a setting"]),
         (["lenet", "--frob"], ["--frob", "--help"]),
-        (["lenet", "seed=1"], ["seed=1", "--help"]),
+        (["lenet", "seed=1"], ["seed=1", "those of the place"]),
         (["lenet", "device=tpu"], ["device=tpu"]),
         (["lenet", "threads=1,2"], ["threads=1,2", "one value"]),
     ],

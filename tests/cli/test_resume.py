@@ -172,7 +172,7 @@ def test_a_run_just_begun_that_somebody_else_took_up_at_once_is_left_to_them(bne
     def not_ours(folder):
         yield False
 
-    monkeypatch.setattr("bnexp.store.run_folder.taken", not_ours)
+    monkeypatch.setattr("bnexp.cli.train.taken", not_ours)
     assert bnexp("train", *TINY, "threads=1", "out=run") == 2
     assert "run: another process is at work on this run" in capsys.readouterr().err
     assert not (tmp_path / "run/status.json").exists()

@@ -140,7 +140,7 @@ def test_alone_it_lists_every_study_with_its_source_and_time(bnexp, capsys):
         (["nowhere.yaml"], "there is no such study"),
         (["mnist_lab", "quick=yes"], "true or false is expected"),
         (["mnist_lab", "variants.nnoe=norm=none"], "no such variant; its variants are none, batch_norm"),
-        (["mnist_lab", "-m"], "takes a name and settings only"),
+        (["mnist_lab", "-m"], "takes settings only"),
         (["mnist_lab", "epohcs=3"], "did you mean epochs?"),
         (["mnist_lab", "variants.batch_norm=norm=group norm.groups=3"], "32 channels cannot be split into 3 groups"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -10,14 +11,26 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnexp.cli.inspect import summary_table
+from bnexp.config import parts
+from bnexp.config.choices import choices
+from bnexp.config.compose import composed
+from bnexp.errors import UserError
 from bnexp.models.densenet import DenseNet
 from bnexp.models.lenet import LeNet
 from bnexp.models.mlp import MLP
 from bnexp.models.resnet import ResNet
-from bnexp.norms import library, none, scratch
-from bnexp.probes.layers import Layer, list_layers
+from bnexp.norms import library, none
+from bnexp.norms.ghost import GhostBatchNorm
+from bnexp.probes.layers import Layer, list_layers, smallest_batch
 
 MNIST = (1, 28, 28)
+
+
+def meta(*overrides):
+    """A model on torch's meta device and the shape of its images."""
+    cfg = composed(["data.size=32", *overrides])
+    source = parts.part(cfg, "data")()
+    return parts.meta_model(cfg, source), source.in_shape
 
 
 def printed(table, width=80):
@@ -32,31 +45,31 @@ def printed_totals(table):
 
 
 def test_the_rows_of_lenet():
-    layers = list_layers(LeNet(MNIST, 10, library.BatchNorm), MNIST, batch_size=4)
     norm, dense_norm = "BatchNorm over N, H, W", "BatchNorm over N"
-    assert layers == [
-        Layer("conv1", (4, 6, 24, 24), 150, "", 6 * 24 * 24 * 25),
-        Layer("norm1", (4, 6, 24, 24), 12, norm, 0),
-        Layer("pool1", (4, 6, 12, 12), 0, "", 0),
-        Layer("conv2", (4, 16, 8, 8), 2400, "", 16 * 8 * 8 * 6 * 25),
-        Layer("norm2", (4, 16, 8, 8), 32, norm, 0),
-        Layer("pool2", (4, 16, 4, 4), 0, "", 0),
-        Layer("dense1", (4, 120), 30720, "", 256 * 120),
-        Layer("norm3", (4, 120), 240, dense_norm, 0),
-        Layer("dense2", (4, 84), 10080, "", 120 * 84),
-        Layer("norm4", (4, 84), 168, dense_norm, 0),
-        Layer("classifier", (4, 10), 850, "", 840),
+    assert list_layers(LeNet(MNIST, 10, library.BatchNorm), MNIST) == [
+        Layer("conv1", (1, 28, 28), (6, 24, 24), 150, "", 6 * 24 * 24 * 25),
+        Layer("norm1", (6, 24, 24), (6, 24, 24), 12, norm, 0),
+        Layer("pool1", (6, 24, 24), (6, 12, 12), 0, "", 0),
+        Layer("conv2", (6, 12, 12), (16, 8, 8), 2400, "", 16 * 8 * 8 * 6 * 25),
+        Layer("norm2", (16, 8, 8), (16, 8, 8), 32, norm, 0),
+        Layer("pool2", (16, 8, 8), (16, 4, 4), 0, "", 0),
+        Layer("dense1", (256,), (120,), 30720, "", 256 * 120),
+        Layer("norm3", (120,), (120,), 240, dense_norm, 0),
+        Layer("dense2", (120,), (84,), 10080, "", 120 * 84),
+        Layer("norm4", (84,), (84,), 168, dense_norm, 0),
+        Layer("classifier", (84,), (10,), 850, "", 840),
     ]
 
 
-@pytest.mark.parametrize("norm", [none.Shift, scratch.BatchNorm, library.BatchNorm])
-@pytest.mark.parametrize("model", [MLP, LeNet, ResNet, DenseNet])
-def test_the_parameters_add_up(model, norm):
-    model = model(MNIST, 10, norm)
-    layers = list_layers(model, MNIST)
+@pytest.mark.parametrize("norm", choices("norm"))
+@pytest.mark.parametrize("model", choices("model"))
+def test_the_parameters_of_all_rows_add_up_to_those_of_the_model(model, norm):
+    model, in_shape = meta(f"model={model}", f"norm={norm}")
+    layers = list_layers(model, in_shape)
     total = sum(p.numel() for p in model.parameters())
     assert sum(layer.num_parameters for layer in layers) == total
-    assert printed_totals(summary_table(model, MNIST)) == {
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert printed_totals(summary_table(model, in_shape)) == {
         "trainable parameters": f"{total:,}",
         "buffer elements": f"{sum(b.numel() for b in model.buffers()):,}",
         "multiply-adds per image": f"{sum(layer.multiply_adds for layer in layers):,}",
@@ -75,7 +88,9 @@ def test_multiply_adds_are_half_of_what_torch_counts(model):
 def test_parameters_that_do_not_train_are_not_in_the_total():
     model = MLP(MNIST, 10, library.BatchNorm, hidden=[])
     model.classifier.bias.requires_grad_(False)
-    assert printed_totals(summary_table(model, MNIST))["trainable parameters"] == "7,840"
+    table = summary_table(model, MNIST)
+    assert printed_totals(table)["trainable parameters"] == "7,840"
+    assert re.search(r"^parameters +7,850", printed(table), re.M), "what the rows add up to"
 
 
 @pytest.mark.parametrize("model", [MLP, LeNet, ResNet, DenseNet])
@@ -100,11 +115,109 @@ def test_a_summary_leaves_the_model_and_the_random_numbers_as_they_were(training
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("options", [{"track_running_stats": False}, {"momentum": None}, {"affine": False}])
-@pytest.mark.parametrize("norm", [scratch.BatchNorm, library.BatchNorm])
-def test_every_way_of_keeping_statistics_can_be_summed_up(norm, options):
-    model = LeNet(MNIST, 10, lambda n, activation: norm(n, activation=activation, **options))
-    assert len(list_layers(model, MNIST)) == 11
+OPTIONS = {
+    "momentum": ["null", "0.5"], "affine": ["false"], "track_running_stats": ["false"], "running_var": ["biased"],
+    "running_var_init": ["0.0"], "decay": ["0.9"], "center": ["false"], "scale": ["false"], "zero_debias": ["true"],
+    "decay_warmup": ["true"], "groups": ["1", "layer"], "virtual_batch": ["1", "7", "64"], "r_max": ["1.0"],
+    "d_max": ["0.0"], "renorm_momentum": ["0.0"], "warmup_steps": ["0"], "r_steps": ["0"], "d_steps": ["0"],
+    "eps": ["0.1"],
+}  # fmt: skip
+
+
+def every_option(norm):
+    """Overrides: the norm as it is, and with each of its options at other values."""
+    options = [key for key in composed([f"norm={norm}"]).norm if not key.startswith("_")]
+    return [[f"norm={norm}"]] + [[f"norm={norm}", f"norm.{key}={value}"] for key in options for value in OPTIONS[key]]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("overrides", [each for norm in choices("norm") for each in every_option(norm)], ids=" ".join)
+def test_layers_are_listed_with_every_option_of_every_norm(overrides, device):
+    cfg = composed(["model=lenet", "data.size=16", *overrides])
+    source = parts.part(cfg, "data")()
+    model = parts.make_model(cfg, source)
+    assert len(list_layers(model, source.in_shape, device)) == 11
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 48])
+def test_a_norm_that_normalizes_blocks_in_evaluation_is_shown_whole_blocks(block):
+    class Untracked(GhostBatchNorm):
+        def __init__(self, num_features, activation):
+            super().__init__(num_features, virtual_batch=block, activation=activation)
+            self.running_mean = self.running_var = None
+
+    model = LeNet(MNIST, 10, lambda n, activation: Untracked(n, activation) if block > 1 or n < 20 else nn.Identity())
+    assert smallest_batch(model) == max(2, block)
+    assert len(list_layers(model, MNIST, "cpu")) == 11
+    tracked = LeNet(MNIST, 10, lambda n, activation: GhostBatchNorm(n, virtual_batch=48, activation=activation))
+    assert smallest_batch(tracked) == 2, "running statistics do not depend on the batch"
+
+
+def test_a_norm_that_takes_no_batch_is_heard_itself():
+    class Never(library.BatchNorm):
+        def check_batch_size(self, batch_size):
+            raise UserError("never")
+
+    assert smallest_batch(MLP(MNIST, 10, lambda n, activation: Never(n, track_running_stats=False))) == 2
+
+
+@pytest.mark.parametrize("norm", ["library", "scratch"])
+def test_a_run_without_running_statistics_trains_and_is_summed_up_and_inspected(norm, bnexp, train):
+    options = ("model=mlp", f"norm={norm}", "norm.track_running_stats=false", "data.limit=64", "batch_size=16")
+    path = train(*options, "steps=2", "threads=auto", "probe=[shapes,features,statistics,activations]")
+    assert bnexp("summary", *options) == 0
+    assert bnexp("inspect", str(path), "--images", "0") == 0
+
+
+class Inner(nn.Module):
+    """A norm with parameters of its own and a child, that tells nobody that it is one."""
+
+    def __init__(self, num_features, activation):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_features))
+        self.inner = nn.BatchNorm1d(num_features)
+
+    def forward(self, x, residual=None):
+        return self.scale * self.inner(input=x)
+
+
+class Outer(Inner):
+    def reduces_over(self, num_dims):
+        return "N"
+
+
+def test_a_norm_with_a_child_is_a_row_with_its_own_parameters():
+    layers = list_layers(MLP(MNIST, 10, Inner, hidden=[5]), MNIST)
+    rows = {layer.name: layer.num_parameters for layer in layers}
+    assert rows == {"flatten": 0, "dense1": 3920, "norm1.inner": 10, "norm1": 5, "classifier": 60}
+    layers = list_layers(MLP(MNIST, 10, Outer, hidden=[5]), MNIST)
+    rows = {layer.name: (layer.num_parameters, layer.norm) for layer in layers}
+    assert rows == {
+        "flatten": (0, ""), "dense1": (3920, ""), "norm1": (15, "Outer over N"), "classifier": (60, "")
+    }  # fmt: skip
+
+
+def test_parameters_that_are_shared_unused_or_not_in_a_leaf_are_counted_once():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(784))
+            self.first, self.second, self.unused = nn.Linear(784, 784), nn.Linear(784, 784), nn.Linear(2, 3)
+            self.second.weight = self.first.weight
+            self.attention = nn.MultiheadAttention(784, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.second(self.first(x.flatten(1) + self.position))[:, None]
+            return self.attention(x, x, x)[0][:, 0]
+
+    layers = list_layers(Odd(), MNIST)
+    assert sum(layer.num_parameters for layer in layers) == sum(p.numel() for p in Odd().parameters())
+    rows = {layer.name: (layer.num_parameters, layer.out_shape) for layer in layers}
+    assert rows["second"] == (784, (784,)) and rows[""] == (784, (784,))
+    assert rows["unused"] == (9, ()) and rows["attention"] == (3 * 784 * 785, ())
+    lines = printed(summary_table(Odd(), MNIST)).splitlines()
+    assert any(re.match(r"unused +- +9 +-$", line.rstrip()) for line in lines), "no shape, for no image passes it"
+    assert any(line.startswith("(model)") for line in lines)
 
 
 def test_a_norm_is_one_row_and_says_itself_what_it_reduces_over():
@@ -119,13 +232,15 @@ def test_a_norm_is_one_row_and_says_itself_what_it_reduces_over():
         def forward(self, x, residual=None):
             return self.inner["last"](self.inner["first"](x))
 
-    layers = list_layers(MLP(MNIST, 10, Pair, hidden=[5]), MNIST, batch_size=2)
+    layers = list_layers(MLP(MNIST, 10, Pair, hidden=[5]), MNIST)
     assert [layer.name for layer in layers] == ["flatten", "dense1", "norm1", "classifier"]
-    assert layers[2] == Layer("norm1", (2, 5), 10, "Pair over half of N", 0)
+    assert layers[2] == Layer("norm1", (5,), (5,), 10, "Pair over half of N", 0)
 
 
 def test_a_norm_that_averages_nothing_shows_its_class_and_other_layers_a_dash():
     class Silent(none.Shift):
+        normalizes = True
+
         def reduces_over(self, num_dims):
             return ""
 

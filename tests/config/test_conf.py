@@ -16,7 +16,7 @@ ENTRIES = sorted(path for path in CONF.rglob("*.yaml") if path.parent != CONF)
 # What the caller supplies, not the config: the model's and the norm's place in the network, a tensor's home.
 SUPPLIED = {
     "model": {"in_shape", "num_classes", "norm"},
-    "norm": {"num_features", "activation", "device", "dtype"},
+    "norm": {"num_features", "activation", "bias", "device", "dtype"},  # bias: torch's spelling of no shift
     "schedule": {"step", "total_steps"},
     "engine": {"run"},
 }

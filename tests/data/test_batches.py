@@ -458,7 +458,7 @@ def test_without_classes_per_batch_the_order_is_what_it_always_was():
         (True, 10, r"classes_per_batch=True: not a number of classes"),
         (11, 10, r"classes_per_batch=11: the training images have 10 classes; give 10 or less, or null"),
         (1, 30, r"=1: no class fills a batch of 30, the largest has 29 .*batch_size=29 or less, or .*=2 or more"),
-        (2, 60, r"=2: an epoch of 4 full .* share out 10 classes.*batch_size=32 or less, or .*_batch=4 or more"),
+        (2, 60, r"=2: an epoch of 4 full .* for 10 classes.*batch_size=32 or less, or .*_batch=4 or more"),
     ],
 )
 def test_classes_per_batch_that_cannot_be_are_errors_that_say_what_can(k, batch_size, message):

@@ -16,7 +16,7 @@ from bnexp.engines.capture import tell
 from bnexp.engines.compile import compiled
 from bnexp.engines.graph import Captured, captured
 from bnexp.errors import UserError
-from bnexp.optim import keep_rates_on
+from bnexp.optim import place_learning_rates
 
 TINY = ("device=cpu", "threads=1", "data.size=16", "data.limit=64", "batch_size=20", "steps=9")  # epochs of 3 or 4
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def nothing_told():
 def make(*overrides):
     """A run whose learning rates are tensors, as on a GPU."""
     run = build.build(composed([*TINY, *overrides]))
-    keep_rates_on(run.optimizer, CPU)
+    place_learning_rates(run.optimizer, CPU)
     return run
 
 

@@ -24,7 +24,7 @@ from bnexp.engines.capture import tell
 from bnexp.engines.fold import Fold, Stack
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
-from bnexp.optim import keep_rates_on
+from bnexp.optim import place_learning_rates
 from bnexp.store.run_folder import read_status
 from bnexp.store.writer import NullWriter
 from bnexp.train.drive import Group, lockstep
@@ -348,7 +348,7 @@ def captured_and_not(*overrides, rates=(1, 2, 1)):
     """The same runs folded twice, the second time their step is captured; learning rates are tensors, as on a GPU."""
     both = [members(*overrides, rates=rates, double=False) for _ in range(2)]
     for run in both[0] + both[1]:
-        keep_rates_on(run.optimizer, torch.device("cpu"))
+        place_learning_rates(run.optimizer, torch.device("cpu"))
     tape = Tape()
     return *both, Fold(), Fold(partial(CapturedStack, warmup_steps=2, graphs=tape)), tape
 

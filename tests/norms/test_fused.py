@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnexp.errors import UserError
 from bnexp.norms import library, scratch
-from bnexp.norms.fused import BatchNorm, require_device
+from bnexp.norms.fused import BatchNorm
 from bnexp.norms.kernels import batch_norm as bn
+from bnexp.norms.kernels.batch_norm import require_kernels
 
 needs_kernels = pytest.mark.skipif(
     not bn.interpreted(), reason="CPU tensors need TRITON_INTERPRET=1; test_fused_gpu.py runs on the GPU"
@@ -213,15 +214,15 @@ def test_its_printed_form_and_the_debug_log_name_the_tier_and_the_reason(caplog)
     with caplog.at_level(logging.DEBUG, logger="bnexp.norms.kernels"):
         norm(images())
     assert "tier=local (4 x 16 tile holds a channel's 60 values" in repr(norm)
-    assert "forward (4, 6, 3, 5): Plan(tier='local'" in caplog.text
+    assert "forward (4, 6, 3, 5): Tiling(tier='local'" in caplog.text
     assert repr(pickle.loads(pickle.dumps(norm))) == repr(copy.deepcopy(norm)) == repr(norm)
 
 
 @needs_kernels
 def test_the_interpreter_is_announced_once(caplog, monkeypatch):
     monkeypatch.setattr(bn, "_warned", False)
-    require_device("cpu")
-    require_device(torch.device("cpu"))
+    require_kernels("cpu")
+    require_kernels(torch.device("cpu"))
     assert [each.levelname for each in caplog.records] == ["WARNING"] and "slow" in caplog.text
 
 
@@ -231,10 +232,10 @@ def test_without_a_gpu_it_can_be_built_and_traced_and_running_it_says_what_it_ne
     with pytest.raises(UserError, match="need a CUDA device and this is cpu; use norm=library"):
         norm(images())
     with pytest.raises(UserError, match="CUDA device"):
-        require_device("cpu")
+        require_kernels("cpu")
     with pytest.raises(UserError, match="this is mps"):
-        require_device("mps")
-    require_device("cuda")  # whether there is one is torch's to say
+        require_kernels("mps")
+    require_kernels("cuda")  # whether there is one is torch's to say
     assert norm.num_batches_tracked == 0 and torch.equal(norm.running_var, torch.ones(6))
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert norm(torch.empty(2, 6, 4, 4), torch.empty(2, 6, 4, 4)).shape == (2, 6, 4, 4)

@@ -4,14 +4,17 @@ Walks conf/, so a new norm is held to this without a line here. What each comput
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
-from test_models import NORMS, load_entry, make_norm
+from test_models import NORMS, SMALL_BATCHES, load_entry, make_norm
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from bnexp.errors import UserError
 from bnexp.models.lenet import LeNet
+from bnexp.norms import scratch
 from bnexp.norms.base import ACTIVATIONS, BatchNormBase, finish
 from bnexp.norms.kernels.batch_norm import interpreted
 from bnexp.probes.layers import list_layers
@@ -159,19 +162,82 @@ def test_evaluation_changes_nothing_and_images_do_not_see_each_other(name):
 def test_a_summary_shows_the_norm_on_the_meta_device(name):
     layers = {layer.name: layer for layer in list_layers(LeNet((1, 28, 28), 10, make_norm(name)), (1, 28, 28))}
     module = make_norm(name)(6)
-    assert layers["norm1"].out_shape == (32, 6, 24, 24)
+    assert layers["norm1"].out_shape == (6, 24, 24)
     assert layers["norm1"].num_parameters == sum(p.numel() for p in module.parameters())
     shown = [layers[each].norm for each in ("norm1", "norm3")]
-    averages = hasattr(module, "reduces_over")
-    assert averages == (name != "none")
-    over = [f"{type(module).__name__} over {module.reduces_over(d)}" for d in (4, 2)] if averages else ["", ""]
-    assert shown == over
+    assert module.normalizes == (name != "none")
+    over = [f"{type(module).__name__} over {module.reduces_over(d)}" for d in (4, 2)]
+    assert shown == (over if module.normalizes else ["", ""])
 
 
 @every_norm
-@pytest.mark.parametrize("eps", [-1.0, float("nan")])
-def test_a_variance_that_could_go_negative_is_refused(name, eps):
+@pytest.mark.parametrize("eps", [-1.0, 0.0, 1e-46, 1e39, float("nan"), float("inf")])
+def test_an_eps_that_is_not_positive_and_finite_in_float32_is_refused(name, eps):
     target, options = load_entry("norm", name)
     if "eps" in options:
         with pytest.raises(UserError, match="norm.eps="):
             target(6, **options | {"eps": eps})
+
+
+# ---------------------------------------------------------------- torch's own tools
+
+
+def averaged(module, batches):
+    """The running mean and variance of each batch by itself, averaged over the batches."""
+    found = []
+    for batch in batches:
+        alone = copy.deepcopy(module)
+        alone.reset_running_stats()
+        alone.momentum = 1.0
+        alone(batch)
+        found.append((alone.running_mean, alone.running_var))
+    return [torch.stack(each).mean(0) for each in zip(*found, strict=True)]
+
+
+def of_scratch(**options):
+    return pytest.param(lambda: scratch.BatchNorm(6, **options), id=f"scratch {options}")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(lambda name=name: make_norm(name)(6), id=name) for name in NORMS
+     if make_norm(name)(6).keeps_running_statistics() and (name != "fused" or interpreted())]
+    + [of_scratch(momentum=0.3, running_var="biased"), of_scratch(decay_warmup=True), of_scratch(decay=0.999),
+       of_scratch(zero_debias=True, running_var_init=0)],
+)  # fmt: skip
+def test_torchs_update_bn_averages_the_statistics_of_its_batches(make):
+    module, batches = make(), [images(seed) for seed in range(3)]
+    momentum = module.momentum
+    module(images(seed=9))
+    expected = averaged(make(), batches)
+    update_bn(batches, nn.Sequential(module).eval())
+    # Averages of three float32 numbers around 2, moved one after the other.
+    torch.testing.assert_close([module.running_mean, module.running_var], expected, rtol=1e-6, atol=1e-6)
+    assert module.num_batches_tracked == 3 and module.momentum == momentum and not module.training
+
+
+@every_norm
+def test_torchs_conversion_to_synchronized_statistics_changes_no_norm_in_silence(name):
+    module = make_norm(name)(6, activation="relu")
+    if isinstance(module, BatchNormBase):
+        with pytest.raises(UserError, match="cannot become a torch.nn.SyncBatchNorm, .*leave this norm out"):
+            nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))
+    else:
+        assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))[0] is module
+    assert not hasattr(module, "qconfig")
+    module.qconfig = "mine"  # as torch's quantization does
+    assert module.qconfig == copy.deepcopy(module).qconfig == "mine"
+
+
+@runnable
+def test_a_norm_takes_torchs_bias_argument(name):
+    target, options = load_entry("norm", name)
+    if "bias" not in inspect.signature(target).parameters:
+        pytest.skip("takes none")
+    full, without = (target(6, **options | SMALL_BATCHES.get(name, {}), bias=bias) for bias in (True, False))
+    assert {n for n, _ in full.named_parameters()} - {n for n, _ in without.named_parameters()} == {"bias"}
+    assert without.bias is None and "bias=False" in repr(without)
+    torch.testing.assert_close(without(images()), full(images()), rtol=0, atol=0)  # whose bias is 0
+    assert "bias" not in without.state_dict()
+    if isinstance(without, BatchNormBase):
+        without.reset_parameters()

@@ -216,6 +216,6 @@ def test_a_group_norm_says_what_it_reduces_over(groups, over):
 
 
 def test_the_repr_says_how_many_groups():
-    assert "6, groups=instance, eps=1e-05, affine=True, activation=relu" in repr(
+    assert "6, groups=instance, eps=1e-05, affine=True, bias=True, activation=relu" in repr(
         GroupNorm(6, "instance", activation="relu")
     )

@@ -229,9 +229,9 @@ def mutate(module, old, new, name="BatchNorm"):
     return getattr(mutant, name)
 
 
-TRACKING = "(1 - momentum) * running.to(batch.dtype) + momentum * batch"
-VARIANCE = "average((z - mean.view(per_channel)).square(), weights)"
-ROOT = "torch.sqrt(var.view(per_channel) + self.eps)"
+TRACKING = "move(self.running_mean, mean, self.debias(momentum))"
+VARIANCE = "average((z - per_channel(mean, z)).square(), weights)"
+ROOT = "torch.sqrt(per_channel(var, z) + self.eps)"
 COUNT = "momentum = self.count_batch()"
 PRECISION = "z = x if x.dtype == torch.float64 else x.float()"
 FINISH = "finish(y.to(x.dtype), residual, self.activation)"
@@ -240,11 +240,12 @@ FINISH = "finish(y.to(x.dtype), residual, self.activation)"
 MUTANTS = [
     ("biased running variance", check_training, scratch, 'kind == "unbiased"', 'kind == "never"'),
     ("unbiased variance for the batch itself", check_training, scratch, VARIANCE, "z.var([0, *range(2, z.dim())])"),
-    ("eps outside the root", check_training, scratch, ROOT, "(var.sqrt() + self.eps).view(per_channel)"),
+    ("eps outside the root", check_training, scratch, ROOT, "(per_channel(var, z).sqrt() + self.eps)"),
     ("eps outside the root, seen in losses", check_lenet_trains_like_library, scratch, ROOT,
-     "(var.sqrt() + self.eps).view(per_channel)"),
+     "(per_channel(var, z).sqrt() + self.eps)"),
     ("eps not the one asked for", check_training, library, "self.eps,", "1e-5,"),
-    ("swapped momentum", check_training, scratch, TRACKING, "momentum * running + (1 - momentum) * batch"),
+    ("swapped momentum", check_training, scratch, TRACKING,
+     "move(self.running_mean, mean, 1 - self.debias(momentum))"),
     ("swapped momentum", check_training, library, COUNT, "momentum = 1 - self.count_batch()"),
     ("no cumulative average", check_settings, library, COUNT, "self.count_batch()"),
     ("counter forgotten", check_training, scratch, COUNT, "momentum = self.momentum"),
@@ -259,9 +260,9 @@ MUTANTS = [
     ("gradient stops at the variance", check_training, scratch, VARIANCE, f"{VARIANCE}.detach()"),
     # The first derivative of the variance does not feel the mean move, the second does.
     ("gradient right, its gradient wrong", check_second_order, scratch, VARIANCE,
-     VARIANCE.replace("mean.view", "mean.detach().view", 1)),
+     VARIANCE.replace("(mean, z)", "(mean.detach(), z)")),
     ("the batch's statistics in evaluation", check_evaluation, scratch, "if self.uses_batch_statistics():", "if True:"),
-    ("shift forgotten", check_training, scratch, "y = y + self.bias.view(per_channel)", "pass"),
+    ("shift forgotten", check_training, scratch, "xhat, self.weight, self.bias", "xhat, self.weight, None"),
     ("residual forgotten", check_training, scratch, FINISH, "finish(y.to(x.dtype), None, self.activation)"),
     ("activation before the residual", check_training, scratch, FINISH,
      "finish(y.to(x.dtype), None, self.activation) + (0 if residual is None else residual)"),

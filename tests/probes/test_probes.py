@@ -1,6 +1,7 @@
 """Probes see what is there and change nothing; what they say is compared with the formula worked out another way."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -17,11 +18,12 @@ from bnexp.errors import UserError
 from bnexp.norms.base import ACTIVATIONS
 from bnexp.norms.ghost import GhostBatchNorm
 from bnexp.probes.activations import MOST_VALUES, SATURATED, Activations, describe, sample
-from bnexp.probes.features import Features, grey, grid
+from bnexp.probes.confusion import Confusion
+from bnexp.probes.features import Features, tile_maps, to_grey
 from bnexp.probes.gradients import Gradients
 from bnexp.probes.landscape import Landscape, loss_and_gradient
-from bnexp.probes.layers import activation_sites, layers, tapped
-from bnexp.probes.population import recompute_statistics, shadow, some_images, spread, training_batches
+from bnexp.probes.layers import activation_sites, named_layers, tapped, tracking_norms
+from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, some_images, training_batches
 from bnexp.probes.shapes import Shapes
 from bnexp.probes.statistics import Statistics
 from bnexp.store.readings import Histogram, Image, Scalar, Table
@@ -127,8 +129,8 @@ def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     assert {step: {tag: value for tag, value in others[step].items() if tag in steps[step]} for step in others} == steps
     seen = {tag.partition("/")[0] for each in others.values() for tag in each} - {"loss", "accuracy", "optimizer"}
     assert seen == {
-        "activation", "gradient", "update", "landscape", "shapes",
-        *(["statistics"] if norm not in ("none", "group") else []), *(["features"] if model != "mlp" else []),
+        "activation", "confusion", "gradient", "recall", "update", "landscape", "shapes",
+        *(["statistics"] if tracking_norms(run.model) else []), *(["features"] if model != "mlp" else []),
     }  # fmt: skip
 
 
@@ -195,7 +197,9 @@ def test_weights_that_are_no_numbers_are_looked_at_without_a_fault(model, bad):
         assert not [each for each in readings if isinstance(each, Histogram) and not math.isfinite(sum(each.edges))]
         scalars = {each.tag: each.value for each in readings if isinstance(each, Scalar)}
         if math.isnan(bad):
-            numbers = [v for tag, v in scalars.items() if not tag.startswith("accuracy") and "/dead" not in tag]
+            numbers = [
+                v for tag, v in scalars.items() if not tag.startswith(("accuracy", "recall")) and "/dead" not in tag
+            ]
             numbers = [] if isinstance(probe, Gradients) else numbers  # those are of before
             assert all(math.isnan(value) for value in numbers), scalars
             assert not any(isinstance(each, Histogram) for each in readings)
@@ -254,9 +258,10 @@ def test_a_batch_to_look_at_is_one_that_the_norms_take(sizes):
 
 def test_images_are_of_every_class_even_if_the_classes_come_in_turn():
     split = Split(torch.arange(30).view(30, 1, 1, 1).to(torch.uint8), torch.arange(3).repeat_interleave(10))
-    assert spread(split, 6).labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert spread(split, 6).images.flatten().tolist() == [0, 5, 10, 15, 20, 25]
-    assert len(spread(split, 100)) == 30 and len(spread(Split(split.images[:0], split.labels[:0]), 4)) == 0
+    assert evenly_spaced(split, 6).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert evenly_spaced(split, 6).images.flatten().tolist() == [0, 5, 10, 15, 20, 25]
+    assert len(evenly_spaced(split, 100)) == 30
+    assert len(evenly_spaced(Split(split.images[:0], split.labels[:0]), 4)) == 0
 
 
 # ---------------------------------------------------------------- what is refused
@@ -276,6 +281,8 @@ def test_images_are_of_every_class_even_if_the_classes_come_in_turn():
         (["landscape.images=1"], "probe.landscape.images=1: "),
         (["landscape.steps=[1.0]"], "probe.landscape.steps=[1.0]: multiples of the learning rate; give two or more"),
         (["landscape.steps=[0,1]"], "probe.landscape.steps=[0, 1]: "),
+        (["confusion.split=all"], "probe.confusion.split=all: no part of the data; choose one of train, valid, test"),
+        (["confusion.images=0"], "probe.confusion.images=0: "),
         (["features.layers=0"], "probe.features.layers=0: "),
         (["features.channels=0"], "probe.features.channels=0: "),
         (["features.images=0"], "probe.features.images=0: "),
@@ -488,7 +495,7 @@ def test_batches_to_recompute_from_are_whole_ones_from_all_over_the_training_set
     assert [len(each) for each in one] == [8, 8, 8]
     assert all(map(torch.equal, one, two))
     assert different(state, run.batches.state_dict()) == []
-    plain = [run.dataset.prepare(spread(run.dataset.train, 24).images[i::3]) for i in range(3)]
+    plain = [run.dataset.prepare(evenly_spaced(run.dataset.train, 24).images[i::3]) for i in range(3)]
     assert not any(map(torch.equal, one, plain)), "augmented as the run's"
     assert [len(each) for each in training_batches(run, 2)] == [8]
     assert [len(each) for each in training_batches(run, 10**6)] == [8] * (len(run.dataset.train) // 8)
@@ -529,7 +536,7 @@ def test_gaps_are_zero_at_the_population_and_otherwise_what_was_put_there():
 def test_the_two_accuracies_are_those_of_evaluation_with_either_statistics():
     run = a_run("model=mlp", "norm.momentum=0.001", "data.limit=null", num_steps=60)
     found = {reading.tag: reading.value for reading in Statistics(images=64).look(run, None)}
-    valid = spread(run.dataset.valid, 64)
+    valid = evenly_spaced(run.dataset.valid, 64)
     assert found["accuracy/valid_running"] == run.evaluate(valid)[1]
     model = shadow(run)
     recompute_statistics(model, training_batches(run, 64), run.forward)
@@ -540,6 +547,66 @@ def test_the_two_accuracies_are_those_of_evaluation_with_either_statistics():
 @pytest.mark.parametrize("norm", ["none", "group"])
 def test_norms_without_running_statistics_yield_nothing(norm):
     assert looked(Statistics(), a_run(*variant("mlp", norm))) == {}
+
+
+# ---------------------------------------------------------------- confusion
+
+
+def test_the_confusion_matrix_counts_true_classes_in_rows_and_predicted_ones_in_columns():
+    run = a_run("model=mlp", "data.limit=200", num_steps=20)
+    found = looked(Confusion(split="test"), run)
+    table, test = found["confusion/test"], run.dataset.test
+    assert table.head == ("true", *run.dataset.class_names)
+    with torch.no_grad():
+        predicted = run.model.eval()(run.dataset.prepare(test.images)).argmax(1)
+    counts = [[0] * 10 for _ in range(10)]
+    for true, other in zip(test.labels.tolist(), predicted.tolist(), strict=True):
+        counts[true][other] += 1
+    assert table.rows == tuple((name, *row) for name, row in zip(run.dataset.class_names, counts, strict=True))
+    lowest = min(row[i] / sum(row) for i, row in enumerate(counts))
+    assert found["recall/test_lowest"] == pytest.approx(lowest, abs=1e-6) and 0 < sum(map(sum, counts)) == 200
+
+
+@pytest.mark.parametrize(
+    "overrides, options, name, number",
+    [
+        ((), {}, "valid", 64),
+        ((), {"images": 9}, "valid", 9),
+        (("data.valid=0",), {}, "train", 64),
+        ((), {"split": "train", "images": 20}, "train", 20),
+    ],
+)
+def test_the_images_of_a_confusion_matrix_are_of_its_split_or_training_images(overrides, options, name, number):
+    run = a_run("model=mlp", "data.valid=70", *overrides)
+    table, recall = Confusion(**options).look(run, None)
+    assert table.tag == f"confusion/{name}" and recall.tag == f"recall/{name}_lowest"
+    counts = torch.tensor([row[1:] for row in table.rows])
+    assert counts.sum() == number
+    chosen = evenly_spaced(getattr(run.dataset, name), number).labels
+    assert torch.equal(counts.sum(1), chosen.bincount(minlength=10))
+
+
+def test_one_class_that_is_never_recognized_is_the_lowest_recall_and_one_without_images_is_not():
+    run = a_run("model=mlp", "data.limit=null", num_steps=60)
+    train = run.dataset.train
+    object.__setattr__(run.dataset, "valid", train.take((train.labels < 5).nonzero().flatten()[:100]))
+    with torch.no_grad():
+        run.model.classifier.bias.fill_(0)
+        before = Confusion().look(run, None)
+        assert 0.3 < [*before][1].value < 1
+        run.model.classifier.bias[3] = -1e9
+    table, recall = Confusion().look(run, None)
+    assert recall.value == 0 and sum(row[4] for row in table.rows) == 0
+    assert all(sum(row[1:]) == 0 for row in table.rows[5:])
+
+
+def test_a_confusion_matrix_is_kept_in_the_run_folder(train):
+    path = train("model=mlp", "data.limit=64", "steps=2", "probe=[confusion]")
+    (line,) = map(json.loads, (path / "probes.jsonl").read_text().splitlines())
+    assert (line["tag"], line["step"], line["head"][0]) == ("confusion/valid", 2, "true")
+    assert sum(sum(row[1:]) for row in line["rows"]) == 64
+    metrics = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= metrics["recall/valid_lowest"] <= 1
 
 
 # ---------------------------------------------------------------- landscape
@@ -624,13 +691,13 @@ def test_under_fp16_the_landscape_is_nearly_that_of_fp32():
 
 def test_every_map_is_stretched_from_black_to_white():
     maps = torch.tensor([[[[1.0, 2.0], [3.0, 5.0]], [[7.0, 7.0], [7.0, 7.0]]]])
-    assert grey(maps).tolist() == [[[[0, 64], [128, 255]], [[0, 0], [0, 0]]]]
-    assert grey(torch.tensor([[[[math.nan, 1.0], [3.0, math.inf]]]])).tolist() == [[[[0, 0], [255, 255]]]]
+    assert to_grey(maps).tolist() == [[[[0, 64], [128, 255]], [[0, 0], [0, 0]]]]
+    assert to_grey(torch.tensor([[[[math.nan, 1.0], [3.0, math.inf]]]])).tolist() == [[[[0, 0], [255, 255]]]]
 
 
 def test_maps_stand_in_rows_of_images_and_columns_of_channels_large_enough_to_be_seen():
     maps = torch.arange(2 * 3 * 25, dtype=torch.uint8).view(2, 3, 5, 5)
-    picture = grid(maps)
+    picture = tile_maps(maps)
     side = 5 * 13  # 64 pixels or more
     assert picture.shape == (2 * (side + 2) + 2, 3 * (side + 2) + 2)
     for i in range(2):
@@ -639,7 +706,7 @@ def test_maps_stand_in_rows_of_images_and_columns_of_channels_large_enough_to_be
             assert torch.equal(picture[top : top + side : 13, left : left + side : 13], maps[i, j])
             assert torch.equal(picture[top + 12 : top + side : 13, left + 12 : left + side : 13], maps[i, j])
     assert picture[:2].eq(255).all() and picture[:, -2:].eq(255).all()
-    assert grid(maps.new_zeros(1, 1, 100, 80)).shape == (104, 84)
+    assert tile_maps(maps.new_zeros(1, 1, 100, 80)).shape == (104, 84)
 
 
 def test_features_are_what_the_first_layers_make_of_validation_images_in_evaluation():
@@ -649,11 +716,25 @@ def test_features_are_what_the_first_layers_make_of_validation_images_in_evaluat
     assert [reading.tag for reading in readings] == [f"features/{name}" for name in names]
     run.model.eval()
     with torch.no_grad():
-        maps = run.model.norm1(run.model.conv1(run.dataset.prepare(spread(run.dataset.valid, 3).images)))
+        maps = run.model.norm1(run.model.conv1(run.dataset.prepare(evenly_spaced(run.dataset.valid, 3).images)))
     run.model.train()
-    assert torch.equal(readings[1].pixels, grid(grey(maps[:, :2])))
+    assert torch.equal(readings[1].pixels, tile_maps(to_grey(maps[:, :2])))
     assert len(list(Features(layers=2).look(run, None))) == 2
     assert list(Features().look(a_run("model=mlp"), None)) == []
+
+
+@pytest.mark.parametrize("valid", [1, 9])
+@pytest.mark.parametrize("model", ["mlp", "lenet"])
+def test_one_image_is_looked_at_among_others_where_evaluation_takes_statistics_of_the_batch(model, valid):
+    run = a_run(*variant(model, "library"), "norm.track_running_stats=false", num_steps=1)
+    object.__setattr__(run.dataset, "valid", evenly_spaced(run.dataset.valid, valid))
+    readings = list(Features(images=1, channels=1).look(run, None))
+    assert len(readings) == (5 if model == "lenet" else 0)
+    assert all(each.pixels.shape[0] < 2 * 64 for each in readings), "one row"
+    run = a_run(*variant(model, "ghost"), num_steps=1)
+    run.model.norm1.running_mean = run.model.norm1.running_var = None
+    assert len(list(Features(images=3).look(run, None))) == len(readings)
+    assert list(Shapes().look(run, None))
 
 
 def test_the_table_of_shapes_names_the_first_layers_an_image_passes():
@@ -677,4 +758,4 @@ def test_layers_are_norms_as_a_whole_and_what_has_no_parts():
             self.inner = nn.Linear(2, 2)
 
     model = nn.Sequential(nn.Linear(2, 2), Outer(), nn.Sequential(nn.ReLU(), GhostBatchNorm(2)))
-    assert list(layers(model)) == ["0", "1", "2.0", "2.1"]
+    assert list(named_layers(model)) == ["0", "1", "2.0", "2.1"]

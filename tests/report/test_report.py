@@ -12,10 +12,10 @@ from rich.console import Console
 
 from bnexp.errors import UserError
 from bnexp.report.records import METRICS, read_runs
-from bnexp.report.report import dump_json, report, to_csv, to_markdown
+from bnexp.report.report import comparison_csv, comparison_json, comparison_markdown, make_report
 from bnexp.report.tables import sweep_table
 from bnexp.report.variants import into_variants
-from bnexp.report.verdict import compare
+from bnexp.report.verdict import compare_records
 
 CLASSES = {"none": "Shift", "library": "BatchNorm", "scratch": "BatchNorm"}
 
@@ -54,14 +54,14 @@ def curves(accuracy=0.9, loss=0.3, valid=(0.5, 0.4, 0.3, 0.35)):
 
 
 def compared(folder, **options):
-    return compare(*read_runs([folder]), **options)
+    return compare_records(*read_runs([folder]), **options)
 
 
 def printed(renderable=None, width=120, **options):
     """What `report` (or a table) writes on a terminal of this width."""
     console = Console(file=io.StringIO(), width=width)
     if renderable is None:
-        report(console=console, **options)
+        make_report(console=console, **options)
     else:
         console.print(renderable)
     return console.file.getvalue()
@@ -152,7 +152,7 @@ def test_a_value_that_was_not_finite_is_neither_skipped_nor_printed_as_nan(tmp_p
     assert comparison.means["none"]["loss/valid/best"].mean == 0.3
     text = printed(paths=[tmp_path])
     assert "not finite" in text
-    assert "nan" not in text.lower() + dump_json(comparison).lower() + to_csv(comparison).lower()
+    assert "nan" not in text.lower() + comparison_json(comparison).lower() + comparison_csv(comparison).lower()
 
 
 def test_a_folder_that_is_none_or_holds_no_run_is_an_error_that_names_it(tmp_path):
@@ -236,7 +236,7 @@ def test_seed_and_housekeeping_do_not_make_a_variant(tmp_path):
 def test_of_a_seed_run_twice_the_later_counts_and_the_earlier_is_named(tmp_path):
     old = write_run(tmp_path / "z-old", started=1, readings=curves(0.5))
     new = write_run(tmp_path / "a-new", started=2, readings=curves(0.7))
-    comparison = compare(*read_runs([new, old]))
+    comparison = compare_records(*read_runs([new, old]))
     assert comparison.means["none"]["accuracy/test"].mean == 0.7
     assert [(each.path, each.status) for each in comparison.left_out] == [(old, "superseded")]
     assert str(new) in comparison.left_out[0].reason
@@ -246,7 +246,7 @@ def test_of_a_seed_run_twice_the_later_counts_and_the_earlier_is_named(tmp_path)
 
 
 def test_differences_are_paired_by_seed_and_have_their_closed_form(three):
-    paired = compared(three).against["library"].paired["accuracy/test"]
+    paired = compared(three).against["library"].differences["accuracy/test"]
     # Differences 1, 2, 3 points: mean 2, standard error 1/sqrt(3), t = sqrt(12); with two degrees of freedom
     # p = 1 - t / sqrt(t^2 + 2), and the table's t quantile is 4.303.
     assert paired.n == 3
@@ -281,7 +281,7 @@ def test_one_seed_has_no_interval_and_no_p(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", "library", started=1, readings=curves(0.99))
     comparison = compared(tmp_path)
-    assert all(each.p is None and each.low is None for each in comparison.against["library"].paired.values())
+    assert all(each.p is None and each.low is None for each in comparison.against["library"].differences.values())
     assert comparison.against["library"].evidence(METRICS[0]) == "not enough evidence"
     assert "in one seed, which is not enough evidence" in comparison.sentences[0]
     assert "library: one seed, so no interval and no p." in comparison.notes
@@ -319,12 +319,33 @@ def test_seeds_that_never_reach_it_or_diverged_are_counted(tmp_path):
     assert "never reached in 2" in printed(paths=[tmp_path])
 
 
+def test_a_best_reached_at_the_same_step_is_said_once_and_has_no_row(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"a{seed}", seed=seed)
+        write_run(tmp_path / f"b{seed}", "library", seed, started=1, readings=curves(0.8))
+    (sentence,) = compared(tmp_path).sentences
+    assert "It reaches none's best validation loss at the same step in 3 of 3 seeds; it reaches" in sentence
+    assert "in each" not in sentence
+    text = printed(paths=[tmp_path])
+    assert "Steps to" not in text and "1.00" not in text
+
+
+def test_a_baseline_that_was_evaluated_once_sets_no_best_to_reach(tmp_path):
+    for seed in range(3):  # its only reading is its best by construction
+        write_run(tmp_path / f"a{seed}", seed=seed, readings=curves(valid=(0.5,)))
+        write_run(tmp_path / f"b{seed}", "library", seed, started=1, readings=curves(valid=(0.4,)))
+    comparison = compared(tmp_path)
+    assert comparison.against["library"].speedups["loss/valid"].n == 0
+    assert "It " not in comparison.sentences[0]
+    assert "Steps to" not in printed(paths=[tmp_path])
+
+
 def test_diverged_runs_are_left_out_of_the_means_and_said(three):
     write_run(three / "d", "library", 3, status="diverged", started=9, readings=curves(0.1, 9.0))
     write_run(three / "e", "none", 3, readings=curves(0.9, 0.4))
     comparison = compared(three)
     assert comparison.means["library"]["accuracy/test"].n == 3
-    assert comparison.against["library"].paired["accuracy/test"].n == 3
+    assert comparison.against["library"].differences["accuracy/test"].n == 3
     assert any(note.startswith("library: 1 of 4 runs diverged") for note in comparison.notes)
     assert "1 of its 4 runs diverged" in comparison.sentences[0]
     assert "1/4" in printed(paths=[three])
@@ -343,7 +364,7 @@ def test_a_variant_that_always_diverged_has_its_row(three):
 def test_seeds_without_a_partner_are_said(three):
     write_run(three / "more", "library", 7, started=9)
     comparison = compared(three)
-    assert comparison.against["library"].paired["accuracy/test"].n == 3
+    assert comparison.against["library"].differences["accuracy/test"].n == 3
     assert comparison.means["library"]["accuracy/test"].n == 4
     assert any("seed 7 without partner in none" in note for note in comparison.notes)
 
@@ -409,7 +430,7 @@ def test_best_over_picks_by_validation_and_compares_on_test(tmp_path):
     assert comparison.best_over == "optimizer.lr"
     assert comparison.chosen == {"none lr=0.1": 0.1, "library lr=1.0": 1.0}
     assert comparison.means["none lr=0.1"]["accuracy/test"].mean == 0.6
-    assert comparison.against["library lr=1.0"].paired["accuracy/test"].difference == pytest.approx(0.1)
+    assert comparison.against["library lr=1.0"].differences["accuracy/test"].difference == pytest.approx(0.1)
     assert list(comparison.against["library lr=1.0"].differs) == ["norm"]
     text = " ".join(comparison.notes)
     assert "none stands at its best optimizer.lr=0.1 of 0.01, 0.1, 1.0" in text
@@ -434,6 +455,19 @@ def test_best_over_an_unknown_key_is_an_error_that_suggests(three):
         compared(three, best_over="optimizer.lrr")
 
 
+def test_best_over_an_unknown_key_proposes_the_settings_that_vary(tmp_path):
+    sweep_rates(tmp_path, {0.1: (0.6, 0.6), 1.0: (0.9, 0.9)})
+    sweep_rates(tmp_path, {0.1: (0.6, 0.6), 1.0: (0.9, 0.9)}, "library")  # has norm.eps, always the same one
+    with pytest.raises(UserError, match=r"optimizer\.momentum: .*; choose among optimizer\.lr$"):
+        compared(tmp_path, best_over="optimizer.momentum")
+
+
+def test_best_over_a_setting_that_does_not_vary_names_the_one_that_does(tmp_path):
+    sweep_rates(tmp_path, {0.1: (0.6, 0.6), 1.0: (0.9, 0.9)})
+    notes = compared(tmp_path, best_over="epochs").notes
+    assert any("each variant has one value of it" in note and "varies is optimizer.lr." in note for note in notes)
+
+
 # What is printed and written
 
 
@@ -441,7 +475,7 @@ def test_json_holds_variants_means_differences_speedups_and_who_was_left_out(thr
     write_run(three / "bad", "scratch", status="failed", error="[boom]")
     lost = write_run(three / "lost", "library", 9, status="diverged", started=9)
     content = json.loads(printed(paths=[three], format="json"))
-    assert content == json.loads(dump_json(compared(three)))
+    assert content == json.loads(comparison_json(compared(three)))
     assert content["baseline"] == "none"
     none, library = content["variants"]
     assert (library["label"], library["n"], library["seeds"]) == ("library", 3, [0, 1, 2])
@@ -458,7 +492,7 @@ def test_json_holds_variants_means_differences_speedups_and_who_was_left_out(thr
 def test_csv_holds_the_numbers_of_the_json(three):
     rows = list(csv.DictReader(io.StringIO(printed(paths=[three], format="csv"))))
     by_key = {(row["variant"], row["metric"]): row for row in rows}
-    paired = compared(three).against["library"].paired["loss/test"]
+    paired = compared(three).against["library"].differences["loss/test"]
     row = by_key["library", "loss/test"]
     assert (float(row["difference"]), float(row["p"])) == (paired.difference, paired.p)
     assert (float(row["difference_low"]), row["evidence"]) == (paired.low, "better")
@@ -471,7 +505,7 @@ def test_markdown_is_one_table_row_per_variant_and_metric(three):
     text = printed(paths=[three], format="markdown", width=40)
     assert "| library | 3 | 92.00 ±2.48 | +2.00 [-0.48, +4.48] | 0.074 | not enough evidence |" in text
     assert compared(three).sentences[0] in text
-    assert "![" not in text and "](a.png)" in to_markdown(compared(three), figure="a.png")
+    assert "![" not in text and "](a.png)" in comparison_markdown(compared(three), figure="a.png")
 
 
 def test_files_are_written_whole_and_the_figures_path_is_printed(three, tmp_path):
@@ -479,7 +513,7 @@ def test_files_are_written_whole_and_the_figures_path_is_printed(three, tmp_path
     text = printed(paths=[three], out=out, width=40)
     assert sorted(each.suffix for each in out.iterdir()) == [".json", ".md", ".png", ".svg"]
     assert f"figure: {out / 'comparison.png'}\n" in text
-    assert (out / "comparison.json").read_text() == dump_json(compared(three))
+    assert (out / "comparison.json").read_text() == comparison_json(compared(three))
     assert "](comparison.png)" in (out / "comparison.md").read_text()
     assert len(read_runs([tmp_path])[0]) == 6  # the comparison's folder is no run
 

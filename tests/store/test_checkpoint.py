@@ -12,7 +12,7 @@ from bnexp.config.compose import composed
 from bnexp.errors import UserError
 from bnexp.store import checkpoint
 from bnexp.store.run_folder import Status
-from bnexp.store.settings import HOUSEKEEPING
+from bnexp.store.settings import NUMBERS, decides
 from bnexp.store.writer import NullWriter, Writer
 from bnexp.train.drive import drive
 from bnexp.train.loop import Loop, Plan
@@ -198,13 +198,13 @@ def test_keep_all_leaves_each_by_its_step(tmp_path):
 
 @pytest.mark.parametrize("valid, tag, sign", [(50, "accuracy/valid", 1), (0, "loss/train", -1)])
 def test_keep_best_leaves_the_weights_of_the_first_best_reading(valid, tag, sign, tmp_path):
-    kept(tmp_path, "best", f"data.valid={valid}", "log_every=2", "eval_every=1", "optimizer.lr=0.3", "model=mlp")
+    kept(tmp_path, "best", f"data.valid={valid}", "log_every=2", "eval_every=1", "optimizer.lr=3", "model=mlp")
     readings = {line["step"]: sign * line[tag] for line in lines_of(tmp_path) if tag in line}
     best = max(readings, key=readings.get)  # the first of equals
     assert steps_of(tmp_path)["best.pt"] == best
     assert len(readings) > 4 and best != max(readings), "the last one would be no test"
     again, plan = built("steps=11", "data.limit=64", "batch_size=16", f"data.valid={valid}", "log_every=2",
-                        "eval_every=1", "optimizer.lr=0.3", "model=mlp")  # fmt: skip
+                        "eval_every=1", "optimizer.lr=3", "model=mlp")  # fmt: skip
     again.load_state_dict(checkpoint.read(tmp_path / "best.pt", CPU))
     if valid:
         assert again.evaluate(again.dataset.valid)[1] == readings[best]
@@ -252,4 +252,4 @@ def test_a_keep_that_cannot_be_is_refused_with_what_can():
 
 
 def test_what_is_kept_and_when_is_no_variant_of_its_own():
-    assert {"keep", "checkpoint_every", "resume"} <= HOUSEKEEPING
+    assert not any(decides(key) & NUMBERS for key in ("keep", "checkpoint_every", "resume"))

@@ -1,8 +1,8 @@
-"""Many runs from one command line: which jobs there are, who does which, and what is left to do.
+"""Expands a command line with lists of values into the jobs of a sweep.
 
-A sweep is a folder with one run folder per job and ``sweep.json``, which says what the jobs are. Whoever is
-started on it, first or again or beside another, finds out from the folder alone what remains: a job is done
-when its ``status.json`` says so, and taken while a living process holds its lock.
+A sweep is a folder with one run folder per job and ``sweep.json``, which lists the jobs. A process that is started on
+it, for the first time, again or beside others, learns from the folder alone what is left: a job is done when its
+``status.json`` says so, and taken while a living process holds its lock.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import RangeSweep
 
 from bnexp.config.choices import GROUPS
-from bnexp.config.explain import explained
+from bnexp.config.compose import plain_value, typed, values_of
+from bnexp.config.explain import check_words, parse_words
 from bnexp.errors import UserError
 
 MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a command line with several values asks for: ``swept`` keys in order, and each job's overrides."""
+    """The jobs of a command line: the ``swept`` keys in order, and each job's overrides (``points``) and name."""
 
     swept: tuple[str, ...]
     points: tuple[tuple[str, ...], ...]
@@ -64,7 +64,7 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
     fixed: list[str] = []
     lists: dict[str, list[str]] = {}
     out, order, ours = None, "product", []
-    for override in OverridesParser.create(config_loader).parse_overrides(list(arguments)):
+    for override in parse_words(arguments, config_loader):
         key = override.get_key_element()
         if key.startswith("hydra"):
             ours.append(override.input_line)
@@ -76,20 +76,21 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
             value = override.value()
             if isinstance(value, RangeSweep) and abs(value.stop - value.start) > MOST_JOBS * abs(value.step):
                 raise UserError(f"{override.input_line}: more than {MOST_JOBS:,} values; give fewer")
-            lists[key] = list(override.sweep_string_iterator())
+            lists[key] = values_of(override)
             if not lists[key]:
                 raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
         elif key == "out":
-            out = None if override.value() is None else str(override.value())
-            if out and re.search(r"['\"\\]|\$\{", out):  # which would mean something else on their way through Hydra
+            out = plain_value(override)
+            if out and re.search(r"['\"\\]|\$\{", out):  # Hydra's launchers would read them differently
                 raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
         elif key == "sweep_order":
             order = str(override.value())
         else:
-            fixed.append(override.input_line)
-            lists.pop(key, None)  # as everywhere in Hydra, what is said last counts
+            fixed.append(typed(override))
+            lists.pop(key, None)  # as in Hydra, the last word counts
     if (count := math.prod(map(len, lists.values()))) > MOST_JOBS and order == "product":
         raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
+    check_words(ours)
     combinations = _combine(lists, order)
     points = tuple((*fixed, *(f"{key}={value}" for key, value in each.items())) for each in combinations)
     names: list[str] = []
@@ -98,6 +99,7 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
         others = (f"{name}-{n}" for n in itertools.count(1))
         names.append(next(each for each in itertools.chain([name], others) if each not in names))
     variants = tuple(_name({k: v for k, v in values.items() if k != "seed"}) for values in combinations)
+    out = out and str(Path(out).expanduser())
     return Grid(tuple(lists), points, tuple(names), variants, out, tuple(ours))
 
 
@@ -116,26 +118,18 @@ def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
 
 
 def _name(values: dict[str, str]) -> str:
-    """``none-s0``: the values that vary, with the last part of their key unless the value says enough."""
+    """``none-s0``: the values that vary, after the last part of their key where the value alone is not clear."""
     parts = []
     for key, value in values.items():
         prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
         parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
     name = "-".join(parts).strip(".") or "run"
-    if len(name.encode()) > LONGEST_NAME:  # what makes it another name may stand at its end
+    if len(name.encode()) > LONGEST_NAME:  # what sets it apart may stand at its end
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
     return name
 
 
-def flat(config: dict, prefix: str = "") -> dict:
-    """Dotted keys to values."""
-    found = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return found
-
-
-def read_grid(arguments: Sequence[str]) -> Grid:
-    with explained(arguments):
-        return expand(arguments, GlobalHydra.instance().config_loader())
+def read_grid(words: Sequence[str]) -> Grid:
+    """:func:`expand` the words of a command line, inside a session."""
+    return expand(words, GlobalHydra.instance().config_loader())

@@ -1,4 +1,4 @@
-"""The folder of a sweep: its jobs, what is left of them, and whether it is the same sweep."""
+"""The folder of a sweep: opened or found again, its jobs checked, its runs locked."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from bnexp.cli.sweep.grid import Grid, Job, flat
+from bnexp.cli.sweep.grid import Grid, Job
 from bnexp.cli.sweep.lockstep import check_sweep
 from bnexp.config import check
 from bnexp.config.compose import composed
@@ -17,6 +17,7 @@ from bnexp.config.schema import Train
 from bnexp.errors import UserError
 from bnexp.store.files import finite, write_new
 from bnexp.store.run_folder import check_free, in_other_hands, taken
+from bnexp.store.settings import LOOKING, NUMBERS, SEED, decides, differences, first_few
 from bnexp.store.untrusted import read_json
 
 
@@ -35,19 +36,18 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfi
 
 
 def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
-    """Hold every run's lock until ``locks`` are let go."""
+    """Hold every run's lock until ``locks`` is closed; :class:`UserError` if another process holds one."""
     for job in jobs:
         if not locks.enter_context(taken(job.folder)):
             raise in_other_hands(job.folder)
 
 
 NAME, BANDS = "sweep.json", "bands"
-# Between two starts of one sweep: none of them changes a job.
-FREE_TO_CHANGE = ("out", "quiet", "threads", "replicas", "resume")
+FIXED = NUMBERS | SEED | LOOKING  # settings that decide these must be the same at every start of a sweep
 
 
 def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
-    """The sweep's folder, new or found again; refuses one that holds another sweep, saying what differs.
+    """The sweep's folder, new or found again; :class:`UserError` for one that holds another sweep.
 
     ``configs`` holds the composed config of every job by name.
     """
@@ -77,13 +77,12 @@ def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Pa
 
 
 def _check_alone(folder: Path) -> None:
-    """Refuse a folder in which a new sweep would replace what is not its own, or count runs that are not: loose files
-    may lie there, a log say."""
+    """Raise :class:`UserError` for a folder with runs or results of something else; other loose files may be there."""
     if not folder.is_dir():
         return
     entries = [each for each in folder.iterdir() if not each.name.startswith(".")]
     in_the_way = [each.name for each in entries if each.is_dir() or each.stem in ("comparison", "study")]
-    if in_the_way and not (folder / NAME).exists():  # looked for last, for another process may be making it
+    if in_the_way and not (folder / NAME).exists():  # checked last: another process may be making it
         raise UserError(f"out={folder}: holds {min(in_the_way)} and no sweep; choose a new folder, or an empty one")
 
 
@@ -92,32 +91,30 @@ def _read_jobs(folder: Path) -> dict[str, dict]:
     try:
         jobs = read_json(folder / NAME).get("jobs")
     except (OSError, ValueError) as error:
-        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({error}); choose another") from error
+        raise UserError(f"out={folder}: holds no sweep that can go on ({error}); choose another") from error
     if not isinstance(jobs, dict) or not all(isinstance(each, dict) for each in jobs.values()):
-        raise UserError(f"out={folder}: holds no sweep that can be gone on with ({NAME} lists no jobs); choose another")
+        raise UserError(f"out={folder}: holds no sweep that can go on ({NAME} lists no jobs); choose another")
     return jobs
 
 
 def _comparable(cfg: DictConfig) -> dict:
+    """What a job is, as ``sweep.json`` lists it: all settings but those that may change between two starts."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    return {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
+    return {key: value for key, value in config.items() if decides(key) & FIXED}
 
 
 def _check_same_sweep(folder: Path, there: dict, here: dict) -> None:
-    """Raise if the sweep in the folder is not this one."""
-    differences = [f"{name} only there" for name in there if name not in here]
-    differences += [f"{name} only here" for name in here if name not in there]
+    """Raise :class:`UserError` if the sweep in the folder is another one."""
+    found = [f"{name} only there" for name in there if name not in here]
+    found += [f"{name} only here" for name in here if name not in there]
     defaults = OmegaConf.to_container(OmegaConf.structured(Train))  # of settings that are newer than that sweep
     for name in here.keys() & there.keys():
-        new = flat(here[name])
-        old = flat({key: defaults[key] for key in here[name] if key in defaults} | there[name])
-        for key in dict.fromkeys([*new, *old]):
-            if old.get(key, "-") != new.get(key, "-"):
-                differences.append(f"{key} is {old.get(key, '-')} there and {new.get(key, '-')} here")
-    if differences:
-        unique = list(dict.fromkeys(differences))
-        shown = "; ".join(unique[:6]) + (f"; and {len(unique) - 6} more" if len(unique) > 6 else "")
-        raise UserError(f"out={folder}: holds another sweep ({shown}); repeat its command or choose another folder")
+        old = {key: defaults[key] for key in here[name] if key in defaults} | there[name]
+        found += differences(old, here[name])
+    if found:
+        raise UserError(
+            f"out={folder}: holds another sweep ({first_few(found)}); repeat its command or choose another folder"
+        )
 
 
 def default_folder(kind: str) -> Path:

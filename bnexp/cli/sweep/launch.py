@@ -1,4 +1,4 @@
-"""Many runs by one command: ``bnexp train -m`` job by job through Hydra's launcher, ``bnexp compare`` in lockstep."""
+"""Runs the jobs of a sweep through Hydra's launcher, until none is left."""
 
 import sys
 import time
@@ -16,13 +16,15 @@ from bnexp.cli.sweep.grid import Grid, Job
 from bnexp.cli.sweep.jobs import take_all
 from bnexp.cli.sweep.lockstep import race, tell_alone, together
 from bnexp.cli.sweep.worker import LAST, run_job
+from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
+from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
 from bnexp.train.interrupt import Interrupted, deferred_signals
 
 
 def run_all(grid: Grid, folder: Path, jobs: Sequence[Job], configs: dict[str, DictConfig]) -> bool:
-    """Do every job that is not done, fold after fold and the rest by the launcher; returns whether any failed."""
+    """Run every job that is not done: folds first, the others by the launcher. Returns whether any failed."""
     failed = False
     if next(iter(configs.values())).replicas > 1:
         groups = together([job for job in jobs if read_status(job.folder).get("status") not in DONE], configs)
@@ -37,7 +39,7 @@ def run_all(grid: Grid, folder: Path, jobs: Sequence[Job], configs: dict[str, Di
 
 
 def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> list[str]:
-    """Hand jobs to the launcher until none is left to do or in anybody's hands; returns the names that failed."""
+    """Hand jobs to the launcher until all are done, here or in other processes; returns the names that failed."""
     cfg = hydra_config(grid, folder)
     with explained(grid.hydra):
         launcher = Plugins.instance().instantiate_launcher(
@@ -48,7 +50,7 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> lis
     is_alone = cfg.hydra.launcher._target_.endswith("BasicLauncher")
     before = {job: written_at(job.folder) for job in jobs}
     waits = False
-    failed: set[Job] = set()  # since we began, here or elsewhere; what failed earlier is tried again
+    failed: set[Job] = set()  # since this start, here or elsewhere; earlier failures are tried again
     while True:
         statuses = {job: read_status(job.folder).get("status") for job in jobs}
         failed |= {job for job in jobs if statuses[job] == "failed" and written_at(job.folder) != before[job]}
@@ -58,7 +60,7 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> lis
         free = [job for job in left if not is_taken(job.folder)]
         if free:
             try:
-                # Those who work side by side are asked too, by the same Ctrl-C, and write their checkpoints meanwhile.
+                # Parallel workers get the same Ctrl-C and need time to write their checkpoints.
                 with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
                     results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
             finally:
@@ -69,29 +71,32 @@ def launch(grid: Grid, folder: Path, jobs: Sequence[Job], *, quiet: bool) -> lis
                 elif ended == "interrupted" or asked:
                     raise Interrupted
                 elif ended in DONE and read_status(job.folder).get("status") not in DONE:
-                    raise RuntimeError(f"{job.folder}: its job is {ended}, but not there")  # or we would go on for ever
+                    raise RuntimeError(f"{job.folder}: its job is {ended}, its status is not")  # or this would not end
             waits = False
         else:
             if not waits and not quiet:
                 tell_wait(left)
             waits = True
-            time.sleep(0.5)  # another process is at work on them; should it die, they are ours
+            time.sleep(0.5)  # other processes hold them; if one dies, its jobs are done here
 
 
 def tell_wait(jobs: Sequence[Job]) -> None:
-    """Say on stderr whom we wait for."""
+    """Say on stderr which jobs other processes hold."""
     shown = ", ".join(f"{job.name} ({holder(job.folder)})" for job in jobs[:4]) + ", ..." * (len(jobs) > 4)
-    print(f"bnexp: waiting for the jobs in other hands, to be done here should theirs die: {shown}", file=sys.stderr)
+    print(f"bnexp: waiting for jobs that other processes hold: {shown}", file=sys.stderr)
 
 
 def hydra_config(grid: Grid, folder: Path) -> DictConfig:
-    """What Hydra's launcher is made of."""
-    fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=.", *grid.hydra]
+    """The config of Hydra's launcher."""
     with explained(grid.hydra):
-        return GlobalHydra.instance().hydra.compose_config("train", fixed, run_mode=RunMode.MULTIRUN)
+        fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
+        cfg = composed_with_hydra([*fixed, *grid.hydra], RunMode.MULTIRUN)
+    if cfg.hydra.job.chdir:
+        raise UserError("hydra.job.chdir=true: jobs that change the folder would write elsewhere; leave it out")
+    return cfg
 
 
 def written_at(folder: Path) -> int:
-    """When the status of the run was last written, 0 if never: tells a new failure from an old one."""
+    """When the status of the run was last written, in ns, 0 if never; it tells a new failure from an old one."""
     path = folder / STATUS
     return path.stat().st_mtime_ns if path.exists() else 0

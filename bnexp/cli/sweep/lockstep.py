@@ -17,6 +17,7 @@ from bnexp.engines.base import traits_of
 from bnexp.engines.fold import Fold, check_foldable
 from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, read_status
+from bnexp.store.settings import LOOKING, NUMBERS, PLACE, select
 from bnexp.train import progress
 from bnexp.train.drive import Group, lockstep
 from bnexp.train.loop import Loop
@@ -137,10 +138,10 @@ def together(jobs: Sequence[Job], configs: Mapping[str, DictConfig]) -> list[lis
 
 
 def common(cfg: DictConfig) -> str:
-    """All settings but the seed, the folder and the optimizer's numbers, as text: runs of one fold share it."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    optimizer = {key: None if is_number(value) else value for key, value in config["optimizer"].items()}
-    return json.dumps(config | {"optimizer": optimizer, "seed": None, "out": None}, sort_keys=True, default=str)
+    """The settings that runs computed as one share: all but the seed and the optimizer's numbers."""
+    shared = select(OmegaConf.to_container(cfg, resolve=True), NUMBERS | LOOKING | PLACE)
+    shared = {k: None if k.startswith("optimizer.") and is_number(value) else value for k, value in shared.items()}
+    return json.dumps(shared, sort_keys=True, default=str)
 
 
 def is_number(value: object) -> bool:

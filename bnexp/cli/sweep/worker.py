@@ -1,4 +1,4 @@
-"""One job of a sweep, in whichever process a launcher runs it, beside what it shares with the jobs around it."""
+"""Runs one job of a sweep, in the process that a launcher chose for it."""
 
 import gc
 import json
@@ -15,34 +15,34 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from bnexp import startup
 from bnexp.cli.sweep import jobs
 from bnexp.config import build, parts
 from bnexp.config.start import fail, open_job
 from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError
-from bnexp.startup import keep_memory
 from bnexp.store.run_folder import DONE, read_status, taken
 from bnexp.train import progress
 from bnexp.train.drive import drive
 from bnexp.train.interrupt import PATIENCE
 from bnexp.train.loop import Loop
 
-LAST: dict[str, Dataset] = {}  # of the job before in this process
-asked_at = -math.inf  # when this process, one of several side by side, was asked to stop
+LAST: dict[str, Dataset] = {}  # the dataset of the job before in this process
+asked_at = -math.inf  # when this process, if it is one of several, was last asked to stop
 
 
 def run_job(cfg: DictConfig) -> str:
-    """One job, in whichever process the launcher runs it; returns its status, ``taken`` if another process has it.
+    """Run one job and return its status; ``taken`` if another process holds it.
 
-    Side by side with others to be asked to stop is a status too, of this job and of those that would come next: if it
-    were raised, the launcher would end the others before they have written a checkpoint.
+    With jobs in parallel, KeyboardInterrupt becomes the status ``interrupted`` of this job and of those that would come
+    next. If it were raised, the launcher would end the other jobs before they have written a checkpoint.
     """
     global asked_at
     is_alone = HydraConfig.get().launcher._target_.endswith("BasicLauncher")
     try:
         if not is_alone:
             watch_parent()
-        return run_ours(cfg, is_alone) if time.monotonic() - asked_at > 10 else "interrupted"
+        return run_held(cfg, is_alone) if time.monotonic() - asked_at > 10 else "interrupted"
     except KeyboardInterrupt:
         if is_alone:
             raise
@@ -55,21 +55,21 @@ def run_job(cfg: DictConfig) -> str:
 
 @cache
 def watch_parent() -> None:
-    """Have this process asked to stop when the one that started it is gone: nobody else would."""
+    """Send this process SIGTERM when its parent has died, because then nobody else would."""
     parent = os.getppid()
 
     def watch() -> None:
         while True:
             if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGTERM)  # and when it has nothing left to write down, this ends it
+                os.kill(os.getpid(), signal.SIGTERM)  # a run writes its checkpoint first
                 time.sleep(2 * PATIENCE)
             time.sleep(0.5)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_ours(cfg: DictConfig, is_alone: bool) -> str:
-    """:func:`run_job`, unless it is asked to stop or nothing at all can be written down."""
+def run_held(cfg: DictConfig, is_alone: bool) -> str:
+    """:func:`run_job` but for interrupts and storage errors, which are raised."""
     hydra_cfg = HydraConfig.get()
     overrides = [word for word in hydra_cfg.overrides.task if not word.startswith("out=")]
     folder = Path(cfg.out)
@@ -80,11 +80,12 @@ def run_ours(cfg: DictConfig, is_alone: bool) -> str:
         if status in DONE:
             return status
         if not is_alone:
-            keep_memory()
-            gc.freeze()  # all that was imported stays: a worker trains and ends sooner if nobody looks through it
-            spread(cfg, hydra_cfg)
+            startup.keep_memory()
+            startup.replace_unprintable()
+            gc.freeze()  # imported objects stay: without collecting among them a worker trains and ends sooner
+            share_machine(cfg, hydra_cfg)
         try:
-            run, recorder = open_job(cfg, overrides, kept(cfg))
+            run, recorder = open_job(cfg, overrides, cached_datasets(cfg))
         except Exception as error:
             return fail(folder, overrides, error)
         shown = progress.make_progress(folder.name, quiet=cfg.quiet, in_sweep=True)
@@ -93,35 +94,34 @@ def run_ours(cfg: DictConfig, is_alone: bool) -> str:
         except StorageError:
             raise
         except Exception:
-            return "failed"  # and status.json says why
+            return "failed"  # its status says why
 
 
-def kept(cfg: DictConfig) -> dict[str, Dataset]:
-    """The dataset of the job before, if this one's is the same: a sweep loads it once. Any other is let go of first."""
+def cached_datasets(cfg: DictConfig) -> dict[str, Dataset]:
+    """The dataset of the job before, if this job has the same: a sweep loads it once. Others are dropped first."""
     key = build.data_key(cfg, parts.find_device(cfg.device))
     for other in LAST.keys() - {key}:
         del LAST[other]
     return LAST
 
 
-def spread(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
-    """Jobs side by side take the GPUs in turn, and share the usable cores."""
+def share_machine(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
+    """Give parallel jobs the GPUs in turn, and their share of the usable cores."""
     if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         cfg.device = f"cuda:{hydra_cfg.job.num % torch.cuda.device_count()}"
     if cfg.threads == "auto":
-        cfg.threads = str(share_of(cfg, hydra_cfg.launcher))
+        cfg.threads = str(thread_share(cfg, hydra_cfg.launcher))
 
 
-def share_of(cfg: DictConfig, launcher: DictConfig) -> int:
-    """What ``threads=auto`` is for one of several jobs side by side: no more than its share of the usable cores.
+def thread_share(cfg: DictConfig, launcher: DictConfig) -> int:
+    """``threads=auto`` for one of several parallel jobs: at most its share of the usable cores.
 
-    One for launchers that do not say how many jobs run at a time (joblib does: ``n_jobs``, counted back from all cores
-    if negative).
+    1 for launchers that do not say how many jobs run at a time; joblib does (``n_jobs``, negative counts from the end).
     """
     if "n_jobs" not in launcher:
         return 1
     num_cores, asked = len(os.sched_getaffinity(0)), launcher.n_jobs or 1
-    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.NAME).read_text())["jobs"])
+    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.NAME).read_bytes())["jobs"])
     at_most = num_cores // min(num_jobs, asked if asked > 0 else max(1, num_cores + 1 + asked))
     if at_most < 2:
         return 1

@@ -26,11 +26,25 @@ from bnexp.norms.kernels.blocks import (
 
 
 @triton.jit
-def _gradient(
-    b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group, rows, inner, chans,
+def _load_channels(
+    p_weight, p_bias, p_mean, p_rstd, i_group, chans, COLS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Indices and mask of the group's channels, their mean, rstd, scale and shift, each (1, W)."""
+    o_c, m_c = channels(i_group, chans, COLS, LAST)
+    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
+    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
+    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
+    return o_c, m_c, b_mean, b_rstd, b_scale, b_shift
+
+
+@triton.jit
+def _load_tile(
+    p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_tile, i_group, rows, inner, chans,
     ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """g = dy * activation'(z) of one tile; 0 outside of it."""
+    """x and g = dy * activation'(z) of one tile, 0 outside its mask, with offsets and mask."""
+    offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
+    b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(b_mean.dtype)
     b_dy = tl.load(p_dy + offsets, mask=mask, other=0.0)
     b_g = b_dy.to(b_x.dtype)
     if ACTIVATION == "relu":
@@ -47,7 +61,7 @@ def _gradient(
         else:
             b_y = activate(normalize(b_x, b_mean, b_scale, b_shift), ACTIVATION)
         b_g *= b_y * (1.0 - b_y) if ACTIVATION == "sigmoid" else 1.0 - b_y * b_y
-    return b_g
+    return b_x, b_g, offsets, mask
 
 
 @kernel
@@ -61,24 +75,17 @@ def reduce_kernel(
     i_group = pid % groups
     i_program = pid // groups
     inner = inner_v * VEC
-    DTYPE: tl.constexpr = p_mean.dtype.element_ty
-    W: tl.constexpr = COLS if LAST else 1
-    o_c, m_c = channels(i_group, chans, COLS, LAST)
-    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
-    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
-
-    b_dbias = tl.zeros((1, W), DTYPE)
-    b_dweight = tl.zeros((1, W), DTYPE)
+    o_c, m_c, b_mean, b_rstd, b_scale, b_shift = _load_channels(
+        p_weight, p_bias, p_mean, p_rstd, i_group, chans, COLS, LAST
+    )
+    b_dbias = tl.zeros_like(b_mean)
+    b_dweight = tl.zeros_like(b_mean)
     start = i_program * tiles_each
     for i in range(0, tl.minimum(tiles_each, tiles - start)):
-        i_tile = start + i
-        offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
-        b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
-        b_g = _gradient(b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
-                        rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
-        b_dbias += channel_sum(b_g, ROWS, COLS, LAST)
-        b_dweight += channel_sum(b_g * (b_x - b_mean), ROWS, COLS, LAST) * b_rstd
+        b_x, b_g, _, _ = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, start + i, i_group,
+                                    rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+        b_dbias += channel_sum(b_g, LAST)
+        b_dweight += channel_sum(b_g * (b_x - b_mean), LAST) * b_rstd
 
     o_part = i_program.to(tl.int64) * chans + o_c
     tl.store(p_parts + o_part, b_dbias, mask=m_c)
@@ -121,11 +128,9 @@ def dx_kernel(
     i_group = pid % groups
     i_program = pid // groups
     inner = inner_v * VEC
-    DTYPE: tl.constexpr = p_mean.dtype.element_ty
-    o_c, m_c = channels(i_group, chans, COLS, LAST)
-    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
-    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
+    o_c, m_c, b_mean, b_rstd, b_scale, b_shift = _load_channels(
+        p_weight, p_bias, p_mean, p_rstd, i_group, chans, COLS, LAST
+    )
     i_part = tl.arange(0, PARTS)[:, None]
     o_part = i_part.to(tl.int64) * chans + o_c
     m_part = (i_part < num_parts) & m_c
@@ -135,18 +140,16 @@ def dx_kernel(
     if i_program == 0:
         _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias)
     if p_count is not None:
-        count = tl.load(p_count).to(DTYPE)
+        count = tl.load(p_count).to(b_mean.dtype)
     else:
-        count = (rows.to(tl.int64) * (1 if LAST else inner)).to(DTYPE)
+        count = (rows.to(tl.int64) * (1 if LAST else inner)).to(b_mean.dtype)
 
     start = i_program * tiles_each
     num_tiles = tl.minimum(tiles_each, tiles - start)
     for i in range(0, num_tiles):
         i_tile = start + num_tiles - 1 - i
-        offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
-        b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
-        b_g = _gradient(b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
-                        rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+        b_x, b_g, offsets, mask = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_tile, i_group,
+                                             rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
         _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
                   offsets, mask, BATCH)  # fmt: skip
 
@@ -162,18 +165,14 @@ def local_dx_kernel(
     i_group = tl.program_id(0)
     i_tile = i_group * 0
     inner = inner_v * VEC
-    DTYPE: tl.constexpr = p_mean.dtype.element_ty
-    o_c, m_c = channels(i_group, chans, COLS, LAST)
-    b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
-    b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
-    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
-    offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
-    b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
-    b_g = _gradient(b_x, p_dy, p_saved, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
-                    rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
-    b_dbias = channel_sum(b_g, ROWS, COLS, LAST)
-    b_dweight = channel_sum(b_g * (b_x - b_mean), ROWS, COLS, LAST) * b_rstd
+    o_c, m_c, b_mean, b_rstd, b_scale, b_shift = _load_channels(
+        p_weight, p_bias, p_mean, p_rstd, i_group, chans, COLS, LAST
+    )
+    b_x, b_g, offsets, mask = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_tile, i_group,
+                                         rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+    b_dbias = channel_sum(b_g, LAST)
+    b_dweight = channel_sum(b_g * (b_x - b_mean), LAST) * b_rstd
     _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias)
-    count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
+    count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, b_mean.dtype)
     _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
               offsets, mask, BATCH)  # fmt: skip

@@ -30,12 +30,12 @@ _warned = False
 
 
 def interpreted() -> bool:
-    """Does triton interpret its kernels in this process, on any device?"""
+    """Whether triton interprets its kernels in this process, on any device."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def require_device(device: torch.device | str) -> None:
-    """Raise :class:`UserError` unless the kernels run on ``device``; warn once where only for checking."""
+def require_kernels(device: torch.device | str) -> None:
+    """Raise :class:`UserError` unless the kernels run on ``device``; warn once if they are interpreted."""
     global _warned
     device = torch.device(device)
     try:
@@ -56,8 +56,8 @@ def require_device(device: torch.device | str) -> None:
 
 
 def _launch(x: Tensor):
-    """The module that launches, once everything that can be wrong about ``x`` is checked."""
-    require_device(x.device)
+    """The module ``launch``, which imports triton; :class:`UserError` if the kernels cannot run on ``x``."""
+    require_kernels(x.device)
     if x.dtype not in DTYPES:
         raise UserError(f"norm=fused: {x.dtype} input; give it float32, bfloat16, float16 or float64")
     from bnexp.norms.kernels import launch
@@ -87,7 +87,7 @@ def _forward(x, residual, weight, bias, running_mean, running_var, counter, trai
         if training and counter is not None:
             counter.add_(1)
         return tuple(t.zero_() for t in _forward_fake(*arguments))
-    y, mean, rstd, mask = launch.batch_norm(*arguments)
+    y, mean, rstd, mask = launch.launch_forward(*arguments)
     return y, mean, rstd, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
@@ -104,7 +104,7 @@ def _backward(dy, x, weight, bias, mean, rstd, saved, training, activation):
     if x.numel() == 0:
         fakes = _backward_fake(dy, x, weight, bias, mean, rstd, saved, training, activation)
         return tuple(t.zero_() for t in fakes)
-    outputs = launch.batch_norm_backward(dy, x, weight, bias, mean, rstd, saved, activation, training)
+    outputs = launch.launch_backward(dy, x, weight, bias, mean, rstd, saved, activation, training)
     return tuple(x.new_empty(0) if t is None else t for t in outputs)
 
 
@@ -125,7 +125,7 @@ for _name, _real, _fake in (
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Saves x, mean, rstd and, with a residual, relu's bits or the output of sigmoid and tanh."""
+    """The operators with their gradient: saves x, mean, rstd and what :func:`_saved` returns."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, counter, *options):
@@ -153,7 +153,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _saved(y: Tensor, bits: Tensor | None, residual: Tensor | None, activation: str) -> Tensor | None:
-    """What backward needs beside x to know activation'."""
+    """With a residual, what backward needs for activation': relu's bits, the output of sigmoid and tanh."""
     if residual is None or activation == "identity":
         return None
     return bits if activation == "relu" else y
@@ -192,7 +192,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, M2 = sum (x - mean)^2 and count, each (C,), in float32; the variance is M2 / count."""
     launch = _launch(x)
     x, _ = dense(x)
-    count, mean, m2 = launch.statistics_parts(x, launch.plan_for(x))
+    count, mean, m2 = launch.launch_statistics(x, launch.tiling_for(x))
     return combine(mean, m2, count)
 
 
@@ -211,18 +211,18 @@ def rsqrt(m2: Tensor, count: Tensor, eps: float) -> Tensor:
 
 def apply(x, mean, rstd, weight=None, bias=None, residual=None, activation="identity"):
     """y = activation((x - mean) * rstd * weight + bias + residual), and what the gradient needs beside x."""
-    y, bits = _launch(x).apply(x, residual, weight, bias, mean, rstd, activation)
+    y, bits = _launch(x).launch_apply(x, residual, weight, bias, mean, rstd, activation)
     return y, _saved(y, bits, residual, activation)
 
 
 def gradient_sums(dy, x, mean, rstd, weight=None, bias=None, saved=None, activation="identity") -> Tensor:
     """The gradients of bias and weight, stacked (2, C) in float32: the counterpart of :func:`statistics`."""
-    return _launch(x).reduce(dy, x, weight, bias, mean, rstd, saved, activation).sum(1)
+    return _launch(x).launch_reduce(dy, x, weight, bias, mean, rstd, saved, activation).sum(1)
 
 
 def gradient_apply(dy, x, mean, rstd, weight, bias, saved, activation, sums, count):
     """dx and dresidual from ``sums`` over ``count`` values per channel: the counterpart of :func:`apply`."""
-    dx, _, _, dresidual = _launch(x).batch_norm_backward(
+    dx, _, _, dresidual = _launch(x).launch_backward(
         dy, x, weight, bias, mean, rstd, saved, activation, True, sums[:, None].contiguous(), count
     )
     return dx, dy if saved is None else dresidual

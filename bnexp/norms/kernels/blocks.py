@@ -1,4 +1,4 @@
-"""What the kernels share: where a tile lies, how its channels are summed, what ends a norm.
+"""What the kernels share: addresses of a tile, sums over its channels, scale and shift, the activation.
 
 A tile is ROWS x COLS elements, contiguous along its columns. With LAST its columns are channels, else all of
 it is one channel. Values of a channel have the shape (1, W), W = COLS with LAST and 1 without.
@@ -7,7 +7,7 @@ it is one channel. Values of a channel have the shape (1, W), W = COLS with LAST
 import triton
 import triton.language as tl
 
-# No integer gets its own compiled kernel: VEC alone tells the compiler what the addresses are multiples of.
+# Not specialized, so that one compiled kernel serves all sizes; VEC tells the compiler what addresses divide by.
 SIZES = ("rows", "inner_v", "chans", "groups", "programs", "num_parts", "tiles", "tiles_each")
 
 
@@ -58,22 +58,21 @@ def channels(i_group, chans, COLS: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def channel_sum(b_x, ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr):
+def channel_sum(b_x, LAST: tl.constexpr):
     """(ROWS, COLS) summed to (1, W)."""
     return tl.sum(b_x, 0 if LAST else None, keep_dims=True)
 
 
 @triton.jit
-def moments(b_x, mask, count, ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr):
+def moments(b_x, mask, count, LAST: tl.constexpr):
     """Mean and M2 = sum (x - mean)^2 of a tile that is 0 outside its mask, in two passes over its registers.
 
-    The rounding error of the mean found first is what the second pass sums to; taking it back makes a
-    constant channel exact (M2 = 0), and costs nothing beside memory.
+    The second pass sums to the first mean's rounding error. Subtracting it makes a constant channel exact (M2 = 0).
     """
-    b_mean = channel_sum(b_x, ROWS, COLS, LAST) / count
+    b_mean = channel_sum(b_x, LAST) / count
     b_d = tl.where(mask, b_x - b_mean, 0.0)
-    b_rest = channel_sum(b_d, ROWS, COLS, LAST)
-    b_m2 = channel_sum(b_d * b_d, ROWS, COLS, LAST) - b_rest * (b_rest / count)
+    b_rest = channel_sum(b_d, LAST)
+    b_m2 = channel_sum(b_d * b_d, LAST) - b_rest * (b_rest / count)
     # Not tl.maximum, which would turn NaN into 0.
     return b_mean + b_rest / count, tl.where(b_m2 < 0.0, 0.0, b_m2)
 

@@ -1,8 +1,8 @@
 """The forward kernels: statistics, apply, and both at once where a channel fits on chip.
 
-Everything is computed in float32 (float64 for float64 inputs), which is the type of mean, rstd and the
-workspace. Chan, Golub, LeVeque (1979): Updating Formulae and a Pairwise Algorithm for Computing Sample
-Variances.
+Everything is computed in float32 (float64 for float64 inputs), which is the type of mean, rstd and the workspace.
+``momentum`` is annotated, because triton passes a float as float32 otherwise. Chan, Golub, LeVeque (1979): Updating
+Formulae and a Pairwise Algorithm for Computing Sample Variances.
 """
 
 import triton
@@ -35,7 +35,7 @@ def statistics_kernel(
         offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
         b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
         count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
-        b_tile_mean, b_tile_m2 = moments(b_x, mask, count, ROWS, COLS, LAST)
+        b_tile_mean, b_tile_m2 = moments(b_x, mask, count, LAST)
         # Chan's update of (count, mean, M2) by those of one more tile, always in the order of the tiles.
         b_share = count / (b_count + count)
         b_d = b_tile_mean - b_mean
@@ -52,7 +52,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def _combine(p_parts, o_c, m_c, chans, programs, PARTS: tl.constexpr):
+def _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS: tl.constexpr):
     """Count, mean and M2 of all programs' parts: Chan's formula for many sets, relative to the first mean."""
     i_part = tl.arange(0, PARTS)[:, None]
     o_part = i_part.to(tl.int64) * chans + o_c
@@ -77,7 +77,7 @@ def _keep(
     tl.store(p_mean + o_c, b_mean, mask=m_c)
     tl.store(p_rstd + o_c, b_rstd, mask=m_c)
     if p_running_mean is not None:
-        new = momentum
+        new = tl.full((1, 1), momentum, b_mean.dtype)
         if p_counter is not None:  # momentum=None: the cumulative average
             new = 1.0 / tl.load(p_counter).to(b_mean.dtype)
         b_old = tl.load(p_running_mean + o_c, mask=m_c, other=0.0).to(b_mean.dtype)
@@ -108,7 +108,7 @@ def _finish(
 @kernel
 def apply_kernel(
     p_x, p_residual, p_y, p_bits, p_weight, p_bias, p_mean, p_rstd, p_parts, p_running_mean, p_running_var,
-    p_counter, momentum, rows, inner_v, chans, groups, programs, tiles, tiles_each,
+    p_counter, momentum: tl.float64, rows, inner_v, chans, groups, programs, tiles, tiles_each,
     EPS: tl.constexpr, PARTS: tl.constexpr, SOURCE: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +124,7 @@ def apply_kernel(
     DTYPE: tl.constexpr = p_mean.dtype.element_ty
     o_c, m_c = channels(i_group, chans, COLS, LAST)
     if SOURCE == "parts":
-        b_count, b_mean, b_m2 = _combine(p_parts, o_c, m_c, chans, programs, PARTS)
+        b_count, b_mean, b_m2 = _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS)
         b_rstd = 1.0 / tl.sqrt(b_m2 / b_count + EPS)
         if i_program == 0:
             _keep(p_mean, p_rstd, p_running_mean, p_running_var, p_counter, momentum,
@@ -153,7 +153,7 @@ def apply_kernel(
 @kernel
 def local_kernel(
     p_x, p_residual, p_y, p_bits, p_weight, p_bias, p_mean, p_rstd, p_running_mean, p_running_var, p_counter,
-    momentum, rows, inner_v, chans,
+    momentum: tl.float64, rows, inner_v, chans,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, CUMULATIVE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +165,7 @@ def local_kernel(
     offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
     b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
     count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
-    b_mean, b_m2 = moments(b_x, mask, count, ROWS, COLS, LAST)
+    b_mean, b_m2 = moments(b_x, mask, count, LAST)
     b_rstd = 1.0 / tl.sqrt(b_m2 / count + EPS)
     o_c, m_c = channels(i_group, chans, COLS, LAST)
     p_weigh = p_counter if CUMULATIVE else None

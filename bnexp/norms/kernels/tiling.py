@@ -1,4 +1,4 @@
-"""Which kernels run for a shape and how it is cut into programs: a pure function of numbers.
+"""Choose the kernels for a shape and how it is cut into programs: a pure function of numbers.
 
 Two layouts cover every input. Channels first, (N, C, S): a channel is N rows of S neighbours. Channels last,
 (R, C) with R = N * S, also every (N, C): a channel is a column, a program takes a strip of columns.
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 8192  # elements a program holds at a time in the two-launch tier: 32 for each of 256 threads
+TILE_SIZE = 8192  # elements a program holds at a time in the two-launch tier: 32 for each of 256 threads
 ON_CHIP = 16384  # elements a program of the local tier can keep in float32 registers without spilling
 STRIP_BYTES = {"two-launch": 128, "local": 32}  # width of a channels-last strip: a cache line, a sector
 MAX_PROGRAMS = 128  # per group of channels; the second launch reads that many partial results at once
-MIN_VALUES = 100  # see the number of programs below
+MIN_VALUES = 100  # per channel, for each squared number of programs: see below
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one shape is run: ``programs`` programs for each of ``groups`` groups of channels.
+class Tiling:
+    """The kernels and the cut for one shape: ``programs`` programs for each of ``groups`` groups of channels.
 
     A program takes ``tiles_each`` of its group's ``tiles`` tiles of ``rows`` x ``cols`` elements; ``vec`` is
-    the largest power of two up to 16 that divides the contiguous dimension: what may be loaded at once.
+    the largest power of two up to 16 that divides the contiguous dimension, so many values load at once.
     """
 
     tier: str
@@ -39,12 +39,12 @@ class Plan:
     reason: str
 
 
-def plan(n: int, c: int, s: int, *, last: bool, itemsize: int, sms: int, heavy: bool = False) -> Plan:
+def choose_tiling(n: int, c: int, s: int, *, last: bool, itemsize: int, sms: int, heavy: bool = False) -> Tiling:
     """Choose the tier and the tiles for N samples, C channels and S positions of ``itemsize`` bytes.
 
     **local** where all values of a channel (strip) fit into the registers of one program, so that x is read
     once; **two-launch** (statistics, then apply) everywhere else. ``heavy`` says that a value takes more
-    registers to work on than usual, so that a thread should get fewer values.
+    registers than usual, so that a thread gets fewer values.
     """
     num_rows, num_cols = (n * s, c) if last else (n, s)
     values = n * s
@@ -59,10 +59,10 @@ def plan(n: int, c: int, s: int, *, last: bool, itemsize: int, sms: int, heavy: 
         groups = -(-c // cols) if last else c
         reason = f"{rows} x {cols} tile holds a channel's {values} values, at most {on_chip} fit on chip"
         warps = _warps(rows * cols * share)
-        return Plan("local", last, rows, cols, groups, 1, 1, 1, vec, warps, reason)
+        return Tiling("local", last, rows, cols, groups, 1, 1, 1, vec, warps, reason)
 
     reason = f"{rows} x {cols} tile for a channel's {values} values, only {on_chip} fit on chip"
-    tile = TILE // share
+    tile = TILE_SIZE // share
     if last:
         cols = max(8, min(_power_of_2(num_cols), STRIP_BYTES["two-launch"] // itemsize))
     else:
@@ -76,7 +76,7 @@ def plan(n: int, c: int, s: int, *, last: bool, itemsize: int, sms: int, heavy: 
     tiles_each = -(-tiles // programs)
     programs = -(-tiles // tiles_each)
     warps = _warps(rows * cols * share)
-    return Plan("two-launch", last, rows, cols, groups, programs, tiles, tiles_each, vec, warps, reason)
+    return Tiling("two-launch", last, rows, cols, groups, programs, tiles, tiles_each, vec, warps, reason)
 
 
 def _power_of_2(number: int) -> int:
@@ -85,7 +85,7 @@ def _power_of_2(number: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    """32 elements a thread (fewer if weighed by ``share``): as many as leave registers to compute with."""
+    """Warps for 32 elements a thread, which leaves registers to compute with; fewer if weighed by ``share``."""
     return min(16, max(1, elements // 1024))
 
 
@@ -101,7 +101,7 @@ def _columns(num_cols: int, tile: int) -> int:
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` in one of the two layouts, copied only if it is in neither, and whether channels come last."""
+    """``x`` in one of the two layouts, copied only if it is in neither; True if channels come last."""
     if x.movedim(1, -1).is_contiguous() and (x.shape[2:].numel() == 1 or not x.is_contiguous()):
         return x, True
     if x.is_contiguous():
@@ -111,7 +111,7 @@ def dense(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def like(x: Tensor | None, last: bool) -> Tensor | None:
-    """``x`` (or nothing, or flat bits) with its channels last or first."""
+    """``x`` with its channels last or first; None and flat bits stay as they are."""
     if x is None or x.dim() == 1:
         return x
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x.contiguous()
@@ -124,18 +124,18 @@ def mask_bytes(x: Tensor) -> int:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """What statistics are computed and kept in: float32, and float64 for float64."""
+    """The type that statistics are computed and kept in: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @functools.lru_cache
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors to fill; a few for the interpreter, so that it splits work at all."""
+    """The multiprocessors of a GPU; 4 on a CPU, so that the interpreter splits work too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def plan_for(x: Tensor, device: torch.device | None = None, heavy: bool = False) -> Plan:
-    """The plan of a dense ``x`` (a meta tensor will do) on ``device``."""
+def tiling_for(x: Tensor, device: torch.device | None = None, heavy: bool = False) -> Tiling:
+    """The tiling of a dense ``x``, a meta tensor too, on ``device``."""
     n, c, s = x.shape[0], x.shape[1], x.shape[2:].numel()
     sms = num_sms(device or x.device)
-    return plan(n, c, s, last=dense(x)[1], itemsize=x.element_size(), sms=sms, heavy=heavy)
+    return choose_tiling(n, c, s, last=dense(x)[1], itemsize=x.element_size(), sms=sms, heavy=heavy)

@@ -1,10 +1,13 @@
 """A person's own images: any size and mode in, uint8 squares and class names out, errors that name files."""
 
+import os
+
 import pytest
 import torch
 from PIL import Image
 
-from bnexp.data.folder import Folder, read_image
+from bnexp.data.folder import Folder
+from bnexp.data.pictures import read_picture
 from bnexp.errors import UserError
 
 
@@ -53,6 +56,94 @@ def test_validation_and_test_folders_are_used_as_they_are(photos):
     assert (values(dataset.test), dataset.test.labels.tolist()) == ([140, 240], [0, 1])
 
 
+@pytest.mark.parametrize("name", ["val", "Val", "VALIDATION", "validation", "valid", "Valid"])
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+def test_splits_are_found_under_their_usual_names(photos, train, name):
+    (photos / "train").rename(photos / train)
+    save(photos / name / "dog/a.png", color=250)
+    save(photos / "Testing/cat/b.png", color=140)
+    source = Folder(root=photos, size=8, valid=5, test=5)
+    dataset = source.load()
+    assert [len(s) for s in (dataset.train, dataset.valid, dataset.test)] == [20, 1, 1]
+    assert (values(dataset.valid), values(dataset.test)) == ([250], [140])
+    assert f"20 train ({train}/), 1 valid ({name}/), 1 test (Testing/)" in source.describe()
+
+
+def test_two_folders_for_one_split_and_folders_of_no_split_are_refused(photos):
+    save(photos / "val/dog/a.png")
+    save(photos / "validation/dog/a.png")
+    with pytest.raises(UserError, match=rf"^{photos}/validation: val/ beside it is the valid split already"):
+        Folder(root=photos)
+    (photos / "validation").rename(photos / "holdout")
+    with pytest.raises(UserError, match=rf"^{photos}/holdout: beside train/ only valid/ .* or hide it as \.holdout"):
+        Folder(root=photos)
+    (photos / "holdout").rename(photos / ".holdout")
+    assert len(Folder(root=photos, size=8).load().valid) == 1
+    (photos / "train").rename(photos / ".train")
+    with pytest.raises(UserError, match=r"^data\.root=.*: holds val/ and no train/; .*train/cat/1\.jpg"):
+        Folder(root=photos)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, (16, 2, 2)), ({"test": 5}, (13, 2, 5)), ({"test": 0}, (18, 2, 0)), ({"test": 0.25, "valid": 0}, (15, 0, 5))],
+)
+def test_class_folders_without_train_are_split_always_in_the_same_way(photos, options, expected):
+    for name in ("cat", "dog"):
+        (photos / "train" / name).rename(photos / name)
+    (photos / "train").rmdir()
+    source = Folder(root=photos, size=8, **options)
+    assert source.class_names == ("cat", "dog")
+    dataset, again = source.load(), Folder(root=photos, size=8, **options).load()
+    splits = [dataset.train, dataset.valid, dataset.test]
+    assert tuple(map(len, splits)) == expected
+    assert sorted(v for split in splits for v in values(split)) == [*range(100, 110), *range(200, 210)]
+    assert values(dataset.test) == values(again.test) and values(dataset.valid) == values(again.valid)
+    if options.get("test") == 5:
+        assert values(dataset.test) == values(Folder(root=photos, size=8, test=5, valid=7).load().test)
+    assert "no train/, so every folder is a class" in source.describe()
+    assert f"{expected[0]} train (photos/), {expected[1]} valid (data.valid=" in source.describe()
+    assert f"of photos/), {expected[2]} test (data.test=" in source.describe()
+
+
+def test_a_test_split_can_be_set_aside_beside_train_too(photos):
+    dataset = Folder(root=photos, size=8, test=3, valid=0.1).load()
+    assert [len(s) for s in (dataset.train, dataset.valid, dataset.test)] == [15, 2, 3]
+    with pytest.raises(UserError, match=r"data\.test=20: takes 20 of 20 training images and leaves none"):
+        Folder(root=photos, size=8, test=20).load()
+    with pytest.raises(UserError, match=r"^data\.test=-1: neither a part nor a number"):
+        Folder(root=photos, test=-1)
+
+
+def test_images_in_deeper_folders_belong_to_the_class_above(photos):
+    save(photos / "train/cat/tabby/old/x.png", color=150)
+    save(photos / "train/cat/tabby/y.png", color=151)
+    source = Folder(root=photos, size=8, valid=0)
+    dataset = source.load()
+    assert source.class_names == ("cat", "dog")
+    assert [v for v, label in zip(values(dataset.train), dataset.train.labels, strict=True) if not label] == [
+        *range(100, 110), 150, 151,
+    ]  # fmt: skip
+    assert "cat 12, dog 10" in source.describe()
+    assert source.describe().endswith("; images in folders below a class belong to it")
+    (photos / "train/cat/tabby/new").mkdir()
+    with pytest.raises(UserError, match=r"^.*/train/cat/tabby/new: a folder without images"):
+        Folder(root=photos)
+
+
+def test_a_description_is_one_line_on_what_was_found(photos):
+    save(photos / "test/dog/a.png", mode="RGB", color=(1, 2, 3))
+    assert Folder(root=photos, size=32, limit=1000).describe() == (
+        f"data=folder: {photos} has 2 classes: cat 10, dog 11; 18 train (train/), 2 valid (data.valid=0.1 of train/), "
+        "1 test (test/); grey, scaled to 32x32; at most 1,000 images of each split used"
+    )
+    for i in range(20):
+        save(photos / f"train/z{i}/a.png", mode="RGB", color=(1, 2, 3))
+    told = Folder(root=photos).describe()
+    assert "22 classes: cat 10, dog 11, z0 1, z1 1, z10 1, z11 1, z12 1, z13 1, z14 1, z15 1, ...;" in told
+    assert "; colour, scaled to 64x64" in told and "\n" not in told
+
+
 def test_limit_caps_every_split(photos):
     for i in range(5):
         save(photos / f"test/dog/{i}.png")
@@ -64,6 +155,12 @@ def test_hidden_files_and_files_beside_the_classes_are_passed_over(photos):
     for name in ("train/.DS_Store", "train/cat/.DS_Store", "train/notes.txt", ".hidden"):
         (photos / name).write_text("no image")
     (photos / "train/.thumbnails").mkdir()
+    for name in ("Thumbs.db", "thumbs.db", "desktop.ini", "Icon\r", "._0.png", "0.png:Zone.Identifier"):
+        (photos / "train/dog" / name).write_text("no image")
+    for name in ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "System Volume Information"):
+        for folder in ("", "train", "train/cat"):
+            (photos / folder / name).mkdir()
+            (photos / folder / name / "cat.png").write_text("no image")
     source = Folder(root=photos, size=8, valid=0)
     assert source.class_names == ("cat", "dog")
     assert len(source.load().train) == 20
@@ -104,7 +201,7 @@ def test_channels_can_be_asked_for(photos):
 )
 def test_modes_of_an_image_are_understood(tmp_path, mode, color, expected):
     save(tmp_path / "a.png", mode=mode, color=color)
-    assert read_image(tmp_path / "a.png", (len(expected), 4, 4))[:, 1, 1].tolist() == expected
+    assert read_picture(tmp_path / "a.png", len(expected), 4)[:, 1, 1].tolist() == expected
     for name in "xy":
         save(tmp_path / f"photos/train/{name}/a.png", mode=mode, color=color)
     assert Folder(root=tmp_path / "photos").in_shape[0] == len(expected)
@@ -112,7 +209,7 @@ def test_modes_of_an_image_are_understood(tmp_path, mode, color, expected):
 
 def test_palettes_are_understood(tmp_path):
     Image.new("RGB", (4, 4), (10, 20, 30)).quantize(4).save(tmp_path / "a.gif")
-    assert read_image(tmp_path / "a.gif", (3, 4, 4))[:, 1, 1].tolist() == [10, 20, 30]
+    assert read_picture(tmp_path / "a.gif", 3, 4)[:, 1, 1].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +217,7 @@ def test_palettes_are_understood(tmp_path):
 )
 def test_the_aspect_ratio_is_kept_and_the_rest_is_black(tmp_path, size, rows, columns):
     save(tmp_path / "a.png", size=size, color=200)
-    image = read_image(tmp_path / "a.png", (1, 16, 16))
+    image = read_picture(tmp_path / "a.png", 1, 16)
     expected = torch.zeros(1, 16, 16, dtype=torch.uint8)
     expected[:, rows[0] : rows[1], columns[0] : columns[1]] = 200
     assert torch.equal(image, expected)
@@ -132,13 +229,13 @@ def test_photographs_are_turned_as_the_camera_noted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise to look at it
     image.save(tmp_path / "a.jpg", exif=exif, quality=100)
-    turned = read_image(tmp_path / "a.jpg", (1, 16, 16))
+    turned = read_picture(tmp_path / "a.jpg", 1, 16)
     assert turned[0, :, 12:].min() > 240 and turned[0, :, :4].max() < 15  # JPEG is not exact
 
 
 def test_large_jpegs_are_reduced(tmp_path):
     save(tmp_path / "a.jpg", size=(1024, 512), mode="RGB", color=(200, 100, 50), quality=95)
-    image = read_image(tmp_path / "a.jpg", (3, 32, 32)).int()
+    image = read_picture(tmp_path / "a.jpg", 3, 32).int()
     assert (image[:, 8:24] - torch.tensor([200, 100, 50]).view(3, 1, 1)).abs().max() <= 3  # JPEG is not exact
     assert image[:, :8].max() == 0 and image[:, 24:].max() == 0
 
@@ -151,19 +248,19 @@ def test_no_root_says_which_layout_is_expected():
         Folder()
 
 
-def test_a_root_that_is_a_file_or_has_no_train_folder_is_an_error(tmp_path):
+def test_a_root_that_is_a_file_or_has_no_folders_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.root=.*/file: a file; give the folder"):
         Folder(root=tmp_path / "file")
-    with pytest.raises(UserError, match=r"data\.root=.*: no folder train/ in it; .*train/cat/1\.jpg"):
+    with pytest.raises(UserError, match=r": holds fewer than two class folders; .*train/cat/1\.jpg.* or cat/1\.jpg"):
         Folder(root=tmp_path)
-    with pytest.raises(UserError, match=r"data\.root=.*/nowhere: no folder train/ in it"):
+    with pytest.raises(UserError, match=r"data\.root=.*/nowhere: no such folder; .*train/cat/1\.jpg"):
         Folder(root=tmp_path / "nowhere")
 
 
 def test_fewer_than_two_classes_are_an_error(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match=r"fewer than two class folders in train/; .*train/cat/1\.jpg"):
+    with pytest.raises(UserError, match=r"/train: holds fewer than two class folders; .*train/cat/1\.jpg"):
         Folder(root=tmp_path)
     save(tmp_path / "train/cat/1.png")
     with pytest.raises(UserError, match="fewer than two class folders"):
@@ -175,7 +272,7 @@ def test_a_class_folder_without_images_is_named(photos, split):
     folder = photos / split / ("fox" if split == "train" else "cat")
     folder.mkdir(parents=True)
     (folder / ".DS_Store").write_text("")
-    with pytest.raises(UserError, match=rf"^{folder}: a class folder without images"):
+    with pytest.raises(UserError, match=rf"^{folder}: a folder without images"):
         Folder(root=photos)
 
 
@@ -189,9 +286,13 @@ def test_a_split_with_an_unknown_class_or_no_classes_is_named(photos, split):
         Folder(root=photos)
 
 
-def test_a_folder_among_the_images_is_named(photos):
-    save(photos / "train/cat/more/a.png")
-    with pytest.raises(UserError, match=r"^.*/train/cat/more: a folder where images are expected"):
+def test_a_linked_folder_or_a_pipe_among_the_images_is_named(photos):
+    (photos / "train/cat/more").symlink_to(photos / "train")  # round in a circle
+    with pytest.raises(UserError, match=r"^.*/train/cat/more: a pipe, a device, or a link to a folder"):
+        Folder(root=photos)
+    (photos / "train/cat/more").unlink()
+    os.mkfifo(photos / "train/cat/more")
+    with pytest.raises(UserError, match=r"^.*/train/cat/more: a pipe"):
         Folder(root=photos)
 
 
@@ -209,7 +310,7 @@ def test_a_folder_that_may_not_be_read_is_named(photos, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(type(photos), "iterdir", refuse)
-    with pytest.raises(UserError, match=r"/train: cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"/photos: cannot be read \(Permission denied\)"):
         Folder(root=photos)
 
 

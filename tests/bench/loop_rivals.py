@@ -1,7 +1,7 @@
-"""The two loops that ours is measured against, as one would write them by hand: the bare floor and a tutorial's.
+"""The two hand-written loops that ours is measured against: the bare floor and a tutorial's.
 
-Both take the same model and the same images as ours. They know neither runs nor configurations, so that a script of
-a few lines can use them too.
+Both take the same model and the same images as ours. They know neither runs nor configs, so that a script of a few
+lines can use them too.
 """
 
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from loop_stopwatch import Stopwatch
 from torch import Tensor, nn
 
-from bnexp.bench.turns import Stopwatch
 from bnexp.data.dataset import Dataset, Split
 
-Loop = Callable[[Stopwatch], None]
+Turn = Callable[[Stopwatch], None]  # one turn of a loop, timed
 NUM_WORKERS = 2  # of the tutorial's DataLoader
 
 
-def prepared(dataset: Dataset, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """All training images as a model takes them, (N, *in_shape), made once."""
+def prepare_images(dataset: Dataset, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """All training images, normalized and ready for a model: (N, *in_shape)."""
     train, shape = dataset.train.images, dataset.in_shape
     images = torch.empty((len(train), *shape), dtype=dtype, device=train.device, memory_format=memory_format)
     for piece, place in zip(train.split(4096), images.split(4096), strict=True):
@@ -37,8 +37,8 @@ def bare_loop(
     draw: Callable[[], Tensor],
     threads: int,
     autocast: torch.dtype | None = None,
-) -> Loop:
-    """The floor: images that lie ready as floats, gathered once for all steps, and nothing looked at.
+) -> Turn:
+    """The bare floor: images that are ready as floats, gathered once for all steps, and no metric read.
 
     ``draw()`` gives the order of an epoch, a permutation of the images (N,). With ``autocast`` the forward pass
     runs in that type.
@@ -46,7 +46,7 @@ def bare_loop(
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     context = nullcontext() if autocast is None else torch.autocast(images.device.type, autocast)
 
-    def loop(watch: Stopwatch) -> None:
+    def turn(watch: Stopwatch) -> None:
         torch.set_num_threads(threads)
         with watch.running():
             with watch.once():
@@ -61,11 +61,11 @@ def bare_loop(
                 loss.backward()
                 optimizer.step()
 
-    return loop
+    return turn
 
 
-def pictures(split: Split, size: tuple[int, int]) -> torch.utils.data.Dataset:
-    """The grey images of ``split`` as torchvision's MNIST gives them: a PIL image each, made a tensor by ToTensor."""
+def as_torchvision(split: Split, size: tuple[int, int]) -> torch.utils.data.Dataset:
+    """The grey images of ``split`` as torchvision's MNIST gives them: PIL images, made tensors by ToTensor."""
     from torchvision import datasets, transforms
 
     class Pictures(datasets.MNIST):
@@ -77,20 +77,20 @@ def pictures(split: Split, size: tuple[int, int]) -> torch.utils.data.Dataset:
     return Pictures(transforms.Compose([*resize, transforms.ToTensor()]))
 
 
-def tutorial_loop(model: nn.Module, dataset: Dataset, batch_size: int, num_steps: int, threads: int) -> Loop:
-    """What a tutorial writes: a DataLoader with two workers, shuffled; loss and accuracy read at every step.
+def tutorial_loop(model: nn.Module, dataset: Dataset, batch_size: int, num_steps: int, threads: int) -> Turn:
+    """A tutorial's loop: a DataLoader with two workers, shuffled; loss and accuracy read at every step.
 
-    That the workers start and bring the first batch belongs to an epoch once.
+    An epoch has the start of the workers and their first batch once.
     """
     from torch.utils.data import DataLoader, RandomSampler
 
-    images = pictures(dataset.train, dataset.in_shape[1:])
+    images = as_torchvision(dataset.train, dataset.in_shape[1:])
     some = RandomSampler(images, num_samples=num_steps * batch_size)  # shuffle=True, ended early
-    # By fork, as is the default on Linux up to Python 3.13: workers of other kinds take seconds to start.
+    # By fork, the default on Linux up to Python 3.13: other kinds of workers take seconds to start.
     loader = DataLoader(images, batch_size, sampler=some, num_workers=NUM_WORKERS, multiprocessing_context="fork")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-    def loop(watch: Stopwatch) -> None:
+    def turn(watch: Stopwatch) -> None:
         torch.set_num_threads(threads)
         with watch.running():
             with watch.once():
@@ -108,4 +108,4 @@ def tutorial_loop(model: nn.Module, dataset: Dataset, batch_size: int, num_steps
                 num_right += (logits.argmax(1) == y).sum().item()
                 num_seen += len(y)
 
-    return loop
+    return turn

@@ -1,4 +1,4 @@
-"""Contestants in turns, so that a slow spell of the machine meets them all, and the stopwatch that each runs under."""
+"""The stopwatch that a loop runs under, and turns, so that a slow spell of the machine meets every loop."""
 
 import resource
 from collections import Counter
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 class Time(NamedTuple):
     """Seconds by the clock, and of processor time: of all threads, and of child processes that have ended.
 
-    Whoever else uses the machine lengthens the first; the second counts only us.
+    Other programs lengthen the first, but not the second.
     """
 
     clock: float
@@ -23,13 +23,21 @@ class Time(NamedTuple):
 
 
 def now() -> Time:
-    """The time, counted from somewhere."""
+    """The present time; only differences mean something."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return Time(perf_counter(), sum(each.ru_utime + each.ru_stime for each in used))
 
 
+def time_since(began: Time) -> Time:
+    """The difference between now and ``began``."""
+    return Time(*(after - before for after, before in zip(now(), began, strict=True)))
+
+
 class Stopwatch:
-    """What one turn of a loop took: a piece of an epoch, and in it what an epoch has once, however long it is."""
+    """The time of one turn, which is a piece of an epoch.
+
+    ``total`` is the whole turn. ``single`` is the part of it that an epoch has once, whatever its length.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -39,23 +47,23 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Time what happens inside, on the device too."""
+        """Time the block, and the work that it starts on the device."""
         self._synchronize()
         began = now()
         yield
         self._synchronize()
-        self.total = _since(began)
+        self.total = time_since(began)
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """What happens inside belongs to an epoch, and not to each of its images."""
+        """Count the block's time as what an epoch has once."""
         began = now()
         yield
-        spent = _since(began)
+        spent = time_since(began)
         self.single = Time(self.single.clock + spent.clock, self.single.processor + spent.processor)
 
     def count(self, thing: object, method: str, name: str, clock: Callable[[], float] = perf_counter) -> None:
-        """Add up under ``name`` the seconds and calls of ``thing.method`` from now on."""
+        """From now on, add up the seconds and calls of ``thing.method`` under ``name``."""
         inner = getattr(thing, method)
 
         def counted(*args: object, **options: object) -> object:
@@ -68,7 +76,7 @@ class Stopwatch:
         setattr(thing, method, counted)
 
     def count_once(self, thing: object, method: str) -> None:
-        """Take ``thing.method`` for something that an epoch has once."""
+        """From now on, count the time of ``thing.method`` as what an epoch has once."""
         inner = getattr(thing, method)
 
         def counted(*args: object, **options: object) -> object:
@@ -78,7 +86,7 @@ class Stopwatch:
         setattr(thing, method, counted)
 
     def epoch(self, scale: float) -> Time:
-        """What an epoch takes that is ``scale`` times the piece."""
+        """The time of an epoch of ``scale`` turns."""
         pairs = zip(self.total, self.single, strict=True)
         return Time(*((total - single) * scale + single for total, single in pairs))
 
@@ -87,12 +95,8 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def _since(began: Time) -> Time:
-    return Time(*(after - before for after, before in zip(now(), began, strict=True)))
-
-
 def in_turns(contestants: Mapping[str, Callable[[], Result]], rounds: int, warmup: int = 1) -> dict[str, list[Result]]:
-    """What each contestant returned in every round, in rotating order, after ``warmup`` rounds that do not count."""
+    """The results of every contestant in every round, in rotating order, after ``warmup`` rounds that do not count."""
     names = list(contestants)
     results: dict[str, list[Result]] = {name: [] for name in names}
     for turn in range(-warmup, rounds):

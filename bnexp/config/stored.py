@@ -1,0 +1,108 @@
+"""The config of a run's folder: read back, moved to another place, or composed again with other overrides."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from bnexp.config.choices import SHELVES
+from bnexp.config.compose import composed, plain_value
+from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
+from bnexp.config.schema import Train
+from bnexp.errors import UserError
+from bnexp.store.run_folder import CONFIG, load_status
+from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides, flatten
+from bnexp.store.untrusted import read_yaml
+
+
+def stored_config(folder: Path) -> DictConfig:
+    """The config of a run folder, as typed and as strict as one from the command line."""
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give that of a run")
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of one")
+    try:
+        stored = read_yaml(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
+    kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}
+    for key, value in kept.items():
+        if key not in {field.name for field in fields(Train)}:
+            raise UserError(f"{folder / CONFIG}: {key}: there is no such setting{nearest_setting(key)}")
+        check_value(key, value, f"{folder / CONFIG}: {key}={value}")
+    cfg = OmegaConf.merge(OmegaConf.structured(Train), kept)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
+    """The stored config with other settings of the place: where data lie, which device, whom to trust."""
+    changes = {each.key_or_group: plain_value(each) for each in parse_words(words)}
+    able = [key for key in DECIDES if decides(key) & PLACE or key == "allow"]
+    if odd := [word for word, key in zip(words, changes, strict=False) if key not in able]:
+        raise UserError(
+            f"{odd[0]}: {command} keeps the settings of the run, but for those of the place ({', '.join(able)}); "
+            "bnexp rerun trains with others, in a folder of its own"
+        )
+    cfg = stored_config(folder)
+    for key, value in changes.items():
+        with explained(words):
+            OmegaConf.update(cfg, key, value)
+    return cfg
+
+
+def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """What ``bnexp train`` would make of the overrides of a run and then ``words``; also all these overrides.
+
+    Where the folder's config is not what its overrides make today, because defaults have changed since or somebody
+    edited it, the folder's values hold, but for those that ``words`` change.
+    """
+    stored, before = stored_config(folder), stored_words(folder)
+    if missing := OmegaConf.missing_keys(stored):
+        raise UserError(f"{folder / CONFIG}: {min(missing)}: has to be given, nothing runs without it")
+    try:
+        base = composed(before)
+    except UserError:  # of another version, or of entries that are not here
+        base, before = composed([]), []
+    if lists := [each.input_line for each in parse_words(words) if each.is_sweep_override()]:
+        raise UserError(f"{lists[0]}: rerun takes one config; give one value")
+    chosen = {each.key_or_group for each in parse_words(words)}
+    words = [*(word for word in before if word not in words), *words]
+    cfg = composed(words, logs=True)
+    for group in (each for each in SHELVES if each not in chosen):
+        if group == "probe" or _target(stored[group]) != _target(base[group]):
+            if cfg[group] == base[group]:
+                _put(cfg, group, stored[group])
+            elif stored[group] != base[group]:
+                raise UserError(f"{folder}: its {group} is not what its overrides make; give {group}=NAME too")
+    there, then, now = (flatten(OmegaConf.to_container(each)) for each in (stored, base, cfg))
+    for key, value in there.items():
+        if key.partition(".")[0] not in chosen and then.get(key, value) != value and now.get(key) == then[key]:
+            _put(cfg, key, value)
+    return cfg, words
+
+
+def _target(node: Any) -> Any:
+    return node.get("_target_") if isinstance(node, DictConfig) else node
+
+
+def _put(cfg: DictConfig, key: str, value: Any) -> None:
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
+def stored_words(folder: Path) -> list[str]:
+    """The overrides of a run, as its status tells, but for those that belong to a command; [] if it tells none."""
+    try:
+        words = load_status(folder)["overrides"]
+        parsed = parse_words(words)
+    except (OSError, ValueError):  # also UserError
+        return []
+    if any("${" in word for word in words):  # a stranger's would be looked up here
+        return []
+    return [
+        each.input_line for each in parsed
+        if not decides(each.key_or_group) & COMMAND and not each.key_or_group.startswith("hydra")
+    ]  # fmt: skip

@@ -1,0 +1,54 @@
+"""Published data sets by torchvision: its addresses and checksums, and the errors for files that are not there."""
+
+import http.client
+import os
+import socket
+import ssl
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.error import URLError
+
+from bnexp.errors import UserError
+
+TIMEOUT_S = 10  # per connection and per read, so that a machine without network says so in seconds
+# torchvision raises RuntimeError when every address failed or a checksum is wrong.
+DOWNLOAD_ERRORS = (RuntimeError, URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError)
+
+
+def download(source, missing: list[str], looked_for: str) -> None:
+    """Download a published data set and put its files ``missing`` into ``source.folder``.
+
+    ``source`` has ``name``, ``root``, ``folder`` and ``fetch(root)``, which has torchvision download the data set
+    as it would into ``root``. That happens in a scratch folder: a file takes its name when all are complete, so an
+    interrupted download is never mistaken for one, and several processes may download at once. Raises
+    :class:`UserError` naming ``looked_for`` if no address answers, and if the folder cannot be written to.
+    """
+    root, folder = source.root, source.folder
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
+            print(f"data={source.name}: downloading into {folder}", file=sys.stderr, flush=True)
+            source.fetch(Path(scratch))
+            for name in missing:
+                os.replace(scratch / folder.relative_to(root) / name, folder / name)
+    except DOWNLOAD_ERRORS as error:
+        raise UserError(
+            f"data={source.name}: looked in {folder} for {looked_for}; not there, and downloading failed, "
+            f"is there no network? ({' '.join(str(error).split())}) Copy the files into that folder, "
+            "name another one with data.root=..., or use data=digits, which needs neither"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"data={source.name}: cannot write the files of a download into {folder} ({error.strerror or error}); "
+            "free some space or name another folder with data.root=..."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def damaged(path: Path, what: str) -> UserError:
+    """The error for a data file whose content cannot be right."""
+    return UserError(f"{path}: damaged or not the right file: {what}; delete it and run again to download it")

@@ -1,0 +1,164 @@
+"""A picture file of any format, depth and colour mode as 8-bit grey or RGB of one size."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnexp.errors import UserError
+
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts a program
+GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16 in its byte orders
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+
+
+def read_picture(path: Path, channels: int, size: int) -> Tensor:
+    """The first picture of a file as uint8 (channels, size, size), ``channels`` 1 or 3.
+
+    It is turned as its camera noted, put on white where it is transparent, and scaled with its aspect ratio kept
+    to the middle of a black square. Samples of more than 8 bits are scaled from the range of their type, floats
+    from 0 to 1. Raises :class:`UserError` naming the file if it cannot be decoded, has negative or larger values,
+    or loses all its differences on the way.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as file:
+            file.draft(None, (size, size))  # lets a JPEG decode to a smaller size, much faster
+            white, zero_is_white = _white_level(file)
+            colour = _transparent_colour(file, path)
+            picture = ImageOps.exif_transpose(file)
+        if colour is not None:
+            picture.info["transparency"] = colour
+        if white:
+            picture = _scale_samples(picture, white, zero_is_white)
+        flat = _on_white(picture).convert("L" if channels == 1 else "RGB")
+        if _is_even(flat) and not _is_even(picture):
+            raise ValueError(f"all its pixels become one colour, {flat.getpixel((0, 0))}")
+        # A side is never scaled to nothing, as ImageOps.pad would.
+        width, height = (max(1, round(side / max(flat.size) * size)) for side in flat.size)
+        square = Image.new(flat.mode, (size, size))
+        corner = (round((size - width) / 2), round((size - height) / 2))
+        square.paste(flat.resize((width, height), Image.Resampling.BILINEAR), corner)
+    except Exception as error:  # decoders fail in many ways
+        raise _undecodable(path, error) from None
+    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, channels).permute(2, 0, 1)
+
+
+def has_colour(path: Path) -> bool:
+    """Whether a picture has colours: by its header, or by its pixels if it has a palette or is WebP (always RGB)."""
+    from PIL import Image
+
+    try:
+        with no_bombs(), Image.open(path, formats=PICTURE_FORMATS) as file:
+            if file.mode in ("P", "PA") or file.format == "WEBP":
+                red, green, blue = _on_white(file).convert("RGB").split()
+                return not red.tobytes() == green.tobytes() == blue.tobytes()
+            if file.format == "PNG":
+                return _png_header(path)[1] not in (0, 4)  # Pillow has grey with alpha of 16 bits as RGBA
+            return file.mode not in GREY_MODES and not file.mode.startswith("I;16")
+    except Exception as error:
+        raise _undecodable(path, error) from None
+
+
+@contextmanager
+def no_bombs() -> Iterator[None]:
+    """Make Pillow refuse very large pictures, of which it only warns. Enter it before threads are started."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's other warnings change nothing here
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _white_level(file) -> tuple[int, bool]:
+    """The sample value of white, 0 if Pillow has scaled the samples to 8 bits, and whether 0 means white instead."""
+    deep = file.mode == "F" or file.mode.startswith("I")
+    if file.format != "TIFF":
+        return (1 if file.mode == "F" else 65535) if deep else 0, False
+    tags = file.tag_v2
+    signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+    if not deep and not signed:
+        return 0, False
+    bits = tags[BITS][0]
+    return 1 if file.mode == "F" else 2 ** (bits - signed) - 1, tags[PHOTOMETRIC] == 0
+
+
+def _scale_samples(picture, white: int, zero_is_white: bool):
+    """A grey picture of mode I, I;16, F or signed L in 8 bits; with an alpha channel if one value is transparent."""
+    from PIL import Image
+
+    values = np.asarray(picture)
+    if white == 2**32 - 1:
+        values = values.view(np.uint32)  # Pillow has no such mode and keeps the bits
+    elif white == 127:
+        values = values.view(np.int8)
+    lowest, highest = values.min(), values.max()
+    if not 0 <= lowest <= highest <= white:  # NaN is refused too
+        raise ValueError(
+            f"its values run from {lowest:g} to {highest:g}, where 0 to {white:,} is understood as black to white; "
+            "save it with 8 or 16 bits"
+        )
+    levels = np.rint(values * 255.0) if white == 1 else values.astype(np.int64) * 255 // white
+    if lowest < highest and levels.min() == levels.max():
+        raise ValueError(
+            f"its values run from {lowest:g} to {highest:g}, which is one grey of the range 0 to {white:,}; "
+            "save it with 8 bits"
+        )
+    grey = Image.fromarray((255 - levels if zero_is_white else levels).astype(np.uint8))
+    if "transparency" in picture.info:
+        opaque = (values != picture.info["transparency"]) * np.uint8(255)
+        grey = Image.merge("LA", (grey, Image.fromarray(opaque)))
+    return grey
+
+
+def _transparent_colour(file, path: Path) -> int | tuple[int, ...] | None:
+    """A PNG's one transparent colour, in the samples that Pillow decodes to; None if there is no such colour.
+
+    Pillow 10 to 13 leave it in the samples of the file. Of RGB with 16 bits only the upper 8 are decoded.
+    """
+    colour = file.info.get("transparency")
+    if file.format != "PNG" or colour is None or file.mode not in ("L", "RGB"):
+        return None
+    depth, _ = _png_header(path)
+    if file.mode == "L":
+        top = 2**depth - 1
+        return (colour & top) * 255 // top
+    return tuple(sample >> max(0, depth - 8) & 255 for sample in colour)
+
+
+def _png_header(path: Path) -> tuple[int, int]:
+    """Bits per sample and colour type of a PNG file (0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGB and alpha)."""
+    with open(path, "rb") as file:
+        header = file.read(26)
+    return header[24], header[25]
+
+
+def _on_white(picture):
+    """The picture as it looks on a white page."""
+    from PIL import Image
+
+    if not picture.has_transparency_data:
+        return picture
+    if picture.mode == "La":
+        picture = picture.convert("LA")  # Pillow converts no La to RGBA
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+
+
+def _is_even(picture) -> bool:
+    """Whether all pixels are equal."""
+    if picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA")
+    extrema = picture.getextrema()
+    return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else [extrema]))
+
+
+def _undecodable(path: Path, error: Exception) -> UserError:
+    known = ", ".join(PICTURE_FORMATS)
+    return UserError(f"{path}: cannot be decoded as an image ({error}); replace or remove it; known are {known}")

@@ -1,0 +1,99 @@
+"""The flags of the commands that compose a config: each works where it makes sense, and is refused elsewhere."""
+
+from pathlib import Path
+
+import pytest
+
+from bnexp.store.run_folder import read_status
+
+TINY = ("model=mlp", "data.limit=64", "batch_size=16", "steps=1", "threads=1", "quiet=true")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A folder of the user's own yamls: a norm and a main config."""
+    (tmp_path / "own conf/norm").mkdir(parents=True)
+    loose = "_target_: bnexp.norms.scratch.BatchNorm\n_partial_: true\neps: 0.1\n"
+    (tmp_path / "own conf/norm/loose.yaml").write_text(loose)
+    (tmp_path / "own conf/mine.yaml").write_text("defaults: [train, override norm: loose, _self_]\nbatch_size: 8\n")
+    return "own conf"
+
+
+def test_a_norm_of_ones_own_is_trained(mine, bnexp, tmp_path):
+    assert bnexp("train", "--config-dir", mine, *TINY, "norm=loose", "out=run") == 0
+    assert "eps: 0.1" in (tmp_path / "run/config.yaml").read_text()
+    assert bnexp("rerun", "run", "--config-dir", mine, "seed=1", "out=again") == 0
+    assert bnexp("rerun", "run", "seed=2", "out=without") == 0
+    assert "eps: 0.1" in (tmp_path / "without/config.yaml").read_text()
+
+
+def test_a_main_config_of_ones_own_is_taken(mine, bnexp, tmp_path):
+    assert bnexp("train", "--config-dir", mine, "--config-name", "mine", *TINY[:2], *TINY[3:], "out=run") == 0
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert "eps: 0.1" in text and "batch_size: 8" in text
+
+
+@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]], ids=len)
+def test_a_sweep_takes_it_too_and_has_table_and_resume(mine, launcher, bnexp, capsys):
+    sweep = ("train", "-m", "--config-dir", mine, *TINY[:-1], "norm=loose,none", "seed=0,1", "out=sweep", *launcher)
+    assert bnexp(*sweep) == 0
+    assert "loose" in capsys.readouterr().out
+    assert {read_status(Path("sweep") / name)["status"] for name in ("loose-s0", "none-s1")} == {"finished"}
+    assert bnexp(*sweep) == 0, "and goes on where it was"
+
+
+def test_compare_summary_and_study_take_it(mine, bnexp, capsys, tmp_path):
+    assert bnexp("compare", "--config-dir", mine, *TINY, "norm=loose,none", "out=compared") == 0
+    assert (tmp_path / "compared/comparison.json").exists()
+    assert bnexp("summary", "--config-dir", mine, "model=mlp", "norm=loose") == 0
+    (tmp_path / "own.yaml").write_text(
+        "title: t\nsource: s\ntakes: 1 s\nsettings: [model=mlp, data.limit=64, batch_size=16, steps=1]\n"
+        "variants: {a: norm=loose, b: norm=none}\nexpect: [{says: x, of: a, tag: loss/test, above: 0}]\n"
+    )
+    assert bnexp("study", "own.yaml", "--config-dir", mine, "quiet=true", "out=studied") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "norm=loose"], "norm=loose: there is no such norm"),
+        (["train", "--config-dir", "nowhere"], "--config-dir nowhere: no such folder"),
+        (["train", "--config-dir", "own conf", "norm=lose"], "did you mean loose?"),
+        (["train", "--config-name", "none_such"], "none_such"),
+        (["train", "-m", "--cfg", "job", "seed=0,1"], "composes several configs"),
+        (["compare", "--cfg", "job", "norm=none,library"], "composes several configs"),
+        (["study", "mnist_lab", "--info", "defaults"], "composes several configs"),
+        (["compare", "-m", "norm=none,library"], "several values need no flag"),
+        (["train", "--resolve"], "belong to --cfg"),
+        (["train", "--cfg", "nothing"], "--cfg"),
+        (["train", "--no-such-flag"], "--no-such-flag"),
+        (["train", "--experimental-rerun", "x"], "can hold code"),
+        (["train", "hydra/sweeper=optuna"], "bnexp makes the jobs of a sweep itself"),
+        (["train", "-m", "hydra/sweeper=optuna", "seed=0,1"], "bnexp makes the jobs of a sweep itself"),
+        (["train", "-m", "hydra.job.chdir=true", "seed=0,1"], "name one with out=DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_makes_no_sense_is_refused_before_any_work(arguments, words, mine, bnexp, capsys, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert bnexp(*arguments) == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_that_moves_jobs_to_another_folder_is_refused(mine, bnexp, capsys, tmp_path):
+    (tmp_path / "own conf/moves.yaml").write_text("defaults: [train, _self_]\nhydra: {job: {chdir: true}}\n")
+    assert bnexp("train", "-m", "-cd", mine, "-cn", "moves", *TINY, "seed=0,1") == 2
+    assert "hydra.job.chdir=true: jobs that change the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "summary"])
+def test_the_config_can_be_looked_at(command, bnexp, capsys, tmp_path):
+    assert bnexp(command, "--cfg", "job", "--package", "norm", "norm=group") == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["# @package norm", "_target_: bnexp.norms.group.GroupNorm"]
+    assert bnexp(command, "--info", "defaults") == 0
+    assert "norm/library" in capsys.readouterr().out
+    assert bnexp(command, "--cfg", "job", "--resolve", "optimizer.lr=${seed}", "seed=3") == 0
+    assert "lr: 3" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []

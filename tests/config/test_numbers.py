@@ -1,0 +1,113 @@
+"""Numbers in the entries of norms, optimizers and schedules: what cannot mean anything is refused before any work."""
+
+import math
+
+import pytest
+from omegaconf import OmegaConf
+
+from bnexp.config import build, check
+from bnexp.config.choices import choices, conf_dir
+from bnexp.config.compose import composed
+from bnexp.errors import UserError
+
+SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp")
+TRIED = (-0.1, -1, 0, 2, math.nan, math.inf, -math.inf)
+# Which of these mean something, by the name of the option: one rule for every entry that has it. Of an option that is
+# not listed, a newer norm's say, only that it takes no number that is not finite.
+MEANT = {
+    "eps": {2},  # 0: a constant channel, or a gradient of 0, would be divided by 0
+    "momentum": {0},  # of a norm: statistics that stay as they are; of an optimizer: none
+    "decay": {0},
+    "running_var_init": {0, 2},
+    "r_max": {2},
+    "d_max": {0, 2},
+    "renorm_momentum": {0},
+    "warmup_steps": {0, 2},
+    "r_steps": {0, 2},
+    "d_steps": {0, 2},
+    "virtual_batch": {2},
+    "groups": {2},
+    "lr": {0, 2},
+    "weight_decay": {0, 2},
+    "norm_weight_decay": {0, 2},
+    "betas": {0},
+    "final": {0, 2},
+    "start": {0, 2},
+    "gamma": {0, 2},
+    "milestones": {0},
+}
+CHOSEN = {"other": ["optimizer._target_=torch.optim.RMSprop"]}
+
+
+def options():
+    """(group, entry, option, default) of every option that is a number, or may be one."""
+    for group in ("norm", "optimizer", "schedule"):
+        for name in choices(group):
+            entry = OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
+            for key, value in entry.items():
+                is_number = value is None or isinstance(value, int | float | list) and not isinstance(value, bool)
+                if is_number and not key.startswith("_"):
+                    yield pytest.param(group, name, key, value, id=f"{group}={name} {key}")
+
+
+def composed_with(group, name, key, value):
+    return composed([*SMALL, f"{group}={name}", *CHOSEN.get(name, ()), f"{group}.{key}={value}"])
+
+
+@pytest.mark.parametrize(("group", "name", "key", "default"), list(options()))
+def test_a_number_that_cannot_mean_anything_is_refused_before_any_work(group, name, key, default):
+    for tried in TRIED:
+        if key not in MEANT and math.isfinite(tried):
+            continue
+        value = f"[{tried},{default[1]}]" if isinstance(default, list) else tried
+        cfg = composed_with(group, name, key, value)
+        if tried in MEANT.get(key, ()):
+            check.check(cfg, runs=False)
+            continue
+        with pytest.raises(UserError) as caught:
+            check.check(cfg, runs=False)
+        assert key in str(caught.value) or str(tried) in str(caught.value)
+
+
+def test_every_listed_option_is_one_of_an_entry():
+    assert MEANT.keys() == {option.values[2] for option in options()} & MEANT.keys()
+    assert MEANT.keys() <= {option.values[2] for option in options()}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("norm.momentum=1.5", "norm.momentum=1.5: the weight of a new batch lies between 0 and 1"),
+        ("norm.eps=0", "norm.eps=0: keeps the root of a variance of 0 from being 0; give a number above 0"),
+        ("norm.eps=inf", "norm.eps=inf: a finite number is expected"),
+        ("optimizer.eps=0", "optimizer.eps=0: a gradient of 0 is divided by it"),
+        ("optimizer.betas=[nan,0.9]", "optimizer.betas=[nan, 0.9]: a finite number is expected"),
+        ("schedule.warmup_steps=-5", "schedule.warmup_steps=-5: cannot be negative"),
+        ("schedule.warmup_steps=99999999999999999999", "a finite number is expected"),
+    ],
+)
+def test_what_is_refused_is_named_with_the_remedy(override, words):
+    with pytest.raises(UserError) as caught:
+        check.check(composed([*SMALL, override]))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", ["scratch", "library", "fused"])
+@pytest.mark.parametrize("override", ["norm.momentum=-0.1", "norm.momentum=2", "norm.eps=0", "norm.eps=-1"])
+def test_the_implementations_of_batch_norm_refuse_the_same_in_the_same_words(norm, override):
+    said = set()
+    for name in ("library", norm):
+        with pytest.raises(UserError) as caught:
+            check.check(composed([*SMALL, f"norm={name}", override]))
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+def test_a_run_at_the_limits_of_what_is_taken_goes_on():
+    limits = (["norm.momentum=0"], ["norm.momentum=1"], ["optimizer=sgd", "optimizer.momentum=1"], ["optimizer.lr=0"])
+    for overrides in limits:
+        cfg = composed([*SMALL, *overrides])
+        check.check(cfg)
+        run = build.build(cfg)
+        run.step()
+        assert math.isfinite(run.evaluate(run.dataset.valid)[0])

@@ -1,0 +1,195 @@
+"""What each setting decides, that text stays text, and that rerun is train with the stored overrides and the new."""
+
+from dataclasses import fields
+
+import pytest
+from omegaconf import OmegaConf
+
+from bnexp.config.compose import composed, hparams
+from bnexp.config.explain import parse_words, quoted, unreadable
+from bnexp.config.schema import Train
+from bnexp.config.stored import moved, rerun_config, stored_config
+from bnexp.errors import UserError
+from bnexp.store.settings import COMMAND, DECIDES, LOOKING, NUMBERS, PERSON, PLACE, SEED, decides, numbers, select
+
+TINY = ("model=mlp", "data.limit=64", "batch_size=16", "steps=1", "threads=1")
+
+
+def test_every_run_level_setting_has_a_line_in_the_table():
+    assert {key for key in DECIDES if "." not in key} == {field.name for field in fields(Train)}
+
+
+def test_every_setting_is_of_the_numbers_the_seed_the_looking_the_place_or_one_start():
+    assert all(what & (NUMBERS | SEED | LOOKING | PLACE | COMMAND) for what in DECIDES.values())
+    assert {key for key, what in DECIDES.items() if what & PERSON} == {"out", "resume", "allow"}
+
+
+def test_two_gpus_are_one_variant_and_a_gpu_and_a_cpu_are_two():
+    cfg = OmegaConf.to_container(composed(["device=cpu"]))
+    variants = [numbers(cfg | {"device": device}) for device in ("cuda:0", "cuda:1", "cuda", "cpu")]
+    assert variants[0] == variants[1] == variants[2] != variants[3]
+    assert decides("optimizer.lr") == NUMBERS and "seed" not in variants[0] and "probe" not in variants[0]
+
+
+def test_where_data_lie_is_a_place_and_which_images_a_folder_holds_are_numbers():
+    cfg = OmegaConf.to_container(composed(["data=mnist"]))
+    assert "data.root" in numbers(cfg) and "data.root" not in select(cfg, NUMBERS, but=PLACE)
+
+
+# ---------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(
+    "word, text",
+    [
+        ("out=2026_11_28", "2026_11_28"),
+        ("out=1e5", "1e5"),
+        ("out=007", "007"),
+        ("out=true", "true"),
+        ("out=0x10", "0x10"),
+        ("out='1e5'", "1e5"),
+        ("out=null", None),
+        ("out=runs/a", "runs/a"),
+        ("threads=2", "2"),
+        ("precision=1e1", "1e1"),
+        ("device=1_0", "1_0"),
+    ],
+)
+def test_a_setting_of_type_text_gets_the_text_that_was_typed(word, text):
+    assert composed([word])[word.partition("=")[0]] == text
+
+
+@pytest.mark.parametrize("word", ["model.activation=1e3", "data.augment=1_0", "norm.running_var=1e3"])
+def test_so_does_an_option_that_is_text(word):
+    key, _, text = word.partition("=")
+    assert OmegaConf.select(composed(["norm=scratch", word]), key) == text
+
+
+def test_a_folder_of_data_may_be_called_by_a_number():
+    assert composed(["data=folder", "data.root=1e3"]).data.root == "1e3"
+    assert composed(["data=mnist", "++data.root=2026_11"]).data.root == "2026_11"
+
+
+def test_numbers_stay_numbers():
+    cfg = composed(["optimizer.lr=1e-2", "data.limit=1_0", "seed=1_000", "norm=group", "norm.groups=2"])
+    assert (cfg.optimizer.lr, cfg.data.limit, cfg.seed, cfg.norm.groups) == (0.01, 10, 1000, 2)
+
+
+def test_a_tilde_is_the_home_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert composed(["out='~/x'"]).out == "/home/somebody/x"
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+@pytest.mark.parametrize("value", [
+    "lr=0.1", "it's", "a b", 'say "x"', "a,b", "{x}", "(x", "é", "x\\", "'", '"', "'\"", "a'\\",
+])  # fmt: skip
+def test_what_hydra_cannot_read_is_proposed_in_quotes_that_it_can(value):
+    (override,) = parse_words([f"out={quoted(value)}"])
+    assert override.value() == value
+
+
+def test_the_sign_is_named_and_the_proposal_is_for_a_shell():
+    assert unreadable("out=lr=0.1") == (
+        "out=lr=0.1: the sign = in its value is read only in quotes; write \"out='lr=0.1'\""
+    )
+    assert unreadable("steps") == "steps: not a setting; write it as name=value"
+    assert """write "out=\\"it's\\"\"""" in unreadable("out=it's")
+
+
+@pytest.mark.parametrize(
+    "word, words",
+    [
+        ("lr=0.1", "lr: there is no such setting (did you mean optimizer.lr?)"),
+        ("momentum=0.1", "did you mean"),
+        ("optimizer.momentum=0.9", "optimizer.momentum: there is no such setting in the chosen entries"),
+        ("hydra.run.dir=x", "name one with out=DIR"),
+        ("hydra.job.chdir=true", "name one with out=DIR"),
+        ("norm={a:1}", "a name is expected"),
+    ],
+)
+def test_a_wrong_word_is_answered_before_hydra_sees_it(word, words):
+    with pytest.raises(UserError) as caught:
+        composed([word])
+    assert words in str(caught.value)
+
+
+# ---------------------------------------------------------------- rerun, resume
+
+CHANGES = [
+    ["optimizer.lr=0.5", "optimizer=sgd"],
+    ["optimizer=sgd", "optimizer.lr=0.5"],
+    ["norm=library", "~norm.momentum"],
+    ["++optimizer.amsgrad=true"],
+    ["+optimizer.amsgrad=true"],
+    ["hydra.verbose=false", "norm=none"],
+    ["seed=3", "norm=group", "norm.groups=1"],
+    ["schedule=cosine", "schedule.final=0.1", "steps=3"],
+    ["probe=[gradients]", "probe.gradients.every=7"],
+    ["data.valid=0.2", "++data.size=8"],
+]
+
+
+@pytest.mark.parametrize("before", [["norm=scratch", "norm.eps=1e-3"], ["optimizer.lr=0.2"]], ids=str)
+@pytest.mark.parametrize("new", CHANGES, ids=str)
+def test_rerun_is_train_with_the_stored_overrides_and_the_new_ones(before, new, train):
+    folder = train(*TINY, *before)
+    words = [*TINY, *before, *new]
+    try:
+        wanted = composed(words)
+    except UserError as error:  # norm.eps of a norm that has none
+        with pytest.raises(UserError) as caught:
+            rerun_config(folder, new)
+        assert str(caught.value) == str(error)
+        return
+    assert rerun_config(folder, new)[0] == wanted
+
+
+def test_rerun_keeps_what_somebody_wrote_into_the_folders_config(train):
+    folder = train(*TINY, "optimizer.lr=0.2")
+    text = (folder / "config.yaml").read_text(encoding="utf-8").replace("lr: 0.2", "lr: 0.3")
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    assert rerun_config(folder, [])[0].optimizer.lr == 0.3
+    assert rerun_config(folder, ["optimizer.lr=0.7"])[0].optimizer.lr == 0.7
+    assert rerun_config(folder, ["optimizer=sgd"])[0].optimizer._target_ == "torch.optim.SGD"
+
+
+def test_rerun_without_a_status_repeats_the_config(train):
+    folder = train(*TINY, "norm=scratch", "norm.eps=1e-3", "optimizer=sgd")
+    (folder / "status.json").unlink()
+    cfg, words = rerun_config(folder, ["seed=5"])
+    assert words == ["seed=5"]
+    assert (cfg.norm, cfg.optimizer, cfg.seed) == (stored_config(folder).norm, stored_config(folder).optimizer, 5)
+
+
+def test_a_strangers_overrides_look_nothing_up_and_trust_nobody(train, monkeypatch):
+    monkeypatch.setenv("SECRET", "told")
+    folder = train(*TINY)
+    status = (folder / "status.json").read_text(encoding="utf-8")
+    for word in ("allow=[os]", "out=/elsewhere", "model.activation=${oc.env:SECRET}", "hydra.verbose=true"):
+        (folder / "status.json").write_text(status.replace('"steps=1"', f'"{word}"'), encoding="utf-8")
+        cfg, _ = rerun_config(folder, [])
+        assert (cfg.allow, cfg.out) == ([], None) and "told" not in OmegaConf.to_yaml(cfg)
+
+
+def test_a_run_may_be_resumed_where_data_and_devices_are_others(train):
+    folder = train(*TINY)
+    cfg = moved(folder, ["++data.root=x"] and ["threads=2", "deterministic=true", "allow=[mine]"], "resume")
+    assert (cfg.threads, cfg.deterministic, cfg.allow) == ("2", True, ["mine"])
+    with pytest.raises(UserError, match="seed=1: resume keeps the settings of the run"):
+        moved(folder, ["seed=1"], "resume")
+
+
+def test_hparams_are_what_makes_the_variant():
+    found = hparams(composed(["norm=group", "seed=4", "out=x"]))
+    assert found["norm"] == "group" and found["norm.groups"] == 2
+    assert not {"seed", "out", "quiet", "log_every"} & set(found)
+
+
+def test_the_stored_config_is_utf8_whatever_the_locale(bnexp, tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "latin-1")
+    assert bnexp("train", *TINY, "quiet=true", "out='läufe'") == 0
+    assert "läufe" in (tmp_path / "läufe/config.yaml").read_bytes().decode("utf-8")
+    assert stored_config(tmp_path / "läufe").batch_size == 16

@@ -1,0 +1,195 @@
+"""Runs are paired by seed only if they saw the same batches; what is said and computed where they did not."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from scipy.stats import ttest_ind, ttest_rel
+from test_report import compared, curves, printed, write_run
+
+from bnexp.report.expectations import Expectation, judge
+from bnexp.report.records import read_runs
+from bnexp.report.tables import sweep_table
+from bnexp.report.verdict import compare_records
+
+DIGITS = {"_target_": "bnexp.data.digits.Digits", "size": 28, "valid": 0.1, "limit": None, "augment": "none"}
+MNIST = DIGITS | {"_target_": "bnexp.data.mnist.MNIST", "root": None, "size": None, "valid": 5000}
+BATCHES = {"data": DIGITS, "batch_size": 64, "drop_last": True, "classes_per_batch": None}
+ONE, OTHER = [0.90, 0.91, 0.93], [0.95, 0.94, 0.97]  # test accuracies of seeds 0, 1, 2
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write two variants of three seeds: ``none`` on BATCHES, ``library`` on those with ``changes``."""
+
+    def write_both(changes, device="cpu"):
+        for seed, (one, other) in enumerate(zip(ONE, OTHER, strict=True)):
+            write_run(tmp_path / f"a{seed}", seed=seed, device="cpu", config=BATCHES, readings=curves(one))
+            write_run(
+                tmp_path / f"b{seed}", "library", seed, started=1.0, device=device,
+                config=BATCHES | changes, readings=curves(other),
+            )  # fmt: skip
+        return tmp_path
+
+    return write_both
+
+
+def data(**options):
+    return {"data": DIGITS | options}
+
+
+UNLIKE = [
+    (data(size=32), "data.size (28, 32)"),
+    (data(valid=0.2), "data.valid (0.1, 0.2)"),
+    (data(test=0.2), "data.test (-, 0.2)"),
+    (data(limit=100), "data.limit (-, 100)"),
+    (data(augment="flip"), "data.augment (none, flip)"),
+    ({"batch_size": 2}, "batch_size (64, 2)"),
+    ({"drop_last": False}, "drop_last (true, false)"),
+    ({"classes_per_batch": 2}, "classes_per_batch (-, 2)"),
+]
+
+
+def test_runs_of_one_seed_on_the_same_batches_are_paired(write):
+    comparison = compared(write({"log_every": 7, "precision": "bf16", "epochs": 3}))
+    (against,) = comparison.against.values()
+    expected = ttest_rel(OTHER, ONE)
+    assert (against.design, against.unlike) == ("paired", {})
+    assert against.differences["accuracy/test"].p == pytest.approx(float(expected.pvalue), rel=1e-9)
+    assert "over 3 paired seeds" in comparison.sentences[0]
+    assert not any("batches" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize(("changes", "named"), UNLIKE)
+def test_runs_on_other_batches_are_compared_unpaired_and_the_report_says_why(write, changes, named):
+    comparison = compared(write(changes))
+    (against,) = comparison.against.values()
+    expected = ttest_ind(OTHER, ONE, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    found = against.differences["accuracy/test"]
+    assert against.design == "unpaired"
+    assert found.p == pytest.approx(float(expected.pvalue), rel=1e-9)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert against.speedups["loss/valid"].n == 0  # a step is paired with a step
+    assert ", unpaired, 3 against 3 runs: " in comparison.sentences[0]
+    assert " paired seeds" not in comparison.sentences[0] and "It reaches" not in comparison.sentences[0]
+    (note,) = [note for note in comparison.notes if "saw different batches" in note]
+    assert named in note and "not paired by seed" in note
+
+
+def test_runs_on_a_cpu_and_on_a_gpu_draw_other_batches(write):
+    comparison = compared(write({}, device="cuda:0"))
+    assert comparison.against["library"].design == "unpaired"
+    assert any("device (cpu, cuda)" in note for note in comparison.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"data": MNIST}, "data (digits, mnist)"), (data(root="/photos"), "data.root (-, /photos)")],
+)
+def test_runs_on_other_images_are_not_compared(write, changes, named):
+    folder = write(changes)
+    comparison = compared(folder)
+    (against,) = comparison.against.values()
+    assert against.design == "other data"
+    assert {found.difference for found in against.differences.values()} == {None}
+    assert "saw different images, so they are not compared" in comparison.sentences[0]
+    assert " p " not in comparison.sentences[0]
+    assert any("saw different images" in note and named in note for note in comparison.notes)
+    means = [means["accuracy/test"].mean for means in comparison.means.values()]
+    assert means == pytest.approx([sum(ONE) / 3, sum(OTHER) / 3])  # the means are still there
+    text = printed(paths=[folder])
+    assert "other data" in text and "Steps to" not in text
+
+
+def test_json_csv_and_tables_say_unpaired(write):
+    folder = write({"batch_size": 2})
+    label = compared(folder).variants[1].label
+    _, variant = json.loads(printed(paths=[folder], format="json"))["variants"]
+    assert variant["paired"] is None
+    assert set(variant["unpaired"]["loss/test"]) == {"n", "difference", "low", "high", "p", "evidence"}
+    rows = list(csv.DictReader(io.StringIO(printed(paths=[folder], format="csv"))))
+    row = next(row for row in rows if (row["variant"], row["metric"]) == (label, "accuracy/test"))
+    assert (row["design"], row["num_pairs"]) == ("unpaired", "")
+    assert float(row["p"]) == variant["unpaired"]["accuracy/test"]["p"]
+    for text in (printed(paths=[folder], width=160), printed(paths=[folder], format="markdown")):
+        assert "+4.00* [+0.54, +7.46]" in text
+        assert "* unpaired, p by Welch's t-test" in " ".join(text.split())
+
+
+def test_csv_of_paired_runs_counts_pairs(write):
+    folder = write({})
+    rows = list(csv.DictReader(io.StringIO(printed(paths=[folder], format="csv"))))
+    assert "Welch" not in printed(paths=[folder])
+    designs = [(row["design"], row["num_pairs"]) for row in rows if row["metric"] == "loss/test"]
+    assert designs == [("", ""), ("paired", "3")]
+
+
+def test_an_unpaired_variant_with_one_run_has_no_interval(write):
+    folder = write({"batch_size": 2})
+    records, _ = read_runs([folder])
+    comparison = compare_records([run for run in records if run.path.name not in ("b1", "b2")])
+    (against,) = comparison.against.values()
+    assert against.differences["accuracy/test"].p is None
+    assert "unpaired, 1 against 3 runs, which is not enough evidence: " in comparison.sentences[0]
+
+
+# Expectations of studies
+
+
+def roles(folder):
+    records, _ = read_runs([folder])
+    return {role: [run for run in records if run.path.name.startswith(role)] for role in "ab"}
+
+
+def expect(**given):
+    return Expectation(says="so", of="b", tag="accuracy/test", **given)
+
+
+def test_an_expectation_on_the_same_batches_pairs_seed_by_seed(write):
+    found = judge(expect(minus="a", above=0), roles(write({})))
+    assert found.numbers == pytest.approx([b - a for a, b in zip(ONE, OTHER, strict=True)])
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2}, {"classes_per_batch": 2}, data(limit=100), {"data": MNIST}])
+def test_an_expectation_on_other_batches_is_held_against_the_mean_of_the_other_role(write, changes):
+    runs, base = roles(write(changes)), sum(ONE) / 3
+    found = judge(expect(minus="a", above=0.02), runs)
+    assert found.numbers == pytest.approx([value - base for value in OTHER])
+    assert found.holds
+    assert judge(expect(over="a", above=1), runs).numbers == pytest.approx([value / base for value in OTHER])
+
+
+def test_the_interval_of_an_expectation_on_other_batches_is_welchs(write):
+    runs = roles(write({"batch_size": 2}))
+    interval = ttest_ind(OTHER, ONE, equal_var=False).confidence_interval(0.95)
+    found = judge(expect(minus="a", above=0.0, seeds="interval"), runs)
+    assert (found.mean.low, found.mean.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert found.holds == (interval.low > 0)
+    assert "not paired" in judge(expect(over="a", above=1, seeds="interval"), runs).problem
+
+
+def test_roles_on_other_batches_need_no_common_seeds_but_common_settings(write):
+    runs = roles(write({"batch_size": 2}))
+    fewer = judge(expect(minus="a", above=0), runs | {"b": runs["b"][:2]})
+    assert len(fewer.numbers) == 2 and math.isfinite(fewer.mean.mean)
+    several = runs["a"][:2] + runs["b"][2:]  # two batch sizes in one role
+    assert "do not have the same settings" in judge(expect(minus="a", above=0), runs | {"a": several}).problem
+
+
+# How runs were evaluated
+
+
+def test_runs_that_were_evaluated_with_batch_statistics_are_named(write):
+    folder = write({})
+    said = "evaluated with batch statistics over shuffled chunks of 512"
+    for name in ("b0", "b1", "b2"):
+        path = folder / name / "status.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": said}))
+    assert [note for note in compared(folder).notes if "512" in note] == [f"library: {said}."]
+    assert f"library: {said}." in printed(paths=[folder], width=200)
+    assert f"library: {said}." in printed(sweep_table(*read_runs([folder])), width=200)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": ["\x1b[31m"]}))  # a stranger's
+    assert "\x1b" not in printed(paths=[folder])

@@ -1,0 +1,71 @@
+"""File systems without locks: runs go on with a warning, and other errors of the system are told with a remedy."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from bnexp.store import run_folder
+from bnexp.store.files import REMEDIES, not_written, write_json
+from bnexp.store.run_folder import NO_LOCKS, is_taken, read_status, taken
+
+TINY = ("model=mlp", "data.limit=64", "batch_size=16", "steps=1", "threads=1", "quiet=true")
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """``no_locks(number)``: every flock ends with that errno."""
+
+    def call(number: int) -> None:
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        run_folder._warn_of_no_locks.cache_clear()
+
+    return call
+
+
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+def test_runs_and_sweeps_go_on_with_one_warning(number, no_locks, bnexp, capfd, tmp_path):
+    no_locks(number)
+    assert bnexp("train", *TINY, "out=run") == 0
+    assert bnexp("train", "-m", *TINY, "seed=0,1", "out=sweep") == 0
+    assert bnexp("report", "sweep") == 0
+    err = capfd.readouterr().err
+    assert err.count("its file system has no locks") == 2 and "start no two processes on one run" in err
+    assert read_status(tmp_path / "run")["status"] == "finished"
+
+
+def test_without_locks_the_status_tells_who_is_at_work(no_locks, tmp_path):
+    with taken(tmp_path) as is_mine:
+        assert is_mine
+    no_locks(errno.ENOSYS)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        for pid, expected in ((sleeper.pid, True), (os.getpid(), False), (2**30, False)):
+            write_json(tmp_path / "status.json", {"status": "running", "host": socket.gethostname(), "pid": pid})
+            assert is_taken(tmp_path) == expected
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+
+
+def test_another_error_of_a_lock_is_told(no_locks, bnexp, capsys):
+    no_locks(errno.EIO)
+    assert bnexp("train", *TINY, "out=run") == 1
+    assert "see to its disk" in capsys.readouterr().err
+
+
+LOST = [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS, errno.EDQUOT, errno.EFBIG]
+
+
+@pytest.mark.parametrize("number", LOST)
+def test_space_is_asked_for_only_where_space_is_missing(number, tmp_path):
+    told = not_written(OSError(number, os.strerror(number)), tmp_path)
+    assert REMEDIES[number] in told
+    assert ("free some space" in told) == (number == errno.EDQUOT)
