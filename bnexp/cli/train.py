@@ -80,13 +80,15 @@ def train_one(cfg: DictConfig, words: Sequence[str]) -> int:
 def finish(cfg: DictConfig, run: "Run", words: Sequence[str], folder: Path) -> None:
     """Drive the run to its end; prints the folder last."""
     from bnexp.config import build, start
-    from bnexp.train import loop, progress
+    from bnexp.train import progress
+    from bnexp.train.drive import drive
+    from bnexp.train.loop import Loop
 
     start.advise(cfg, run)
-    journal = start.open_journal(cfg, run, words, folder)
+    recorder = start.open_recorder(cfg, run, words, folder)
     shown = progress.make_progress(run_name(cfg), quiet=cfg.quiet)
     try:
-        loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+        drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
     except UserError:
         raise
     except Exception as error:

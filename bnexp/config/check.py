@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +14,7 @@ from bnexp.config.parts import build_optimizer, every_of, find_device, meta_mode
 from bnexp.config.schema import Train
 from bnexp.config.targets import check_options
 from bnexp.data.dataset import Dataset
+from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of
 from bnexp.store import run_folder
@@ -62,10 +62,8 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
         check_finite(group, cfg[group])
     check_schedule(cfg)
     check_model(cfg, runs, device)
-    if runs:  # an engine that does not run everywhere says so before any work
-        require_device = getattr(sys.modules[part(cfg, "engine").func.__module__], "require_device", None)
-        if require_device is not None:
-            require_device(device)
+    if runs:
+        traits_of(part(cfg, "engine").func).require_device(device)
     if free and cfg.out is not None:
         run_folder.check_free(cfg.out)
 

@@ -16,11 +16,10 @@ from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.store.files import not_written, write_new
 from bnexp.store.run_folder import CONFIG, METRICS, Status
-from bnexp.train import loop
 from bnexp.train.run import Run
 
 if TYPE_CHECKING:
-    from bnexp.train.loop import Journal
+    from bnexp.train.recorder import Recorder
 
 SAID: set[str] = set()  # by this process: a sweep would say the same of every seed
 
@@ -40,14 +39,14 @@ def advise(cfg: DictConfig, run: "Run") -> None:
             print(f"bnexp: {line}", file=sys.stderr)
 
 
-def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Journal":
+def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Recorder":
     """Where the run is recorded; if ``folder`` holds a checkpoint, ``run`` goes on from there."""
     from bnexp.config import parts
     from bnexp.store import checkpoint
     from bnexp.store.run_folder import Status
     from bnexp.store.untrusted import read_lines
     from bnexp.store.writer import Writer
-    from bnexp.train.recorder import Journal, merit
+    from bnexp.train.recorder import Recorder, merit
 
     state = checkpoint.load(folder, run.device, run.model, mend=True)
     if state is not None:
@@ -58,7 +57,7 @@ def open_journal(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: 
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg), group_name(cfg))
     earlier = read_lines(folder / METRICS) if cfg.keep == "best" else []
     best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
-    return Journal(writer, status, folder, cfg.keep, best)
+    return Recorder(writer, status, folder, cfg.keep, best)
 
 
 @contextmanager
@@ -75,12 +74,12 @@ def fitting(path: Path) -> Iterator[None]:
 
 def open_job(
     cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
-) -> tuple[Run, loop.Journal]:
-    """The run of a job whose folder is ours, at its last checkpoint if there is one, and its journal."""
+) -> tuple[Run, "Recorder"]:
+    """The run of a job whose folder is ours, at its last checkpoint if there is one, and its recorder."""
     write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     run = build.build(cfg, datasets)
     advise(cfg, run)
-    return run, open_journal(cfg, run, overrides, Path(cfg.out))
+    return run, open_recorder(cfg, run, overrides, Path(cfg.out))
 
 
 def fail(folder: Path, overrides: Sequence[str], error: Exception) -> str:

@@ -1,12 +1,11 @@
-"""What capturing takes: a recorder, numbers that only the device moves, and steps that are captured once and replayed.
+"""Steps that are captured once as a CUDA graph and replayed, and counters that a captured step moves.
 
-What a step is, of one run or of many, say :mod:`bnexp.engines.graph` and :mod:`bnexp.engines.graph_fold`.
+:mod:`bnexp.engines.graph` defines the step of one run, :mod:`bnexp.engines.graph_fold` that of many.
 """
 
 import sys
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from time import perf_counter
@@ -17,22 +16,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bnexp.errors import UserError
+from bnexp.train.run import Run
 
 
 def check_warmup(warmup_steps: int) -> None:
-    """Raise :class:`UserError` for what is no number of steps."""
+    """Raise :class:`UserError` unless ``warmup_steps`` is a whole number, 1 or more."""
     if type(warmup_steps) is not int or warmup_steps < 1:
         raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
 
 
 @cache
 def tell(reason: str) -> None:
-    """Say on stderr, once, why nothing is captured."""
+    """Say on stderr, once for each reason, why nothing is captured."""
     print(f"bnexp: warning: engine=graph: {reason}; going step by step as engine=eager does", file=sys.stderr)
 
 
 def why_not(optimizer: Optimizer) -> str | None:
-    """What about an optimizer is known not to be capturable, None if nothing is."""
+    """Why an optimizer is known not to be capturable, None if no reason is known."""
     if all(group.get("fused") for group in optimizer.param_groups):
         return None
     name = type(optimizer).__name__
@@ -40,25 +40,25 @@ def why_not(optimizer: Optimizer) -> str | None:
 
 
 class Counter:
-    """A number on the device that a captured step moves, and what the host knows it to be."""
+    """A number on the device that a captured step moves, and its value as the host counts it."""
 
     def __init__(self, device: torch.device) -> None:
         self.tensor = torch.zeros(1, dtype=torch.int64, device=device)
         self.known = 0
 
     def put(self, value: int) -> None:
-        """Set it, if it is not that already."""
+        """Set the number to ``value``, if it is another."""
         if value != self.known:
             self.tensor.fill_(value)
             self.known = value
 
 
 class CudaGraphs:
-    """How CUDA captures: the seam at which a test can put in another recorder."""
+    """Captures by CUDA. A test on a CPU puts another recorder in its place."""
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
-        """A side stream, as captures have, on which it is an error to wait for the device."""
+        """Run the block on a side stream, as captures do; waiting for the device is an error in it."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         before = torch.cuda.get_sync_debug_mode()
         stream.wait_stream(current)
@@ -72,7 +72,7 @@ class CudaGraphs:
         current.wait_stream(stream)
 
     def capture(self, function: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record what ``function`` does and return what does it again; ``generators`` move on with every replay."""
+        """Record ``function()`` and return a function that repeats it; every replay moves ``generators`` on."""
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
@@ -81,111 +81,122 @@ class CudaGraphs:
         return graph.replay
 
 
-class Replayed(ABC):
-    """Steps of one batch size that are captured once and replayed, bit for bit those that are not captured.
+class Replayed:
+    """Steps that are captured once for each batch size and replayed, bit for bit the uncaptured steps.
 
-    The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, which
-    comes with the second, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers);
-    all that they moved is put back. A short last batch has a graph of its own.
+    ``step(picked)`` takes the step of one run, or the common one of many at the same step, on the training images at
+    the indices ``picked`` (runs, B), with nothing from the host in it. It uses ``optimizer``, leaves gradients in the
+    tensors ``learned``, and changes the tensors ``moved`` beside the optimizer's.
 
-    Which step it is (``at``) and where its batch begins in the epoch's order (``start``) are on the device, and a
-    captured step moves them on. ``setup_seconds`` is what getting ready has taken so far.
+    The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, at the
+    second step, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers); all that
+    they moved is put back. A short last batch has a graph of its own.
+
+    The number of the step (``at``), where its batch begins in the epoch's order (``start``), the orders and the
+    learning rates of all steps are on the device. The time of captures is added to the runs' ``setup_seconds``.
     """
 
     def __init__(
-        self, graphs: CudaGraphs, warmup_steps: int, device: torch.device, batch_size: int, optimizer: Optimizer
+        self,
+        runs: Sequence[Run],
+        step: Callable[[Tensor], Any],
+        optimizer: Optimizer,
+        learned: Sequence[Tensor],
+        moved: Sequence[Tensor],
+        graphs: CudaGraphs,
+        warmup_steps: int,
     ) -> None:
-        self.graphs, self.warmup_steps, self.device, self.optimizer = graphs, warmup_steps, device, optimizer
-        self.places = torch.arange(batch_size, device=device)
+        self.runs, self.step, self.optimizer, self.learned, self.moved = runs, step, optimizer, learned, moved
+        self.graphs, self.warmup_steps = graphs, warmup_steps
+        self.batches = [run.batches for run in runs]
+        self.generators = [batches.generator for batches in self.batches]
+        self.drawn = [batches.order for batches in self.batches]
+        self.orders = torch.stack(self.drawn)  # (runs, training images)
+        device = runs[0].device
+        self.places = torch.arange(self.batches[0].batch_size, device=device)
         self.start, self.at = Counter(device), Counter(device)
+        groups = [group for run in runs for group in run.optimizer.param_groups]
+        factors = [runs[0].schedule(k, runs[0].total_steps) for k in range(runs[0].total_steps)]
+        rates = [[group["base_lr"] * factor for group in groups] for factor in factors]
+        self.rates = torch.tensor(rates, dtype=torch.float64).to(device, torch.float32)  # (steps, groups)
+        self.set_rates = [group["lr"] for group in groups]
         self.replays: dict[int, tuple[Callable[[], None], list[tuple[Tensor, Tensor | None]], Any]] = {}
         self.has_stepped = self.has_failed = False
-        self.setup_seconds = 0.0
 
-    @abstractmethod
-    def device_step(self, size: int) -> Any:
-        """A step of ``size`` images with nothing from the host in it: what is captured, and what it returns."""
-
-    @abstractmethod
-    def generators(self) -> list[torch.Generator]:
-        """Those that a step draws from."""
-
-    @abstractmethod
-    def learned(self) -> list[Tensor]:
-        """All that has a gradient after a step."""
-
-    @abstractmethod
-    def moved(self) -> Iterable[Tensor]:
-        """All that a step changes, but for the generators and what :class:`Replayed` has of its own."""
-
-    def take(self, start: int, at: int, size: int) -> Any:
-        """Step ``at``, whose batch begins at ``start``. What it returns may be overwritten by the next."""
+    def take(self) -> Any:
+        """Take the next step of the runs; return what ``step`` does, which the next step may overwrite."""
+        ((start, end),) = {batches.advance() for batches in self.batches}  # one place, as the runs are at one step
+        for i, batches in enumerate(self.batches):
+            if self.drawn[i] is not batches.order:
+                self.orders[i].copy_(batches.order)
+                self.drawn[i] = batches.order
+        size = end - start
         self.start.put(start)
-        self.at.put(at)
+        self.at.put(self.runs[0].num_steps)
         if not self.has_stepped or (size not in self.replays and not self.capture(size)):
             result = self.device_step(size)
         else:
             replay, gradients, result = self.replays[size]
             for p, gradient in gradients:
-                p.grad = gradient  # where this graph leaves it, for whoever looks
+                p.grad = gradient  # this graph writes it there, and probes read it
             replay()
         self.has_stepped = True
         self.start.known += size
         self.at.known += 1
         return result
 
-    def picked(self, size: int) -> Tensor:
-        """The places (size,) of a step's batch in the epoch's order."""
-        return self.start.tensor + self.places[:size]
-
-    def move_on(self, size: int) -> None:
-        """The end of a captured step."""
+    def device_step(self, size: int) -> Any:
+        """The step of ``size`` images as it is captured: it also sets the learning rates and counts itself."""
+        picked = self.orders.index_select(1, self.start.tensor + self.places[:size])
+        torch._foreach_copy_(self.set_rates, list(self.rates.index_select(0, self.at.tensor).squeeze(0).unbind()))
+        result = self.step(picked)
         self.start.tensor.add_(size)
         self.at.tensor.add_(1)
+        return result
 
     def capture(self, size: int) -> bool:
-        """Capture steps of ``size`` images, moving nothing; False, said once, if that cannot be done."""
+        """Capture a step of ``size`` images and leave everything as it was; False, told once, if that fails."""
         if self.has_failed:
             return False
         began = perf_counter()
-        asking = [group for group in self.optimizer.param_groups if "capturable" in group]
+        switched = [group for group in self.optimizer.param_groups if "capturable" in group]
         results: list[Any] = []
         try:
             for _ in range(self.warmup_steps):
                 with self.undone(), self.graphs.warming_up():
                     self.device_step(size)
-            for group in asking:
+            for group in switched:
                 group["capturable"] = True  # the kernel is the same
-            for p in self.learned():
+            for p in self.learned:
                 p.grad = None
             with self.undone():
-                replay = self.graphs.capture(lambda: results.append(self.device_step(size)), self.generators())
+                replay = self.graphs.capture(lambda: results.append(self.device_step(size)), self.generators)
         except RuntimeError as error:
             self.has_failed = True
             tell(f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
             return False
         finally:
-            for group in asking:
+            for group in switched:
                 group["capturable"] = False
-        self.replays[size] = replay, [(p, p.grad) for p in self.learned()], results[0]
-        self.setup_seconds += perf_counter() - began
+        self.replays[size] = replay, [(p, p.grad) for p in self.learned], results[0]
+        for run in self.runs:
+            run.setup_seconds += (perf_counter() - began) / len(self.runs)
         return True
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Put everything back that a step moves: weights, buffers, the optimizer's state, generators, counters."""
+        """Put back all that a step in the block moves: weights, buffers, optimizer state, generators, counters."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        moved = [*self.moved(), *state, *rates, self.start.tensor, self.at.tensor]
-        moved = [tensor for tensor in moved if isinstance(tensor, Tensor)]
-        kept = [tensor.detach().clone() for tensor in moved]
-        drawn = [(generator, generator.get_state()) for generator in self.generators()]
+        moved = [*self.moved, *state, *self.set_rates, self.start.tensor, self.at.tensor]
+        kept = [(tensor, tensor.detach().clone()) for tensor in moved if isinstance(tensor, Tensor)]
+        drawn = [(generator, generator.get_state()) for generator in self.generators]
+        device = self.runs[0].device
         try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 yield
         finally:
             for generator, state in drawn:
                 generator.set_state(state)
             with torch.no_grad():
-                for tensor, value in zip(moved, kept, strict=True):
+                for tensor, value in kept:
                     tensor.copy_(value)

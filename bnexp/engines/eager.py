@@ -1,10 +1,13 @@
-"""The eager engine: every operation is sent on its own, as it is written in :meth:`bnexp.train.run.Run.eager_step`."""
+"""The eager engine: every operation is sent to the device on its own, as :meth:`Run.eager_step` writes it."""
 
 from collections.abc import Callable
 
+from bnexp.engines.base import says
+from bnexp.engines.fold import Stack
 from bnexp.train.run import Run
 
 
+@says(make_stack=Stack)
 def eager(run: Run) -> Callable[[], None]:
-    """The step as it is written."""
+    """Return the step as it is written."""
     return run.eager_step

@@ -1,7 +1,7 @@
-"""Many runs of one small model computed as one: their tensors are stacked, and one step moves them all.
+"""Many runs of one small model computed as one: their tensors are stacked, and one step moves all of them.
 
-A small model keeps no device busy, because starting its many short operations takes longer than computing them.
-Folded, each operation is started once for all runs (``torch.vmap``), on as many times the numbers.
+A small model keeps no device busy: starting its many short operations takes longer than computing them. In a fold each
+operation is started once for all runs (``torch.vmap``) and computes as many times the numbers.
 
 On one CPU core that pays for dense networks and not for convolutions, which become grouped ones: 8 MLPs with batch
 norm train about 1.5 times as fast as in turn, 32 of them 2 to 2.6 times, 8 LeNets 0.7 (batches of 64) to 1 time (16).
@@ -9,9 +9,7 @@ norm train about 1.5 times as fast as in turn, 32 of them 2 to 2.6 times, 8 LeNe
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from time import perf_counter
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,92 +23,47 @@ from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate, without_compiler
 from bnexp.train.run import Run
 
-# They reckon element by element, so one call on stacked weights does what one call per run does.
+# These compute element by element, so one call on stacked weights does what one call per run does.
 ELEMENTWISE = {kind for plain in (SGD, Adam, AdamW) for kind in (plain, without_compiler(plain))}
 
 
 class Fold:
-    """Runs that take their steps together: the first that is asked for a step takes it for all of them.
+    """Takes the steps of several runs as one, for runs that differ in nothing but the seed and the optimizer's numbers.
 
-    They are ordinary runs whose configs agree in everything but the seed and the optimizer's numbers, driven in
-    lockstep. Each keeps its own batches, learning rate, statistics, meter, evaluation and checkpoints. Its numbers are
-    those that it has alone, up to rounding: sums are taken in another order. One that diverges harms no other.
+    Each run keeps its own batches, learning rate, statistics, meter, evaluation and checkpoints. Its numbers are those
+    that it has alone, up to rounding: sums are taken in another order. A run that diverges harms no other.
 
-    A run that is not where the others are, because it goes on from an earlier checkpoint, goes by itself until all are
-    level. A folded step that fails fails for all. ``run.seconds_elsewhere`` gives every run its share of a step's time.
-
-    ``stack_of`` makes the :class:`Stack` of runs that are level.
+    ``make_stack(runs)`` makes the :class:`Stack` of the runs that step together.
     """
 
-    def __init__(self, runs: Sequence[Run], stack_of: "Callable[[Sequence[Run]], Stack] | None" = None) -> None:
-        self.runs = list(runs)
-        self.stack_of = stack_of or Stack
+    def __init__(self, make_stack: "Callable[[Sequence[Run]], Stack] | None" = None) -> None:
+        self.make_stack = make_stack or Stack
         self.stack: Stack | None = None
-        self.taken: dict[Run, tuple[Tensor, ...]] = {}  # of runs that are ahead: what the step measured
-        self.error: BaseException | None = None
-        for run in self.runs:
-            run.take_step = partial(self.take, run)
-            run.optimizer.register_load_state_dict_pre_hook(partial(self.make_way, run))
-            run.optimizer.register_state_dict_pre_hook(partial(self.require_level, run))
 
-    def take(self, run: Run) -> None:
-        """The step of one of the runs, which in most turns has been taken already."""
-        began = perf_counter()
-        if not run.is_ahead:
-            if len(self.runs) == 1 or any(each.num_steps != run.num_steps for each in self.runs):
-                run.seconds_elsewhere = 0.0
-                run.eager_step()
-                return
-            self.step()
-            seconds = perf_counter() - began
-            for each in self.runs:
-                each.seconds_elsewhere = seconds / len(self.runs) - (seconds if each is run else 0.0)
-        if self.error is not None:
-            raise self.error
-        run.meter.add(*self.taken.pop(run))
-        run.is_ahead = False
+    def step(self, runs: Sequence[Run]) -> None:
+        """Take the next step of ``runs``, all at the same step. Runs of the step before that are not among them are
+        let go, and nothing moves them any more; a single run takes an eager step."""
+        if self.stack is not None and set(self.stack.runs) != set(runs):
+            self.release()
+        if len(runs) == 1:
+            runs[0].eager_step()
+            runs[0].num_steps += 1
+            return
+        if self.stack is None:
+            self.stack = self.make_stack(runs)
+        self.stack.step()
 
-    def step(self) -> None:
-        """The next step of all runs. Broken off, it leaves them ahead for good: batches drawn, weights anywhere."""
-        try:
-            if self.stack is None:
-                self.stack = self.stack_of(self.runs)
-            for run in self.runs:
-                run.is_ahead = True
-            self.taken = dict(zip(self.stack.runs, self.stack.step(), strict=True))
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def leave(self, ended: Iterable[Run]) -> None:
-        """Let go of runs that have ended, if they are in here: nothing moves them any more."""
-        for run in set(ended).intersection(self.runs):
-            self.unstack()
-            self.runs.remove(run)
-            run.take_step = run.eager_step
-            run.seconds_elsewhere = 0.0
-
-    def make_way(self, run: Run, optimizer: Optimizer, state: dict) -> None:
-        """Let another state take the place of a run's own."""
-        self.unstack()
-        run.is_ahead = False
-
-    def require_level(self, run: Run, optimizer: Optimizer) -> None:
-        """Let nobody take down the state of a run that is a step further than it knows."""
-        assert not run.is_ahead, "its step was taken in another run's turn and not yet asked for"
-
-    def unstack(self) -> None:
-        """Give every run its tensors back, as its own."""
+    def release(self) -> None:
+        """Make every run's tensors its own again, as they have to be before another state is loaded into them."""
         if self.stack is not None:
             self.stack.release()
             self.stack = None
 
 
 class Stack:
-    """The tensors of runs that are level, stacked: one (runs, ...) for each, every run's own being views into it.
+    """The tensors of runs at the same step, stacked: one (runs, ...) for each; every run's own are views into it.
 
-    So each run can be evaluated, looked at and written down as ever. What it writes down are copies, because torch
-    would save all that a view is a view of.
+    So each run can be evaluated, looked at and written down as ever.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -120,21 +73,28 @@ class Stack:
         self.named = [dict(model.named_parameters()) for model in models]
         self.parameters = stacked(self.named)
         self.buffers = stacked([dict(model.named_buffers()) for model in models])
-        self.hooks = [model.register_state_dict_post_hook(copy_values) for model in models]
         self.joint = None
         if type(self.runs[0].optimizer) in ELEMENTWISE:
             self.joint = Joint([run.optimizer for run in self.runs], self.named, self.parameters)
 
-    def step(self) -> list[tuple[Tensor, ...]]:
-        """Take a step of every run; returns what a meter wants to know of each."""
-        images, labels = draw([run.batches for run in self.runs])
+    def step(self) -> None:
+        """Take the next step of every run."""
+        for run, measured in zip(self.runs, self.take(), strict=True):
+            run.meter.add(*measured)
+            run.num_steps += 1
+
+    def take(self) -> list[tuple[Tensor, ...]]:
+        """Move all weights by a step; return each run's loss (), logits (B, classes), labels (B,) and whether its
+        gradient was not finite (), as its meter takes them."""
+        images, labels = draw_batches([run.batches for run in self.runs])
         for run in self.runs:
             set_learning_rate(run.optimizer, run.schedule(run.num_steps, run.total_steps))
         loss, logits, found = self.descend(images, labels)
         return list(zip(loss, logits, labels, found, strict=True))
 
     def descend(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The runs' losses (runs,), logits and whether a gradient was not finite. The host waits for no device here."""
+        """Backward and into the weights; return losses (runs,), logits (runs, B, classes) and 1 for every run whose
+        gradient was not finite, else 0 (runs,). The host does not wait for the device."""
         for p in self.parameters.values():
             p.grad = None
         loss, logits = torch.vmap(self.loss)(self.parameters, self.buffers, images, labels)
@@ -153,26 +113,24 @@ class Stack:
         return loss.detach(), logits.detach(), found
 
     def loss(self, parameters: dict, buffers: dict, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`Run.loss` is with these parameters and buffers; the buffers are moved."""
+        """:meth:`Run.loss` of one run with these parameters and buffers; updates the buffers."""
         logits = self.runs[0].forward(images, lambda x: functional_call(self.model, parameters | buffers, (x,)))
         return F.cross_entropy(logits, labels), logits
 
     def release(self) -> None:
         """Make every run's tensors its own again."""
-        for hook in self.hooks:
-            hook.remove()
-        if self.joint is not None:
-            self.joint.release()
         for run in self.runs:
             for tensor in itertools.chain(run.model.parameters(), run.model.buffers()):
                 tensor.data = tensor.data.clone()
+            for state in run.optimizer.state.values():
+                state |= {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
 
 
 class Joint:
-    """One optimizer in place of the runs' own: it moves the stacked weights, at once those of runs with like options.
+    """One optimizer in place of the runs' own. Weights of runs with equal options are moved by one call.
 
-    Runs with another learning rate, say, are groups of their own in it. The state is in here; a run's own optimizer
-    gets a copy of its share when its state dict is asked for, and at the end.
+    Runs with other options, another learning rate say, are groups of their own in it. The runs' own optimizers hold
+    views into its state.
     """
 
     def __init__(
@@ -180,7 +138,8 @@ class Joint:
     ) -> None:
         self.optimizers, self.named = optimizers, named
         self.parts: list[tuple[Tensor, str, slice]] = []  # rows of a stacked weight, its name, which rows
-        self.sources: list[dict] = []  # for each group in here, one of those that it stands for
+        self.sources: list[dict] = []  # for each group in here, one of the groups that it stands for
+        self.is_shared = False  # whether the runs' own optimizers have the views
         groups, end = [], 0
         for _, alike in itertools.groupby(optimizers, key=options_of):
             rows = slice(end, end := end + len(list(alike)))
@@ -198,9 +157,8 @@ class Joint:
                     key: value.clone() if key == "step" else torch.stack([share[key] for share in shares])
                     for key, value in shares[0].items()
                 }
-        self.hooks = [
-            each.register_state_dict_pre_hook(partial(self.give, i)) for i, each in enumerate(optimizers)
-        ]  # fmt: skip
+        if self.optimizer.state:
+            self.share()
 
     def step(self, gradients: dict[str, Tensor]) -> None:
         """Move all weights, by the learning rates that the runs' own optimizers are set to."""
@@ -209,28 +167,27 @@ class Joint:
         for group, source in zip(self.optimizer.param_groups, self.sources, strict=True):
             group["lr"] = source["lr"]
         self.optimizer.step()
+        if not self.is_shared:  # the first step makes the state, later ones change it in place
+            self.share()
 
-    def give(self, i: int, optimizer: Optimizer) -> None:
-        """Copy its share of the state to the optimizer of the run in row ``i``."""
+    def share(self) -> None:
+        """Give every run's own optimizer the views into the state."""
+        self.is_shared = True
         for part, name, rows in self.parts:
-            if rows.start <= i < rows.stop and (state := self.optimizer.state.get(part)):
-                share = {key: value if key == "step" else value[i - rows.start] for key, value in state.items()}
-                optimizer.state[self.named[i][name]] = {key: value.clone() for key, value in share.items()}
-
-    def release(self) -> None:
-        for i, (optimizer, hook) in enumerate(zip(self.optimizers, self.hooks, strict=True)):
-            hook.remove()
-            self.give(i, optimizer)
+            if state := self.optimizer.state.get(part):
+                for row, i in enumerate(range(rows.start, rows.stop)):
+                    own = {key: value if key == "step" else value[row] for key, value in state.items()}
+                    self.optimizers[i].state[self.named[i][name]] = own
 
 
 def options_of(optimizer: Optimizer) -> str:
-    """The same for two optimizers of one class and schedule if and only if they move equal weights equally."""
+    """A text that two optimizers of one class and schedule share if and only if they move equal weights equally."""
     groups = optimizer.param_groups
     return repr([{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups])
 
 
 def stacked(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of the same names as one (runs, ...) each, of which they become views."""
+    """One tensor (runs, ...) for each name; the tensors ``named`` become views into it."""
     whole = {}
     for name, first in named[0].items():
         whole[name] = torch.stack([each[name].detach() for each in named])
@@ -240,31 +197,26 @@ def stacked(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-def copy_values(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    """Have a state dict hold copies."""
-    for key, value in state.items():
-        state[key] = value.clone() if isinstance(value, Tensor) else value
-
-
-def draw(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
-    """The next batch of each: images (runs, B, ...) and labels (runs, B)."""
-    places = [slice(*each.advance()) for each in batches]  # which may begin an epoch, with an order of its own
+def draw_batches(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
+    """The next batch of every run: images (runs, B, ...) and labels (runs, B)."""
+    places = [slice(*each.advance()) for each in batches]  # first, because this may begin an epoch with a new order
     return gather(batches, torch.stack([each.order[place] for each, place in zip(batches, places, strict=True)]))
 
 
 def gather(batches: Sequence[Batches], picked: Tensor) -> tuple[Tensor, Tensor]:
-    """The images at the indices ``picked`` (runs, B) and their labels, each run's as its own batches prepare them."""
-    if batches[0].dataset.augment == "none":  # they have the same data
+    """The images at the indices ``picked`` (runs, B) and their labels, prepared by the batches of each run."""
+    if batches[0].dataset.augment == "none":  # the runs have the same data
         images, labels = batches[0].gather(picked.flatten())
         return images.unflatten(0, picked.shape), labels.view_as(picked)
     images, labels = zip(*(each.gather(own) for each, own in zip(batches, picked, strict=True)), strict=True)
     return torch.stack(images), torch.stack(labels)
 
 
-def check(model: nn.Module, images: Sequence[int], device: torch.device) -> None:
-    """Raise :class:`UserError` unless two runs of ``model``, of which only the code is used, can take a step as one.
+def check_foldable(model: nn.Module, images: Sequence[int], device: torch.device) -> None:
+    """Raise :class:`UserError` unless two runs of ``model`` can take a step as one.
 
-    Tried on ``device``, with zeros for everything: weights, buffers and ``images``, the shape of a batch.
+    A step is tried on ``device`` with zeros for weights, buffers and a batch of the shape ``images``; only the code
+    of ``model`` is used.
     """
     zeros = [
         {name: torch.zeros(2, *tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in named}

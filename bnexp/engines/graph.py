@@ -1,29 +1,32 @@
-"""The graph engine: a whole step captured once as a CUDA graph and replayed, so that the host hardly does anything.
+"""The graph engine: a whole step is captured once as a CUDA graph and replayed, so that the host hardly does anything.
 
-Captured are the gathering of the batch, augmentation, forward, backward, the optimizer, the learning rate and the
-meter. The host only counts along, shuffles once an epoch and reads what was measured. Evaluation has graphs of its own.
+A captured step gathers and augments the batch, runs forward and backward, sets the learning rate and moves the weights
+and the meter. The host counts steps, shuffles once an epoch and reads the meter. Evaluation has graphs of its own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bnexp.data.dataset import Split
+from bnexp.engines.base import says
 from bnexp.engines.capture import Counter, CudaGraphs, Replayed, check_warmup, tell, why_not
+from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
-from bnexp.train.meter import Measured, Meter
+from bnexp.train.meter import Meter
 from bnexp.train.run import Run
 
 
-def require_device(device: torch.device) -> None:
+def require_gpu(device: torch.device) -> None:
     """Raise :class:`UserError` where there are no CUDA graphs."""
     if device.type != "cuda":
         raise UserError(f"engine=graph: a CUDA graph needs a GPU, and this is device={device}; use engine=eager")
 
 
+@says(require_device=require_gpu, make_stack=CapturedStack)
 def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
-    """Steps by :class:`Captured`; eager ones, and stderr says why, where a step cannot be captured."""
+    """Return the step of :class:`Captured`, or where a step cannot be captured the eager one; stderr says why."""
     check_warmup(warmup_steps)
     reason = why_not(run.optimizer)
     if run.scaler.is_enabled():
@@ -35,9 +38,9 @@ def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
 
 
 class StaticMeter(Meter):
-    """A meter whose last entries stand in buffers that never move, because a captured step writes there.
+    """A meter whose last entries stand in buffers at fixed addresses, where a captured step writes them.
 
-    The host says how many they are (:meth:`count`); everybody who reads has them taken over first.
+    The host counts these entries (:meth:`count`). Every reading first moves them to the lists of :class:`Meter`.
     """
 
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
@@ -54,99 +57,66 @@ class StaticMeter(Meter):
         self.next.put(0)
 
     def record(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
-        """What :meth:`Meter.add` takes, into the next place; on the device alone."""
+        """Write what :meth:`Meter.add` takes into the next place; on the device alone."""
         values = {"losses": loss, "hits": (logits.argmax(1) == labels).sum(), "found": found}
         for name, value in values.items():
             self.buffers[name].index_copy_(0, self.next.tensor, value.view(1))
         self.next.tensor.add_(1)
 
     def count(self, size: int) -> None:
-        """A step of ``size`` images was recorded."""
+        """Count a recorded step of ``size`` images."""
         self.sizes.append(size)
         self.next.known += 1
         if self.next.known == len(self.buffers["losses"]):
-            self.take_over()
+            self.settle()
 
-    def take_over(self) -> None:
-        """Move what stands in the buffers to where other meters have it, without waiting for the device."""
+    def settle(self) -> None:
+        """Move the entries from the buffers to the lists, without waiting for the device."""
         for name, buffer in self.buffers.items():
             getattr(self, name).extend(buffer[: self.next.known].clone().unbind())
         self.next.put(0)
 
-    def read(self) -> Measured:
-        self.take_over()
-        return super().read()
 
-    def is_finite(self) -> bool:
-        self.take_over()
-        return super().is_finite()
-
-    def state_dict(self) -> dict:
-        self.take_over()
-        return super().state_dict()
-
-
-class Captured(Replayed):
-    """The steps of one run by replay, bit for bit those of the eager engine on the same device."""
+class Captured:
+    """The steps of one run by replay, bit for bit the eager engine's on the same device."""
 
     def __init__(self, run: Run, graphs: CudaGraphs, warmup_steps: int) -> None:
-        super().__init__(graphs, warmup_steps, run.device, run.batches.batch_size, run.optimizer)
-        self.run = run
-        self.order = torch.empty_like(run.batches.order)
-        self.drawn: Tensor | None = None  # the order that was last copied to ``order``
-        self.rates: list[Tensor] = []
+        self.run, self.graphs, self.warmup_steps = run, graphs, warmup_steps
         self.meter = StaticMeter(run.device)
+        self.replayed: Replayed | None = None
         self.tallies: dict[int, tuple[Split, Callable[[], None], list[Tensor]]] = {}
 
     def step(self) -> None:
-        run = self.run
-        if run.meter is not self.meter:
-            self.take_hold()
-        start, end = run.batches.advance()
-        if self.drawn is not run.batches.order:
-            self.order.copy_(run.batches.order)
-            self.drawn = run.batches.order
-        self.take(start, run.num_steps, end - start)
-        self.meter.count(end - start)
-        run.setup_seconds, self.setup_seconds = run.setup_seconds + self.setup_seconds, 0.0
+        if self.replayed is None:
+            self.replayed = self.take_hold()
+        self.meter.count(self.replayed.take())
 
-    def take_hold(self) -> None:
-        """Put what captured steps need in the place of the run's own; a run in a fold never comes here."""
+    def take_hold(self) -> Replayed:
+        """Give the run the meter and the evaluation of captured steps. A run in a fold never does this."""
         run = self.run
         self.meter.load_state_dict(run.meter.state_dict())
         run.meter, run.tally = self.meter, self.tally
-        factors = [run.schedule(k, run.total_steps) for k in range(run.total_steps)]
-        for group in run.optimizer.param_groups:
-            rates = torch.tensor([group["base_lr"] * factor for factor in factors], device=run.device)
-            self.rates.append(rates.to(group["lr"].dtype))
+        own = [self.meter.next.tensor, *self.meter.buffers.values()]
+        moved = [*run.model.parameters(), *run.model.buffers(), *own]
+        return Replayed([run], self.device_step, run.optimizer, run.parameters, moved, self.graphs, self.warmup_steps)
 
-    def device_step(self, size: int) -> None:
+    def device_step(self, picked: Tensor) -> int:
+        """The step on the images at ``picked`` (1, B); returns B."""
         run = self.run
-        images, labels = run.batches.gather(self.order.index_select(0, self.picked(size)))
-        for group, rates in zip(run.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].copy_(rates.index_select(0, self.at.tensor).view(()))
+        images, labels = run.batches.gather(picked[0])
         loss, logits = run.loss(images, labels)
         found = run.descend(loss)
         self.meter.record(loss.detach(), logits.detach(), labels, found)
-        self.move_on(size)
-
-    def generators(self) -> list[torch.Generator]:
-        return [self.run.batches.generator]
-
-    def learned(self) -> list[Tensor]:
-        return self.run.parameters
-
-    def moved(self) -> Iterable[Tensor]:
-        model = self.run.model
-        return *model.parameters(), *model.buffers(), self.meter.next.tensor, *self.meter.buffers.values()
+        return len(labels)
 
     def tally(self, split: Split) -> tuple[Tensor, Tensor]:
-        """:meth:`Run.tally_of` the run's model in evaluation mode, by a graph per split."""
+        """:meth:`Run.tally_of` of the run's model in evaluation mode, by one graph for each split."""
         run = self.run
-        if self.has_failed:
+        if self.replayed.has_failed:
             return run.tally_of(split, run.model)
         if id(split) not in self.tallies:
             sums: list[Tensor] = []
+            run.chunks(split, run.model)  # keeps an order on the device, which a capture could not bring there
             with self.graphs.warming_up():
                 run.tally_of(split, run.model)
             replay = self.graphs.capture(lambda: sums.extend(run.tally_of(split, run.model)), [])

@@ -23,7 +23,7 @@ class Confusion(Probe):
     always the same; training images where ``split`` has none.
     """
 
-    def __init__(self, every: int = 1000, split: str = "valid", images: int = 10_000) -> None:
+    def __init__(self, every: int = 2000, split: str = "valid", images: int = 2000) -> None:
         super().__init__(every)
         if split not in SPLIT_CHOICES:
             raise self.refusal("split", split, f"no part of the data; choose one of {', '.join(SPLIT_CHOICES)}")

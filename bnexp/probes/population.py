@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
 from bnexp.probes.layers import takes_batch, tapped, tracking_norms
-from bnexp.train.run import EVALUATION_BATCH, Run
+from bnexp.train.run import Run
 
 
 @torch.no_grad()
@@ -84,7 +84,8 @@ def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
 
 def evaluation_batches(run: Run, split: Split, model: nn.Module) -> Sequence[Tensor]:
     """The indices of the images of ``split`` that :meth:`Run.evaluate` shows ``model`` together, batch by batch."""
-    return torch.arange(len(split), device=run.device).split(EVALUATION_BATCH)
+    places = torch.arange(len(split), device=run.device)
+    return [places[chunk] for chunk in run.chunks(split, model)]
 
 
 def shadow(run: Run) -> nn.Module:

@@ -1,20 +1,22 @@
-"""Being asked to stop: Ctrl-C and SIGTERM wait for the end of the step, but not for ever."""
+"""Requests to stop: signals wait for the end of the step, but not for ever."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-PATIENCE = 2.0  # seconds for what is under way when somebody asks; the checkpoint comes on top
-HURRY = 1.0  # seconds after which nothing more is begun
+PATIENCE = 2.0  # seconds after a signal until a step or a look is broken off; a checkpoint may take longer
+HURRY = 1.0  # seconds after a signal from which no step is begun
+# Ctrl-C, kill, a closed terminal, and the warning that schedulers send before the time of a job is over.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Asked to stop, and stopped between two steps, where a checkpoint can be taken."""
+    """A request to stop, carried out between two steps, where a checkpoint can be saved."""
 
 
 class OutOfPatience(KeyboardInterrupt):
-    """Asked to stop, and broken off in the middle of a step, or of looking at the run after it."""
+    """A request to stop that broke off a step or a look, because it was not over in time."""
 
 
 _is_patient = False
@@ -22,10 +24,9 @@ _is_patient = False
 
 @contextmanager
 def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
-    """Note when SIGINT or SIGTERM comes instead of breaking off a step; a second Ctrl-C breaks off at once.
+    """Note in the list when one of SIGNALS comes, in place of breaking off a step; a second Ctrl-C breaks off at once.
 
-    What is not over ``PATIENCE`` seconds later, or so much ``longer``, is broken off by :class:`OutOfPatience`, but
-    never a checkpoint.
+    ``PATIENCE`` plus ``longer`` seconds later :class:`OutOfPatience` is raised, but never inside :func:`patience`.
     """
     asked: list[float] = []
 
@@ -40,9 +41,10 @@ def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
+    heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup
     try:
-        before = {each: signal.signal(each, ask) for each in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only a main thread may; elsewhere signals go where they went
+        before = {each: signal.signal(each, ask) for each in (signal.SIGALRM, *heard)}
+    except ValueError:  # not the main thread: signals keep their handlers
         yield asked
         return
     try:
@@ -55,7 +57,7 @@ def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """What is done inside runs out of patience only afterwards: a checkpoint on its way to a slow disk."""
+    """Put :class:`OutOfPatience` off until the block is over: a checkpoint may be on its way to a slow disk."""
     global _is_patient
     before, _is_patient = _is_patient, True
     try:
@@ -65,5 +67,5 @@ def patience() -> Iterator[None]:
 
 
 def take_time() -> None:
-    """What is done from here on, to come to an end, is broken off by nothing but a second Ctrl-C."""
+    """Raise no :class:`OutOfPatience` from here on; only a second Ctrl-C breaks off what follows."""
     signal.setitimer(signal.ITIMER_REAL, 0)

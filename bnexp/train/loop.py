@@ -1,28 +1,30 @@
-"""Drives a run from its first step to its last: readings on schedule, evaluation, checkpoints, a clean end."""
+"""One run on its way: a step at a time, looked at when that is due, and written down however it ends."""
 
-from collections.abc import Generator, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
+from bnexp.errors import StorageError, UserError
+from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
-from bnexp.train.device import naming_exceptions, prefer_repeatable
-from bnexp.train.interrupt import Interrupted, deferred_signals
+from bnexp.train.device import explain_memory, naming_exceptions, prefer_repeatable
+from bnexp.train.interrupt import Interrupted, OutOfPatience, take_time
 from bnexp.train.meter import Measured
 from bnexp.train.probe import Probe, same_chance
-from bnexp.train.progress import NullProgress
-from bnexp.train.recorder import Diverged, Journal, recorded
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run, first_non_finite
 
-LONG = 0.1  # seconds; a look that takes longer may have to be broken off by somebody who wants the run to stop
+LONG = 0.1  # seconds; a look that takes longer may have to be broken off when the run is to stop
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When a run is looked at, in steps. Whatever stands here, the run's weights come out the same.
+    """When a run is looked at, in steps. The weights of the run do not depend on it.
 
-    ``checkpoint_seconds`` is the time between two checkpoints, where ``checkpoint_every`` is None.
+    ``checkpoint_seconds`` is the time between two checkpoints; it counts where ``checkpoint_every`` is None.
     """
 
     log_every: int
@@ -34,65 +36,178 @@ class Plan:
     checkpoint_seconds: float | None = None
 
     def wants_checkpoint(self, step: int, seconds_since: float) -> bool:
-        """Whether one is due after ``step``, the last being ``seconds_since`` old."""
+        """Whether a checkpoint is due after ``step``, ``seconds_since`` the last one."""
         if self.checkpoint_every is None:
             return seconds_since >= self.checkpoint_seconds
         return step % self.checkpoint_every == 0
 
     def looks(self, step: int, total_steps: int) -> tuple[str, ...]:
-        """How the run is looked at after ``step``."""
+        """The names of the evaluations and probes that are due after ``step``."""
         evaluation = ("evaluation",) if step % self.eval_every == 0 or step == total_steps else ()
         return evaluation + tuple(type(each).__name__ for each in self.probes if each.is_due(step, total_steps))
 
 
-def advance(run: Run, plan: Plan, journal: Journal) -> Iterator[dict[str, float]]:
-    """Take the run to its last step, one step per item; an item holds that step's readings, mostly none.
+class Loop:
+    """A run, the plan by which it is looked at, and the recorder that writes it down.
 
-    Being a generator it can be driven to the end at once or in lockstep with others: the numbers are the same.
-    ``run.seconds`` counts the time spent in here. Raises :class:`Diverged`.
+    Call :meth:`step` until :attr:`is_running` is False, or :meth:`stop` to end it earlier. ``status`` is then
+    ``finished``, ``diverged``, ``interrupted`` or ``failed``. A failure is not raised, so that one run of many stops
+    no other: it is kept in ``error``, as :class:`StorageError` if the run could not be written down.
+
+    ``latest`` holds the last value of every tag. ``run.seconds`` counts the time spent in here.
     """
-    busy, last_finite, saved = 0.0, None, perf_counter()
-    while run.num_steps < run.total_steps:
-        origin = perf_counter() - run.seconds
-        take_turn(run)
-        due = [probe for probe in plan.probes if probe.is_due(run.num_steps + 1, run.total_steps)]
-        before = [probe.before(run) for probe in due]
+
+    def __init__(self, run: Run, plan: Plan, recorder: Recorder) -> None:
+        self.run, self.plan, self.recorder = run, plan, recorder
+        self.status: str | None = None
+        self.error: Exception | None = None
+        self.latest: dict[str, float] = {}
+        self.last_finite_loss: float | None = None
+        self.is_between_steps = True  # the last step was looked at and written down, the next is not begun
+        self.saved_at = perf_counter()
+        self.busy = 0.0  # seconds in steps since the last reading of the meter
+        self.quick: set[tuple[str, ...]] = {()}  # the looks that were seen to take less than LONG
+        self.due: list[Probe] = []
+        self.before: list[object] = []  # what each probe that is due saw before the step
+
+    @property
+    def is_running(self) -> bool:
+        return self.status is None
+
+    def step(self) -> dict[str, float]:
+        """Take a step of the run, look at it and write it down; end the run if no step is left.
+
+        Returns the readings of this step by tag, mostly none.
+        """
+        try:
+            self.begin()
+            if self.is_running:
+                return self.conclude(timed(self.run.step, self.run.deterministic))
+        except Exception as error:
+            self.fail(error)
+        return {}
+
+    def begin(self) -> None:
+        """Prepare the process, the recorder and the probes for a step, or end as finished if no step is left."""
+        run = self.run
+        if run.num_steps >= run.total_steps:
+            self.end("finished")
+            return
+        is_quick = self.plan.looks(run.num_steps + 1, run.total_steps) in self.quick
+        self.recorder.remember(None if is_quick else run)
+        self.is_between_steps = False
         began = perf_counter()
-        if run.deterministic:
-            naming_exceptions(run.step)
-        else:
-            run.step()
-        began, origin = began - run.seconds_elsewhere, origin - run.seconds_elsewhere  # of folded runs
+        take_turn(run)
+        self.due = [probe for probe in self.plan.probes if probe.is_due(run.num_steps + 1, run.total_steps)]
+        self.before = [probe.before(run) for probe in self.due]
+        run.seconds += perf_counter() - began
+
+    def conclude(self, seconds: float) -> dict[str, float]:
+        """Look at the run after a step that took ``seconds``, write down what is due, and return those readings."""
+        run, plan = self.run, self.plan
+        began = perf_counter()
+        origin = began - seconds - run.seconds
+        self.busy += seconds
         step, is_last = run.num_steps, run.num_steps == run.total_steps
-        saves = is_last or plan.wants_checkpoint(step, perf_counter() - saved)
+        saves = is_last or plan.wants_checkpoint(step, began - self.saved_at)
         readings: list[Reading] = []
         if step % plan.log_every == 0 or is_last or (saves and not run.meter.is_finite()):
-            measured = run.meter.read()
-            busy += perf_counter() - began
-            run.num_bad_gradients += measured.num_bad
-            if (bad := first_non_finite(measured.losses)) is not None:
-                run.seconds = perf_counter() - origin
-                raise Diverged(step - len(measured.losses) + bad + 1, measured.losses[bad - 1] if bad else last_finite)
-            last_finite = measured.losses[-1]
-            readings += progress_of(run, measured, busy)
-            busy = 0.0
-        else:
-            busy += perf_counter() - began
+            readings += self.read_meter(began, origin)
+            if not self.is_running:
+                return {}
         if step % plan.eval_every == 0 or is_last:
             readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
-        if due:
-            readings += look(run, due, before)
+        if self.due:
+            readings += read_probes(run, self.due, self.before)
         run.seconds = perf_counter() - origin
-        metrics = journal.write(run, readings) if readings else {}
+        metrics = self.recorder.write(run, readings) if readings else {}
         if saves:
-            journal.save(run)
-            saved = perf_counter()
-        run.seconds = perf_counter() - origin
-        yield metrics
+            self.recorder.save(run)
+            self.saved_at = perf_counter()
+        now = perf_counter()
+        run.seconds = now - origin
+        if seconds + now - began < LONG:
+            self.quick.add(plan.looks(step, run.total_steps))
+        self.latest |= metrics
+        self.is_between_steps = True
+        return metrics
+
+    def read_meter(self, began: float, origin: float) -> list[Scalar]:
+        """The readings of the steps since the last reading; ends as diverged if one of their losses is not finite.
+
+        ``began`` is when this look began, ``origin`` when ``run.seconds`` was 0.
+        """
+        run = self.run
+        measured = run.meter.read()
+        busy, self.busy = self.busy + perf_counter() - began, 0.0
+        run.num_bad_gradients += measured.num_bad
+        if (bad := first_non_finite(measured.losses)) is not None:
+            run.seconds = perf_counter() - origin
+            before = measured.losses[bad - 1] if bad else self.last_finite_loss
+            first_bad_step = run.num_steps - len(measured.losses) + bad + 1
+            self.end("diverged", diverged_step=first_bad_step, last_finite_loss=before)
+        self.last_finite_loss = measured.losses[-1]
+        return progress_of(run, measured, busy)
+
+    def end(self, status: str, **fields: object) -> None:
+        """End with ``status``; ``fields`` go into status.json."""
+        self.recorder.end(self.run, status, **fields)
+        self.status = status
+
+    def stop(self, reason: BaseException) -> None:
+        """End as interrupted. Unless ``reason`` is a second Ctrl-C, save a checkpoint first.
+
+        The checkpoint is of this step, or of the step before if this one was broken off. An :class:`OSError` ends up
+        in ``error``.
+        """
+        self.status = "interrupted"
+        take_time()
+        try:
+            try:
+                if isinstance(reason, Interrupted | OutOfPatience):
+                    if self.is_between_steps:
+                        self.recorder.save(self.run)
+                    else:
+                        self.recorder.save_remembered()
+            finally:
+                self.recorder.end(self.run, "interrupted")
+        except OSError as error:
+            self.error = self.not_recorded(error)
+
+    def fail(self, error: Exception) -> None:
+        """End as failed: ``error`` and its traceback go into status.json."""
+        run = self.run
+        error = explain_memory(error, run.device, type(run.model).__name__, run.batches.batch_size)
+        self.status, self.error = "failed", error
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        text = "".join(traceback.format_exception(error))
+        try:
+            self.recorder.end(run, "failed", error=reason.splitlines()[0], traceback=text)
+        except OSError as second:
+            error.add_note(f"and the status could not be written: {second}")
+        if isinstance(error, OSError):
+            self.error = self.not_recorded(error)
+
+    def not_recorded(self, error: OSError) -> StorageError:
+        """The error for a run that had begun and could not be written down."""
+        why = not_written(error, self.recorder.folder)
+        told = StorageError(f"the run stopped at step {self.run.num_steps} because {why}")
+        told.__cause__ = error
+        return told
+
+
+def timed(step: Callable[[], None], deterministic: bool) -> float:
+    """Seconds that ``step()`` takes; with ``deterministic`` it says which operations cannot be repeated."""
+    began = perf_counter()
+    if deterministic:
+        naming_exceptions(step)
+    else:
+        step()
+    return perf_counter() - began
 
 
 def take_turn(run: Run) -> None:
-    """Set what belongs to the process as this run wants it: somebody else's turn may have been before."""
+    """Set the process to the run's threads and determinism: another run may have stepped before."""
     if torch.get_num_threads() != run.threads:
         torch.set_num_threads(run.threads)
     if torch.are_deterministic_algorithms_enabled() != run.deterministic:
@@ -100,9 +215,10 @@ def take_turn(run: Run) -> None:
 
 
 def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
-    """What the steps since the last reading say, which kept us ``busy`` for so many seconds.
+    """The readings of the steps ``measured``, which took ``busy`` seconds.
 
-    A step in which the engine got ready, by compiling say, is told apart (``time/setup``) and not in ``time/step``.
+    A step in which the engine was prepared (compiled, captured) is not part of ``time/step``: its preparation is
+    ``time/setup``.
     """
     readings = [
         Scalar("loss/train", measured.loss),
@@ -120,8 +236,8 @@ def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
     return readings
 
 
-def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
-    """What these probes see of the run, and the seconds that looking took."""
+def read_probes(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
+    """The readings of ``probes``, and the seconds that they took."""
     began = perf_counter()
     with same_chance(run):
         readings = [reading for probe, seen in zip(probes, before, strict=True) for reading in probe.look(run, seen)]
@@ -129,7 +245,7 @@ def look(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Re
 
 
 def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:
-    """Loss and accuracy on the splits that are due and not empty."""
+    """Loss and accuracy on the validation split and those asked for, unless empty."""
     splits = {"valid": run.dataset.valid}
     if eval_train:
         splits["train_eval"] = run.dataset.train
@@ -141,55 +257,3 @@ def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:
             loss, accuracy = run.evaluate(split)
             readings += [Scalar(f"loss/{name}", loss), Scalar(f"accuracy/{name}", accuracy)]
     return readings
-
-
-def drive(run: Run, plan: Plan, journal: Journal, progress: NullProgress) -> str:
-    """Train to the end and return how it ended: ``finished`` or ``diverged``.
-
-    Ctrl-C and SIGTERM wait for the end of the step, then leave a checkpoint and raise KeyboardInterrupt. They do not
-    wait long for an evaluation or a probe: then the checkpoint is of the step before.
-    """
-    ended: dict[str, str] = {}
-    steps = follow(run, plan, journal, ended)
-    progress.start(run)
-    try:
-        with deferred_signals() as asked:
-            for metrics in steps:
-                progress.update(run, metrics)
-                if asked:
-                    steps.throw(Interrupted())
-        if asked:  # at the very end of this run; others may come after it
-            raise Interrupted
-    finally:
-        steps.close()
-        progress.end(run, ended["status"])
-    return ended["status"]
-
-
-def follow(
-    run: Run, plan: Plan, journal: Journal, ended: dict[str, str]
-) -> Generator[dict[str, float], None, None]:
-    """:func:`advance`, recorded: however it ends, the journal and ``ended["status"]`` say so.
-
-    Divergence ends it quietly. To interrupt it between two steps, throw :class:`Interrupted` into it.
-    """
-    steps = recorded_steps(run, plan, journal, ended)
-    next(steps)  # from here on nothing that happens to it goes unrecorded
-    return steps
-
-
-def recorded_steps(
-    run: Run, plan: Plan, journal: Journal, ended: dict[str, str]
-) -> Generator[dict[str, float], None, None]:
-    """Nothing, then the items of :func:`advance`."""
-    with recorded(run, journal, ended):
-        yield {}
-        began, quick = perf_counter(), {()}
-        for metrics in advance(run, plan, journal):
-            if perf_counter() - began < LONG:
-                quick.add(plan.looks(run.num_steps, run.total_steps))
-            # Here and not when the next step begins, which may have been taken in another run's turn by then.
-            is_quick = plan.looks(run.num_steps + 1, run.total_steps) in quick
-            journal.remember(None if is_quick else run)
-            yield metrics
-            began = perf_counter()

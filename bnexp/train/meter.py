@@ -1,4 +1,4 @@
-"""What the steps of a run measured, kept on the device until somebody reads it."""
+"""The losses and hits of a run's steps, kept on the device until they are read."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COUNT_AT = 32  # steps, whose logits are kept until then
+COUNT_AT = 32  # steps whose logits are kept before their hits are counted
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Some steps in a row: the loss of each (nats), images classified right, images, and how many steps were bad."""
+    """Consecutive steps: their losses (nats), the images classified right, their batch sizes, and how many were bad."""
 
     losses: list[float]
     hits: int
@@ -52,18 +52,18 @@ class Meter:
         self.found.append(found)
         self.sizes.append(len(labels))
         if len(self.uncounted) == COUNT_AT:
-            self.count_hits()
+            self.settle()
 
-    def count_hits(self) -> None:
-        """Count for several steps at once what each got right; two operations a step would be felt in small models."""
+    def settle(self) -> None:
+        """Count the hits of several steps at once: two operations a step would slow small models down."""
         if self.uncounted:
             logits, labels = map(torch.cat, zip(*self.uncounted, strict=True))
             self.hits.append((logits.argmax(1) == labels).sum())
             self.uncounted = []
 
     def read(self) -> Measured:
-        """What was measured; then start anew. The one place in training where the host waits for the device."""
-        self.count_hits()
+        """Return what was measured and clear it. Here alone in training the host waits for the device."""
+        self.settle()
         losses = torch.stack(self.losses).tolist()
         found = torch.stack(self.found).tolist()
         num_bad = sum(bad > 0 and math.isfinite(loss) for bad, loss in zip(found, losses, strict=True))
@@ -72,11 +72,12 @@ class Meter:
         return measured
 
     def is_finite(self) -> bool:
-        """Whether all losses since the last reading are; waits for the device."""
+        """Whether all losses since the last reading are finite; waits for the device."""
+        self.settle()
         return not self.losses or bool(torch.stack(self.losses).isfinite().all())
 
     def state_dict(self) -> dict:
-        self.count_hits()
+        self.settle()
         hits = [torch.stack(self.hits).sum()] if self.hits else []
         tensors = {"losses": self.losses, "hits": hits, "found": self.found}
         return {name: [each.clone() for each in kept] for name, kept in tensors.items()} | {"sizes": list(self.sizes)}

@@ -15,27 +15,27 @@ from bnexp.train.run import Run
 class Probe(ABC):
     """Looks at a run after every ``every``-th step and after the last one.
 
-    A probe keeps nothing from one look to the next, so that a run that goes on from a checkpoint is seen as it
-    would have been. It draws nothing from the generators that a run draws from and computes on a copy of the model
-    (:func:`shadow`), so that weights, running statistics and gradients are left alone to the last bit. Weights that
-    are infinite or not a number are looked at like all others: the readings are then not finite either.
+    A probe keeps nothing from one look to the next, so a run that continues from a checkpoint yields the same readings.
+    It draws nothing from the generators that a run draws from and computes on a copy of the model
+    (:func:`bnexp.probes.population.shadow`), so weights, running statistics and gradients keep every bit. Of weights
+    that are infinite or NaN the readings are not finite either.
     """
 
     def __init__(self, every: int) -> None:
         self.every = self.at_least("every", every, 1, "steps between looks")
 
     def at_least(self, option: str, value: int, least: int, what: str) -> int:
-        """``value`` if it is a whole number, ``least`` or more; else :class:`UserError`."""
+        """Return ``value`` if it is a whole number, ``least`` or more; else raise :class:`UserError`."""
         if type(value) is not int or value < least:
             raise self.refusal(option, value, f"{what}; give a whole number, {least} or more")
         return value
 
     def refusal(self, option: str, value: object, why: str) -> UserError:
-        """``probe.NAME.option=value: why``."""
+        """The error ``probe.NAME.option=value: why``."""
         return UserError(f"probe.{type(self).__name__.lower()}.{option}={value}: {why}")
 
     def check_layers(self, wanted: Sequence[str], known: Collection[str], kind: str) -> None:
-        """Refuse names of layers that are not among ``known``."""
+        """Raise :class:`UserError` for names of layers that are not among ``known``."""
         for name in wanted:
             if name not in known:
                 there = f"there are {', '.join(known)}" if known else "there are none"
@@ -46,10 +46,10 @@ class Probe(ABC):
         return step % self.every == 0 or step == total_steps
 
     def check(self, model: nn.Module) -> None:  # noqa: B027 (most probes find what they look at in every model)
-        """Raise :class:`UserError` for what is not in ``model``, which may be on torch's meta device."""
+        """Raise :class:`UserError` if ``model``, perhaps on torch's meta device, lacks what the probe looks at."""
 
     def before(self, run: Run) -> object:
-        """Called before the step that is looked at; what it returns is handed to :meth:`look`."""
+        """Called before the step that is looked at; the result is passed to :meth:`look`."""
         return None
 
     @abstractmethod
@@ -59,6 +59,6 @@ class Probe(ABC):
 
 @contextmanager
 def same_chance(run: Run) -> Iterator[None]:
-    """Whatever is drawn inside from torch's own generators, by dropout say, is drawn again afterwards."""
+    """Put torch's own generators back after the block, so that its draws (dropout, say) change no later ones."""
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""The rich door: what a person sees of a run while it goes on."""
+"""What a person sees of a run, or of a comparison, while it trains."""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bnexp.train.run import Run
 
-SPLITS = ("train", "train_eval", "valid", "test")
+SHOWN_SPLITS = ("train", "train_eval", "valid", "test")
 
 
 class NullProgress:
@@ -37,7 +37,7 @@ class PlainProgress(NullProgress):
         self.latest |= metrics
         is_epoch_end = run.num_steps % run.batches.steps_per_epoch == 0
         if is_epoch_end or run.num_steps == run.total_steps:
-            print(f"{self.name}  {describe(run, self.latest)}", flush=True)
+            print(f"{self.name}  {progress_line(run, self.latest)}", flush=True)
 
     def end(self, run: Run, status: str) -> None:
         if status != "finished":
@@ -68,25 +68,25 @@ class LiveProgress(NullProgress):
         now = perf_counter()
         if metrics or now - self.shown_at > 0.2:
             self.shown_at = now
-            self.bar.update(self.task, completed=run.num_steps, state=describe(run, self.latest))
+            self.bar.update(self.task, completed=run.num_steps, state=progress_line(run, self.latest))
 
     def end(self, run: Run, status: str) -> None:
         self.bar.stop()
-        if self.in_sweep:  # whose own table comes at its end
-            self.console.print(f"{self.name}  {status}  {describe(run, self.latest)}", highlight=False)
+        if self.in_sweep:  # a sweep prints one table at its end
+            self.console.print(f"{self.name}  {status}  {progress_line(run, self.latest)}", highlight=False)
             return
         self.console.print(f"{self.name}: {status} after {run.num_steps:,} steps, {run.seconds:.1f} s", highlight=False)
         table = Table()
         for column in ("", "loss", "accuracy"):
             table.add_column(column, justify="right" if column else "left")
-        for split in SPLITS:
+        for split in SHOWN_SPLITS:
             if (loss := self.latest.get(f"loss/{split}")) is not None:
                 table.add_row(split, f"{loss:.4f}", f"{self.latest[f'accuracy/{split}']:.2%}")
         self.console.print(table)
 
 
 class LiveTable:
-    """A table that is drawn over and over on a terminal, and printed once per milestone elsewhere."""
+    """A table that is redrawn on a terminal; elsewhere it is printed as a line at every milestone."""
 
     def __init__(self, columns: Sequence[str], *, quiet: bool) -> None:
         self.columns = columns
@@ -105,7 +105,7 @@ class LiveTable:
         self.live.stop()
 
     def update(self, step: int, total: int, is_milestone: bool, rows: Callable[[], list[list[str]]]) -> None:
-        """Show ``rows()`` at ``step`` of ``total``, if it is time to."""
+        """Show ``rows()`` at ``step`` of ``total``: at a milestone and, on a terminal, every 0.2 s."""
         now = perf_counter()
         self.first_step = step if self.first_step is None else self.first_step
         if self.quiet or not (is_milestone or (self.is_drawn and now - self.shown_at > 0.2)):
@@ -126,7 +126,7 @@ class LiveTable:
         self.live.update(table)
 
 
-def describe(run: Run, latest: dict[str, float]) -> str:
+def progress_line(run: Run, latest: dict[str, float]) -> str:
     """Where the run is, in one line."""
     num_epochs = run.total_steps / run.batches.steps_per_epoch
     parts = [f"epoch {run.epoch:.3g}/{num_epochs:.3g}", f"step {run.num_steps}/{run.total_steps}"]
@@ -139,7 +139,7 @@ def describe(run: Run, latest: dict[str, float]) -> str:
 
 
 def make_progress(name: str, *, quiet: bool, in_sweep: bool = False) -> NullProgress:
-    """The progress that suits where stdout goes."""
+    """The progress for stdout: a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
     console = Console()
     if quiet:
         return NullProgress()

@@ -1,8 +1,8 @@
-"""A run: one variant with one seed. It can step and evaluate, and it can be put away and taken up again."""
+"""A run: one variant with one seed. It steps, evaluates, and continues from a state that was saved."""
 
 import math
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +11,20 @@ from torch.optim import Optimizer
 
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
+from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate
 from bnexp.train.meter import Meter
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-EVALUATION_BATCH = 512  # images at a time; evaluation mode, so the results do not depend on it
+EVALUATION_BATCH = 512  # images that are evaluated together, at most
 
 
 class Run:
     """A model, an optimizer and a stream of batches, advanced a step at a time.
 
-    ``schedule(step, total_steps)`` gives the factor of the learning rate; ``precision`` is fp32, bf16 or
-    fp16 (autocast; fp16 also scales the loss). ``engine`` makes the function that takes a step, :meth:`eager_step`
-    by default. Nothing here draws random numbers but the batches.
+    ``schedule(step, total_steps)`` returns the factor of the learning rate. ``precision`` is fp32, bf16 or fp16
+    (autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step; without one it is
+    :meth:`eager_step`. Only the batches draw random numbers.
     """
 
     def __init__(
@@ -53,11 +54,10 @@ class Run:
         self.meter = Meter()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.num_steps = 0
-        self.num_bad_gradients = 0  # steps whose loss was finite and whose gradient was not, as far as was read
-        self.seconds = 0.0  # spent on this run, kept by whoever drives it
-        self.setup_seconds = 0.0  # what the engine took to get ready, not yet read
-        self.seconds_elsewhere = 0.0  # of the last step: worked in other runs' turns for this one, less the reverse
-        self.is_ahead = False  # its weights have taken a step, in another run's turn, that it has not counted yet
+        self.num_bad_gradients = 0  # steps read so far whose loss was finite and whose gradient was not
+        self.seconds = 0.0  # spent on this run; counted by its loop
+        self.setup_seconds = 0.0  # that the engine took to get ready and that no reading holds yet
+        self.has_moved = False  # whether a step has moved the weights since the run was made or loaded
         self.take_step = engine(self) if engine else self.eager_step
 
     @property
@@ -70,21 +70,21 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        """Passes over the training set so far."""
+        """Passes over the training set, with the fraction of the current one."""
         return self.num_steps / self.batches.steps_per_epoch
 
     @property
     def learning_rate(self) -> float:
-        """What the last step used, of the first parameter group."""
+        """The learning rate of the first parameter group in the last step."""
         return self.optimizer.param_groups[0]["base_lr"] * self.schedule(self.num_steps - 1, self.total_steps)
 
     def step(self) -> None:
-        """One batch forward, backward and into the weights, as the engine does it."""
+        """Take a step by the engine: one batch forward, backward and into the weights."""
         self.take_step()
         self.num_steps += 1
 
     def eager_step(self) -> None:
-        """The step as it is written. The host does not wait for the device."""
+        """Take a step, one operation after the other. The host does not wait for the device."""
         images, labels = self.batches.next()
         set_learning_rate(self.optimizer, self.schedule(self.num_steps, self.total_steps))
         loss, logits = self.loss(images, labels)
@@ -92,17 +92,21 @@ class Run:
         self.meter.add(loss.detach(), logits.detach(), labels, found)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss (nats) of a batch of prepared images, and its logits (B, classes)."""
+        """The mean loss (nats) of a batch of prepared images, and its logits (B, classes)."""
         logits = self.forward(images)
         return F.cross_entropy(logits, labels), logits
 
     def descend(self, loss: Tensor) -> Tensor:
-        """Backward, and into the weights. Returns a 1 on the device if the gradient was not finite, else a 0."""
+        """Backward and into the weights; return 1 on the device if the gradient was not finite, else 0."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.scale(loss).backward()
             found = find_non_finite(self.parameters)
-            self.scaler.step(self.optimizer)  # leaves the weights alone if the gradient is not finite
+            if self.has_moved or not found:
+                self.scaler.step(self.optimizer)  # skips the step if the gradient is not finite
+                self.has_moved = True
+            else:  # skipping its first step, a fused SGD would leave its momentum to chance: uninitialized memory
+                self.scaler.unscale_(self.optimizer)
             self.scaler.update()
         else:
             loss.backward()
@@ -111,9 +115,9 @@ class Run:
         return found
 
     def evaluate(self, split: Split, model: nn.Module | None = None) -> tuple[float, float]:
-        """Mean loss (nats) and accuracy over the whole of ``split``, of the run's model in evaluation mode.
+        """Mean loss (nats) and accuracy over ``split``, by the run's model in evaluation mode.
 
-        A ``model`` given instead is taken in the mode that it is in.
+        Another ``model`` is evaluated in the mode that it is in.
         """
         if model is None:
             self.model.eval()
@@ -124,23 +128,43 @@ class Run:
         return float(loss) / len(split), int(hits) / len(split)
 
     def tally(self, split: Split) -> tuple[Tensor, Tensor]:
-        """:meth:`tally_of` the run's model; an engine may put a faster one in its place."""
+        """:meth:`tally_of` the run's model. An engine may replace this by a faster function."""
         return self.tally_of(split, self.model)
 
     @torch.no_grad()
     def tally_of(self, split: Split, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """The sum of the losses and the number of hits over ``split``, on the device."""
+        """The sum of the losses (nats) and the number of images classified right over ``split``, on the device."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        chunks = zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True)
-        for images, labels in chunks:
-            logits = self.forward(self.dataset.prepare(images), model)
+        for places in self.chunks(split, model):
+            labels = split.labels[places]
+            logits = self.forward(self.dataset.prepare(split.images[places]), model)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
         return loss, hits
 
+    def chunks(self, split: Split, model: nn.Module) -> Sequence[slice | Tensor]:
+        """The places in ``split`` of the images that are evaluated together, chunk after chunk.
+
+        They come as they are stored, unless a norm of ``model`` uses statistics of the batch: what an image is taken
+        for then depends on its neighbours, which files sorted by class would make alike. Then they are shuffled,
+        always in the same way, and the chunks are of equal size, to one image.
+        """
+        if uses_batch_statistics(model):
+            order = shuffled(len(split), self.device)
+            return order.tensor_split(-(-len(split) // EVALUATION_BATCH))
+        return [slice(start, start + EVALUATION_BATCH) for start in range(0, len(split), EVALUATION_BATCH)]
+
+    @cached_property
+    def evaluation(self) -> str | None:
+        """How the model is evaluated if an image's result depends on other images, else None."""
+        norms = map(contract_of, self.model.modules())
+        if not any(norm.uses_batch_statistics() and not norm.keeps_running_statistics() for norm in norms):
+            return None
+        return f"batch statistics over shuffled chunks of at most {EVALUATION_BATCH} images"
+
     def forward(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        """Logits in float32, by the run's model or by a copy of it, in the run's precision and memory format."""
+        """Logits in float32 by ``model``, the run's by default, in the run's precision and memory format."""
         model = self.model if model is None else model
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -150,19 +174,24 @@ class Run:
             return model(images).float()
 
     def state_dict(self) -> dict:
-        """Everything that the next step depends on, and what has been measured but not yet read."""
+        """Everything that the next step depends on, and the measurements that are not yet read."""
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        for key, value in model.items():
+            model[key] = whole(value)
+        state = {i: {key: whole(value) for key, value in each.items()} for i, each in optimizer["state"].items()}
         return {
             "num_steps": self.num_steps,
             "seconds": self.seconds,
             "num_bad_gradients": self.num_bad_gradients,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer | {"state": state},
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "meter": self.meter.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
+        self.has_moved = False
         self.num_steps = state["num_steps"]
         self.seconds = state["seconds"]
         self.num_bad_gradients = state.get("num_bad_gradients", 0)  # older checkpoints have none
@@ -173,19 +202,37 @@ class Run:
         self.meter.load_state_dict(state["meter"])
 
 
+def whole(value: object) -> object:
+    """``value``, or a copy of a tensor that is a part of a larger one, as in a fold: torch saves all of the larger."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether a norm of ``model``, in the mode that it is in, normalizes by statistics of the batch."""
+    return any(contract_of(module).uses_batch_statistics() for module in model.modules())
+
+
+@cache
+def shuffled(num_images: int, device: torch.device) -> Tensor:
+    """The places (num_images,) of all images in a random order, always the same, on every device."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def first_non_finite(losses: list[float]) -> int | None:
     """The index of the first loss that is infinite or not a number, None if all are finite."""
     return next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
 
 
 def find_non_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A 1 in float32 on their device if any of their gradients holds an infinite number or none at all, else a 0."""
+    """1 in float32 on the device of ``parameters`` if a gradient holds inf or NaN, else 0."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     device = gradients[0].device if gradients else torch.device("cpu")
     found = torch.zeros((), device=device)
     for kind in {gradient.dtype for gradient in gradients}:
         alike = [gradient for gradient in gradients if gradient.dtype == kind]
-        # The pass that torch's own loss scaler makes, here with a factor of 1.
+        # torch's loss scaler checks gradients by the same function; here the factor is 1.
         torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one_on(device))
     return found
 

@@ -38,10 +38,11 @@ from bnexp.engines.fold import Fold
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.store.run_folder import Status
 from bnexp.store.writer import NullWriter, Writer
-from bnexp.train.loop import Plan, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop, Plan
 from bnexp.train.probe import Probe, same_chance
 from bnexp.train.progress import LiveProgress, NullProgress
-from bnexp.train.recorder import Journal
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
 
 MakeRun = Callable[[Sequence[str]], tuple[Run, Plan]]  # from overrides
@@ -65,18 +66,18 @@ def our_loop(run: Run, plan: Plan, *, writes: bool = True) -> Turn:
     def turn(watch: Stopwatch) -> None:
         run.num_steps = 0
         with TemporaryDirectory() as name, open(os.devnull, "w") as null:
-            journal, progress = Journal(NullWriter()), NullProgress()
+            recorder, progress = Recorder(NullWriter()), NullProgress()
             if writes:
                 folder = Path(name)
-                journal = Journal(Writer(folder), Status(folder, "", []), folder)
+                recorder = Recorder(Writer(folder), Status(folder, "", []), folder)
                 progress = LiveProgress("bench", Console(file=null, force_terminal=True), in_sweep=False)
-                watch.count(journal, "write", "writer")
+                watch.count(recorder, "write", "writer")
                 watch.count(progress, "update", "progress")
                 watch.count(progress.bar.live, "refresh", "bar", thread_time)  # a thread that mostly waits
-            for thing, method in ((journal, "save"), (journal, "end"), (progress, "start"), (progress, "end")):
+            for thing, method in ((recorder, "save"), (recorder, "end"), (progress, "start"), (progress, "end")):
                 watch.count_once(thing, method)
             with watch.running():
-                ended = drive(run, plan, journal, progress)
+                ended = drive(Loop(run, plan, recorder), progress)
         if ended != "finished":
             raise RuntimeError(f"the run {ended}, its times mean nothing")
 
@@ -251,25 +252,24 @@ def fold_rows(
         return [training_only(run, case.num_steps) for run in made]
 
     apart, together = make_runs(), make_runs()
-    Fold(together, CapturedStack if engine == "graph" else None)
+    fold = Fold(CapturedStack if engine == "graph" else None)
 
-    def epoch(groups: Sequence[Sequence[Run]]) -> float:
-        """Train each group in lockstep, one group after the other."""
+    def epoch(groups: Sequence[Sequence[Run]], step: Callable[[Sequence[Run]], None]) -> float:
+        """Train each group by ``step(group)``, one group after the other."""
         watch = Stopwatch(device)
         with watch.running():
             for group in groups:
                 for run in group:
                     run.num_steps = 0
                 for _ in range(case.num_steps):
-                    for run in group:
-                        run.step()
+                    step(group)
                 for run in group:
                     run.meter.read()
         return watch.epoch(case.scale).clock
 
     contestants = {
-        f"in turn, {engine}": partial(epoch, [[run] for run in apart]),
-        FOLDED: partial(epoch, [together]),
+        f"in turn, {engine}": partial(epoch, [[run] for run in apart], lambda runs: runs[0].step()),
+        FOLDED: partial(epoch, [together], fold.step),
     }
     results = in_turns(contestants, rounds)
     slow, fast = (Row("fold", name, "s", results[name], **case.fields) for name in contestants)

@@ -23,8 +23,10 @@ from bnexp.config.choices import conf_dir  # noqa: E402
 from bnexp.config.compose import composed  # noqa: E402
 from bnexp.store.run_folder import Status  # noqa: E402
 from bnexp.store.writer import Writer  # noqa: E402
-from bnexp.train.loop import Journal, drive  # noqa: E402
+from bnexp.train.drive import drive  # noqa: E402
+from bnexp.train.loop import Loop  # noqa: E402
 from bnexp.train.progress import NullProgress  # noqa: E402
+from bnexp.train.recorder import Recorder  # noqa: E402
 
 GOAL = 1.05
 NAMES = sorted(path.stem for path in (conf_dir() / "probe").glob("*.yaml"))
@@ -44,7 +46,8 @@ def train(model: str, batch_size: int, num_epochs: int, probes: list[str]) -> tu
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clock, processor = perf_counter(), process_time()
-        drive(run, plan, Journal(Writer(folder), Status(folder, "cpu", []), folder), NullProgress())
+        recorder = Recorder(Writer(folder), Status(folder, "cpu", []), folder)
+        drive(Loop(run, plan, recorder), NullProgress())
         clock, processor = perf_counter() - clock, process_time() - processor
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         return clock, processor, sum(line.get("time/probes", 0.0) for line in lines)

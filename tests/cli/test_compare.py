@@ -11,12 +11,15 @@ import pytest
 from test_sweep import NAMES, SMALL, SWEEP, numbers, snapshot, statuses, step_that
 
 from bnexp.cli.main import main
+from bnexp.cli.sweep.lockstep import Entry, standings
 from bnexp.config import build
 from bnexp.config.compose import composed
 from bnexp.store.run_folder import read_status, taken
 from bnexp.store.writer import NullWriter
-from bnexp.train.drive import Contestant, lockstep, standings
-from bnexp.train.loop import Interrupted, Journal, Plan
+from bnexp.train.drive import Group, lockstep
+from bnexp.train.interrupt import Interrupted
+from bnexp.train.loop import Loop, Plan
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
 
 LENET = [each for each in SMALL if not each.startswith("model")] + ["model=lenet", "seed=0,1"]
@@ -37,8 +40,8 @@ def verdict(folder) -> dict:
 # ---------------------------------------------------------------- in lockstep
 
 
-def contestant(order, name: str, steps: int) -> Contestant:
-    """A real run that says in ``order`` which step it took."""
+def looped(order, name: str, steps: int) -> Loop:
+    """The loop of a real run that says in ``order`` which step it took."""
     cfg = composed([*SMALL, f"steps={steps}", "quiet=true"])
     run = build.build(cfg)
     take = run.step
@@ -48,31 +51,35 @@ def contestant(order, name: str, steps: int) -> Contestant:
         take()
 
     run.step = step
-    return Contestant(name, 0, run, Journal(NullWriter()), Plan(log_every=2, eval_every=2, checkpoint_every=9))
+    return Loop(run, Plan(log_every=2, eval_every=2, checkpoint_every=9), Recorder(NullWriter()))
+
+
+def each_alone(loops):
+    return [Group([loop]) for loop in loops]
 
 
 def test_every_run_takes_a_step_before_any_takes_the_next():
     order = []
-    runs = [contestant(order, name, steps) for name, steps in (("a", 3), ("b", 5), ("c", 3))]
-    assert list(lockstep(runs)) == [1, 2, 3, 4, 5]
+    runs = [looped(order, name, steps) for name, steps in (("a", 3), ("b", 5), ("c", 3))]
+    assert list(lockstep(each_alone(runs))) == [1, 2, 3, 4, 5]
     assert order == [(name, step) for step in range(3) for name in "abc"] + [("b", 3), ("b", 4)]
-    assert [each.ended["status"] for each in runs] == ["finished"] * 3
+    assert [each.status for each in runs] == ["finished"] * 3
 
 
 def test_who_is_behind_goes_first():
     order = []
-    ahead, behind = contestant(order, "ahead", 5), contestant(order, "behind", 5)
+    ahead, behind = looped(order, "ahead", 5), looped(order, "behind", 5)
     for _ in range(3):
         ahead.run.step()
     order.clear()
-    assert list(lockstep([ahead, behind])) == [1, 2, 3, 4, 5]
+    assert list(lockstep(each_alone([ahead, behind]))) == [1, 2, 3, 4, 5]
     alone = [("behind", step) for step in range(3)]
     assert order == alone + [(name, step) for step in (3, 4) for name in ("ahead", "behind")]
 
 
 def test_an_interrupt_waits_for_the_end_of_the_step_and_ends_every_run_there():
     order = []
-    runs = [contestant(order, name, 9) for name in "ab"]
+    runs = [looped(order, name, 9) for name in "ab"]
     take = runs[0].run.step
 
     def interrupted_step():
@@ -82,16 +89,16 @@ def test_an_interrupt_waits_for_the_end_of_the_step_and_ends_every_run_there():
 
     runs[0].run.step = interrupted_step
     with pytest.raises(Interrupted):
-        list(lockstep(runs))
+        list(lockstep(each_alone(runs)))
     assert [each.run.num_steps for each in runs] == [4, 4]
-    assert [each.ended["status"] for each in runs] == ["interrupted"] * 2
+    assert [each.status for each in runs] == ["interrupted"] * 2
 
 
 def test_the_live_table_shows_means_per_variant_and_the_difference_of_the_seeds_that_both_have():
-    runs = [contestant([], "a", 1), contestant([], "a", 1), contestant([], "b", 1), contestant([], "b", 1)]
-    for each, seed, accuracy in zip(runs, (0, 1, 0, 2), (0.5, 0.7, 0.6, 0.9), strict=True):
-        each.seed, each.latest = seed, {"loss/valid": accuracy, "accuracy/valid": accuracy}
-    assert standings(runs) == [
+    runs = [looped([], "a", 1), looped([], "a", 1), looped([], "b", 1), looped([], "b", 1)]
+    for each, accuracy in zip(runs, (0.5, 0.7, 0.6, 0.9), strict=True):
+        each.latest = {"loss/valid": accuracy, "accuracy/valid": accuracy}
+    assert standings(list(map(Entry, "aabb", (0, 1, 0, 2), runs))) == [
         ["a", "2", "", "0.6000", "60.00%", ""],
         ["b", "2", "", "0.7500", "75.00%", "+10.00 points"],
     ]

@@ -24,7 +24,7 @@ from bnexp.cli import inspect as command
 from bnexp.cli.main import main
 from bnexp.config import build
 from bnexp.config.stored import stored_config
-from bnexp.probes import population, statistics
+from bnexp.probes import statistics
 from bnexp.probes.confusion import count_confusions
 from bnexp.probes.features import UNIT, look_at_images, picture_output, to_grey
 from bnexp.probes.layers import list_layers
@@ -537,7 +537,7 @@ def test_every_image_is_taken_for_what_the_matrix_says_whichever_are_shown_besid
 
 @torch.no_grad()
 def test_images_are_found_beyond_the_first_evaluation_batch(folder, monkeypatch):
-    monkeypatch.setattr(population, "EVALUATION_BATCH", 40)
+    monkeypatch.setattr("bnexp.train.run.EVALUATION_BATCH", 40)
     run = rebuilt(folder())
     found = looked(run, [95, 0, 40, 39])
     assert [row[0] for row in found["predictions"].rows] == [95, 0, 40, 39]

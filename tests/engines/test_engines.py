@@ -1,6 +1,7 @@
 """Engines: another way to take the same steps. Captured ones are tried on a CPU by a stand-in for CUDA graphs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from test_loop import different
 from bnexp.config import build
 from bnexp.config.choices import choices
 from bnexp.config.compose import composed
+from bnexp.engines.base import traits_of
 from bnexp.engines.capture import tell
+from bnexp.engines.compile import compiled
 from bnexp.engines.graph import Captured, captured
+from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 
 TINY = ("device=cpu", "threads=1", "data.size=16", "data.limit=64", "batch_size=20", "steps=9")  # epochs of 3 or 4
@@ -82,8 +86,8 @@ def test_a_capture_leaves_everything_as_it_was(optimizer):
     steps = capture(run, warmup_steps=5)
     advance(run, 2)  # uncaptured, then captured and replayed
     before = state(run)
-    steps.replays.clear()
-    assert steps.capture(20) is True
+    steps.replayed.replays.clear()
+    assert steps.replayed.capture(20) is True
     assert different(before, state(run)) == []
     assert [int(m.num_batches_tracked) for m in run.model.modules() if hasattr(m, "num_batches_tracked")] == [2] * 4
 
@@ -176,6 +180,13 @@ def test_on_a_gpu_replayed_steps_are_the_eager_ones_bit_for_bit(overrides):
     assert eager.evaluate(eager.dataset.valid) == replayed.evaluate(replayed.dataset.valid)
 
 
+def test_any_function_is_an_engine_that_runs_anywhere_and_is_not_folded():
+    said = traits_of(lambda run: run.eager_step)
+    assert said.make_stack is None
+    for device in ("cpu", "cuda"):
+        said.require_device(torch.device(device))
+
+
 # ---------------------------------------------------------------- compiled
 
 
@@ -197,6 +208,55 @@ def test_compiled_steps_are_the_eager_ones_to_rounding_and_count_exactly(train):
             assert value == models[1][key] == 6
         else:
             assert torch.allclose(value, models[1][key], atol=1e-5), key
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overrides", [(), ("norm.momentum=null",)], ids=["as one graph", "in pieces"])
+def test_the_tenth_model_of_a_process_is_compiled_like_the_first(overrides, capsys, monkeypatch):
+    """torch compiles at most 8 models by the same code, and counts them over the whole process."""
+    compile_by, sizes = torch.compile, []
+
+    def backend(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_by(*args, backend=backend, **options))
+    graphs = []
+    for width in range(2, 12):
+        run = build.build(composed([*TINY, "model=mlp", f"model.hidden=[{width}]", "engine=compile", *overrides]))
+        advance(run, 2)
+        graphs.append(list(sizes))
+        sizes.clear()
+    assert graphs[1:] == [graphs[1]] * 9 and len(graphs[1]) == (3 if overrides else 1)
+    assert capsys.readouterr().err.count("compiled in pieces") == 10 * bool(overrides)
+
+
+def test_without_a_compiler_a_run_that_asks_for_one_is_refused_before_any_work(bnexp, capsys, monkeypatch):
+    import torch._inductor.config as inductor
+
+    with inductor.patch("cpp.cxx", (None, "no-such-compiler")):
+        assert bnexp("train", "engine=compile", "device=cpu", "model=mlp", "out=run") == 2
+    told = "engine=compile: torch.compile needs a C++ compiler and finds none here; install g++"
+    assert told in capsys.readouterr().err and not Path("run").exists()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match="needs a C compiler .* variable CC, or use engine=eager"):
+        traits_of(compiled).require_device(torch.device("cuda"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_that_fails_leaves_the_run_eager_and_says_why_once(capsys, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Python.h: No such file")
+
+    compile_by = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_by(*args, backend=fails, **options))
+    eager, run = (build.build(composed([*TINY, "model=mlp", *more])) for more in ((), ("engine=compile",)))
+    advance(eager, 3)
+    advance(run, 3)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "engine=compile: not compiled (" in told and "Python.h: No such file" in told
+    assert different(state(eager), state(run)) == []
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself

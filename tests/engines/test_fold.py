@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from tape import Tape
 from test_loop import Synchronizations, different, flat
-from test_sweep import SMALL, numbers, statuses, step_that, table
+from test_sweep import SMALL, numbers, statuses, table
 from torch import nn
 
 from bnexp.cli.sweep.grid import Job
@@ -27,9 +27,10 @@ from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 from bnexp.store.run_folder import read_status
 from bnexp.store.writer import NullWriter
-from bnexp.train.drive import Contestant, lockstep
-from bnexp.train.loop import Plan
-from bnexp.train.recorder import Journal
+from bnexp.train.drive import Group, lockstep
+from bnexp.train.interrupt import OutOfPatience
+from bnexp.train.loop import Loop, Plan
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
 
 # 40 training images: steps of 16, 16 and 8, so that the short last batch of an epoch is among them.
@@ -77,6 +78,12 @@ def in_turn(runs, num_steps):
     return runs
 
 
+def as_one(fold, runs, num_steps):
+    for _ in range(num_steps):
+        fold.step(runs)
+    return runs
+
+
 def gap(one, two):
     """The largest difference between the floats of two runs' states; all else in them is the same to the bit."""
     one, two = (flat({**run.state_dict(), "seconds": 0}) for run in (one, two))
@@ -89,8 +96,7 @@ def gap(one, two):
 def gaps(*overrides, num_steps=4, **options):
     """How far folded runs are from the same runs one by one, each."""
     alone, together = (members(*overrides, **options) for _ in range(2))
-    Fold(together)
-    return [gap(*pair) for pair in zip(in_turn(alone, num_steps), in_turn(together, num_steps), strict=True)]
+    return [gap(*pair) for pair in zip(in_turn(alone, num_steps), as_one(Fold(), together, num_steps), strict=True)]
 
 
 # ---------------------------------------------------------------- the same as alone
@@ -139,8 +145,8 @@ def test_in_float32_they_differ_by_its_rounding():
 
 def test_weights_with_like_numbers_are_moved_by_one_call():
     runs = members(*MLP, *ADAM, rates=(1, 2, 1, 2, 1))
-    folded = Fold(runs)
-    in_turn(runs, 1)
+    folded = Fold()
+    folded.step(runs)
     groups = folded.stack.joint.optimizer.param_groups
     assert [len(part) for group in groups for part in group["params"][:1]] == [3, 3, 2, 2]  # two groups of each rate
     assert [group["base_lr"] for group in groups] == [1e-3, 1e-3, 2e-3, 2e-3]
@@ -150,9 +156,8 @@ def test_weights_with_like_numbers_are_moved_by_one_call():
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_folded_step_never_asks_the_device_for_a_value(norm, optimizer):
     runs = members(*MLP, f"norm={norm}", *OPTIMIZERS[optimizer])
-    Fold(runs)
     with Synchronizations() as seen:
-        in_turn(runs, 4)
+        as_one(Fold(), runs, 4)
         assert seen.count == 0
         runs[0].meter.read()
         assert seen.count > 0
@@ -162,7 +167,7 @@ def test_a_folded_step_never_asks_the_device_for_a_value(norm, optimizer):
 def test_drawing_together_gives_the_batches_that_each_would_draw(augment):
     one, two = (members(*MLP, f"data.augment={augment}") for _ in range(2))
     for _ in range(4):  # into the second epoch
-        images, labels = fold.draw([run.batches for run in one])
+        images, labels = fold.draw_batches([run.batches for run in one])
         for i, run in enumerate(two):
             for got, expected in zip((images[i], labels[i]), run.batches.next(), strict=True):
                 assert torch.equal(got, expected)
@@ -171,28 +176,27 @@ def test_drawing_together_gives_the_batches_that_each_would_draw(augment):
 # ---------------------------------------------------------------- one among others
 
 
-def contestants(runs, log_every=1):
-    plan = Plan(log_every=log_every, eval_every=100, checkpoint_every=100)
-    return [Contestant("v", seed, run, Journal(NullWriter()), plan) for seed, run in enumerate(runs)]
+def looped(runs, log_every=1, eval_every=100):
+    plan = Plan(log_every=log_every, eval_every=eval_every, checkpoint_every=100)
+    return [Loop(run, plan, Recorder(NullWriter())) for run in runs]
 
 
-def raced(entries, folded):
-    for _ in lockstep(entries):
-        folded.leave(each.run for each in entries if not each.is_running)
-    return [each.ended["status"] for each in entries]
+def raced(loops, *alone):
+    """How the loops, in a fold, and those beside it end."""
+    for _ in lockstep([Group(loops, Fold().step), *(Group([loop]) for loop in alone)]):
+        pass
+    return [loop.status for loop in (*loops, *alone)]
 
 
 def test_a_run_that_diverges_harms_no_other_and_is_moved_no_more():
     alone, together = (members(*MLP, *ADAM, rates=(1, 1e200, 1)) for _ in range(2))
-    folded, state = Fold(together), []
+    loops, state = looped(together, log_every=2), []
 
-    def leave(ended, leave=folded.leave):
-        ended = list(ended)
-        leave(ended)
-        state.extend(flat(run.state_dict()["model"]) for run in ended if not state)
+    def end(*_, **__):
+        state.append(flat(together[1].state_dict()["model"]))
 
-    folded.leave = leave
-    assert raced(contestants(together, log_every=2), folded) == ["finished", "diverged", "finished"]
+    loops[1].recorder.end = end
+    assert raced(loops) == ["finished", "diverged", "finished"]
     for i in (0, 2):
         in_turn([alone[i]], 9)[0].meter.clear()
         assert gap(alone[i], together[i]) < EXACT
@@ -203,60 +207,74 @@ def test_a_run_that_diverges_harms_no_other_and_is_moved_no_more():
 
 def test_gradients_that_are_not_finite_are_counted_for_their_run():
     alone, together = (members(*MLP, "optimizer=sgd", rates=(1, 1e200, 1)) for _ in range(2))
-    Fold(together)
-    found = [[float(each) for each in run.meter.found] for run in in_turn(alone, 4) + in_turn(together, 4)]
+    found = [[float(each) for each in run.meter.found] for run in in_turn(alone, 4) + as_one(Fold(), together, 4)]
     assert found[:3] == found[3:] and sum(found[1]) > 0 == sum(found[0] + found[2])
     for one, two in zip(alone[0].model.parameters(), together[0].model.parameters(), strict=True):
         assert torch.allclose(one.grad, two.grad, rtol=0, atol=EXACT), "and everybody has his gradients"
 
 
 def test_a_step_that_fails_fails_for_all_of_the_fold_and_for_nobody_else(monkeypatch):
-    take = Stack.step
+    take = Stack.take
 
     def fail(stack):
         if stack.runs[0].num_steps == 3:
             raise RuntimeError("out of luck")
         return take(stack)
 
-    monkeypatch.setattr(Stack, "step", fail)
-    entries = contestants(members(*MLP))
-    assert raced(entries, Fold([each.run for each in entries[:2]])) == ["failed", "failed", "finished"]
-    assert [each.run.num_steps for each in entries] == [3, 3, 9]
-    runs = members(*MLP)
-    Fold(runs)
-    in_turn(runs, 3)
-    for run in runs:
-        with pytest.raises(RuntimeError, match="out of luck"):
-            run.step()
+    monkeypatch.setattr(Stack, "take", fail)
+    loops = looped(members(*MLP))
+    assert raced(loops[:2], loops[2]) == ["failed", "failed", "finished"]
+    assert [each.run.num_steps for each in loops] == [3, 3, 9]
+    assert [str(each.error) for each in loops] == ["out of luck", "out of luck", "None"]
 
 
-def test_a_step_that_is_broken_off_leaves_no_state_that_could_be_taken_down(monkeypatch):
-    runs = members(*MLP)
-    Fold(runs)
-    in_turn(runs, 1)
+def test_a_look_that_fails_fails_for_its_run_alone(monkeypatch):
+    loops = looped(members(*MLP))
+    loops[1].recorder.write = None
+    assert raced(loops) == ["finished", "failed", "finished"]
+    assert [each.run.num_steps for each in loops] == [9, 1, 9]
 
-    def interrupt(stack, images, labels):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stack, "descend", interrupt)  # when the batches are drawn
-    for run in runs:
-        assert run.is_ahead is (run is not runs[0])
-        with pytest.raises(KeyboardInterrupt):
-            run.step()
-        with pytest.raises(AssertionError):
-            run.state_dict()
+@pytest.mark.parametrize("where", ["in the step", "at the second look"])
+def test_a_step_that_is_broken_off_is_saved_as_of_the_step_before(where, monkeypatch):
+    """Whether the weights are anywhere, or the step was taken and two of three runs were not yet looked at."""
+    monkeypatch.setattr("bnexp.train.loop.LONG", 0.0)
+    loops, saved = looped(members(*MLP), eval_every=1), {}
+    for i, loop in enumerate(loops):
+        loop.recorder.remember = lambda run, i=i: saved.update({i: run.num_steps})
+        loop.recorder.save_remembered = lambda i=i: saved.update({i: f"{saved[i]} again"})
+        loop.recorder.save = lambda run, i=i: saved.update({i: run.num_steps})
+    descend, conclude = Stack.descend, Loop.conclude
+
+    def asked(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OutOfPatience
+
+    def broken_off(stack, images, labels):
+        return asked() if stack.runs[0].num_steps == 3 and where == "in the step" else descend(stack, images, labels)
+
+    def looked(loop, seconds):
+        return asked() if loop is loops[1] and loop.run.num_steps == 4 else conclude(loop, seconds)
+
+    monkeypatch.setattr(Stack, "descend", broken_off)
+    monkeypatch.setattr(Loop, "conclude", looked)
+    with pytest.raises(KeyboardInterrupt):
+        raced(loops)
+    assert [loop.status for loop in loops] == ["interrupted"] * 3
+    before = "3 again"
+    assert list(saved.values()) == ([before] * 3 if where == "in the step" else [4, before, before])
 
 
 def test_a_run_that_is_behind_goes_alone_until_all_are_level(monkeypatch):
     alone, together = (members(*MLP, *ADAM) for _ in range(2))
     in_turn(together[:2], 2)
     taken = []
-    eager, folded_step = Run.eager_step, Stack.step
+    eager, take = Run.eager_step, Stack.take
     monkeypatch.setattr(Run, "eager_step", lambda run: (taken.append(("alone", run.num_steps)), eager(run)))
     monkeypatch.setattr(
-        Stack, "step", lambda stack: (taken.append((len(stack.runs), stack.runs[0].num_steps)), folded_step(stack))[1]
+        Stack, "take", lambda stack: (taken.append((len(stack.runs), stack.runs[0].num_steps)), take(stack))[1]
     )
-    assert raced(contestants(together, log_every=100), Fold(together)) == ["finished"] * 3
+    assert raced(looped(together, log_every=100)) == ["finished"] * 3
     assert taken == [("alone", 0), ("alone", 1)] + [(3, step) for step in range(2, 9)]
     for one, two in zip(in_turn(alone, 9), together, strict=True):
         one.meter.clear()
@@ -274,27 +292,16 @@ def test_every_run_is_given_its_share_of_the_time_of_a_step(monkeypatch):
 
         return slow_step
 
-    for module in ("bnexp.engines.fold", "bnexp.train.loop"):
-        monkeypatch.setattr(f"{module}.perf_counter", lambda: clock[0])
-    monkeypatch.setattr(Stack, "step", slow(Stack.step, 3.0))
+    monkeypatch.setattr("bnexp.train.loop.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Stack, "take", slow(Stack.take, 3.0))
     monkeypatch.setattr(Run, "eager_step", slow(Run.eager_step, 1.0))
     runs = members(*MLP)
     in_turn(runs[:2], 4)
     clock[0] = 0.0
-    entries = contestants(runs)
-    raced(entries, Fold(runs))
+    loops = looped(runs)
+    raced(loops)
     assert [run.seconds for run in runs] == pytest.approx([5.0, 5.0, 4 * 1.0 + 5.0])
-    assert [each.latest["time/step"] for each in entries] == pytest.approx([1.0] * 3)
-
-
-def test_who_is_left_alone_in_a_fold_has_his_time_to_himself():
-    runs = members(*MLP)
-    folded = Fold(runs)
-    in_turn(runs, 1)
-    assert runs[0].seconds_elsewhere < 0 < runs[1].seconds_elsewhere
-    folded.leave(runs[:2])
-    in_turn(runs, 1)
-    assert [run.seconds_elsewhere for run in runs] == [0, 0, 0]
+    assert [each.latest["time/step"] for each in loops] == pytest.approx([1.0] * 3)
 
 
 # ---------------------------------------------------------------- put away and taken up
@@ -304,44 +311,34 @@ def test_who_is_left_alone_in_a_fold_has_his_time_to_himself():
 def test_put_away_and_taken_up_again_they_go_on_to_the_bit(optimizer, tmp_path):
     options = (*MLP, *OPTIMIZERS[optimizer])
     undisturbed, first, second = (members(*options) for _ in range(3))
-    for runs in (undisturbed, first):
-        Fold(runs)
-    in_turn(undisturbed, 6)
-    for i, run in enumerate(in_turn(first, 2)):
+    one_fold, other = Fold(), Fold()
+    as_one(Fold(), undisturbed, 6)
+    for i, run in enumerate(as_one(one_fold, first, 2)):
         torch.save(run.state_dict(), tmp_path / f"{i}.pt")
         second[i].load_state_dict(torch.load(tmp_path / f"{i}.pt", weights_only=True))
-    Fold(second)
-    in_turn(second, 2)
-    for one, two in zip(in_turn(first, 1), second, strict=True):  # into runs that are folded and further already
+    as_one(other, second, 2)
+    other.release()
+    for one, two in zip(as_one(one_fold, first, 1), second, strict=True):  # which are further already
         two.load_state_dict(one.state_dict())
-    for one, two in zip(undisturbed, in_turn(second, 3), strict=True):
+    for one, two in zip(undisturbed, as_one(other, second, 3), strict=True):
         assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
 
 
 def test_what_a_run_writes_down_is_its_own_alone():
     runs = members(*MLP, *ADAM)
-    folded = Fold(runs)
-    in_turn(runs, 2)
+    folded = Fold()
+    as_one(folded, runs, 2)
     whole = next(runs[0].model.parameters())
     assert whole.untyped_storage().nbytes() == 3 * whole.nbytes, "this is a view"
     tensors = [value for value in flat(runs[0].state_dict()).values() if torch.is_tensor(value)]
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
     state = runs[0].state_dict()
-    in_turn(runs, 1)
+    folded.step(runs)
     assert "model.dense1.weight." in different(state, runs[0].state_dict()), "the state is of when it was asked for"
-    folded.leave(runs)
+    folded.release()
     assert whole.untyped_storage().nbytes() == whole.nbytes
-
-
-def test_nobody_is_written_down_who_is_further_than_he_knows():
-    runs = members(*MLP)
-    Fold(runs)
-    runs[0].step()
-    runs[0].state_dict()
-    with pytest.raises(AssertionError, match="taken in another run's turn"):
-        runs[1].state_dict()
-    runs[1].step()
-    runs[1].state_dict()
+    own = [value for state in runs[0].optimizer.state.values() for value in state.values()]
+    assert own and all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in own)
 
 
 # ---------------------------------------------------------------- captured
@@ -353,7 +350,7 @@ def captured_and_not(*overrides, rates=(1, 2, 1)):
     for run in both[0] + both[1]:
         place_learning_rates(run.optimizer, torch.device("cpu"))
     tape = Tape()
-    return *both, Fold(both[0]), Fold(both[1], partial(CapturedStack, warmup_steps=2, graphs=tape)), tape
+    return *both, Fold(), Fold(partial(CapturedStack, warmup_steps=2, graphs=tape)), tape
 
 
 @pytest.mark.parametrize(
@@ -367,9 +364,9 @@ def captured_and_not(*overrides, rates=(1, 2, 1)):
 )
 def test_a_captured_fold_is_the_one_that_is_not_bit_for_bit(overrides):
     """Into the third epoch of two full batches and a short one; runs of two learning rates."""
-    eager, replayed, _, _, tape = captured_and_not(*overrides)
+    eager, replayed, plain, capturing, tape = captured_and_not(*overrides)
     for num_steps in (3, 1, 4):  # last a short batch, a full one, a full one
-        for one, two in zip(in_turn(eager, num_steps), in_turn(replayed, num_steps), strict=True):
+        for one, two in zip(as_one(plain, eager, num_steps), as_one(capturing, replayed, num_steps), strict=True):
             assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
             assert one.meter.read() == two.meter.read()
             assert one.evaluate(one.dataset.train) == two.evaluate(two.dataset.train)
@@ -382,9 +379,8 @@ def test_a_captured_fold_is_the_one_that_is_not_bit_for_bit(overrides):
 def test_a_run_that_leaves_has_the_others_captured_anew():
     eager, replayed, one, two, tape = captured_and_not(*MLP, *ADAM)
     for folded, runs in ((one, eager), (two, replayed)):
-        in_turn(runs, 2)
-        folded.leave(runs[:1])
-        in_turn(runs[1:], 4)
+        as_one(folded, runs, 2)
+        as_one(folded, runs[1:], 4)
         in_turn(runs[:1], 1)  # by itself
     assert tape.num_captures == 1 + 2
     for each, other in zip(eager, replayed, strict=True):
@@ -392,21 +388,22 @@ def test_a_run_that_leaves_has_the_others_captured_anew():
 
 
 def test_a_captured_fold_goes_on_from_where_it_was_put_away():
-    whole, first, _, _, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
-    _, second, _, _, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
-    in_turn(whole, 9)
-    in_turn(first, 4)
-    in_turn(second, 2)  # captured already, and from elsewhere
+    whole, first, plain, capturing, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
+    _, second, _, other, _ = captured_and_not(*MLP, *ADAM, "schedule=cosine", "data.augment=flip")
+    as_one(plain, whole, 9)
+    as_one(capturing, first, 4)
+    as_one(other, second, 2)  # captured already
+    other.release()
     for one, two in zip(first, second, strict=True):
         two.load_state_dict(one.state_dict())
-    for one, two in zip(whole, in_turn(second, 5), strict=True):
+    for one, two in zip(whole, as_one(other, second, 5), strict=True):
         assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
 
 
 def test_a_fold_that_cannot_be_captured_says_why_once_and_goes_on(capsys):
     tell.cache_clear()
-    eager, replayed, _, _, tape = captured_and_not(*MLP, "optimizer=adam", "optimizer.fused=false")
-    for one, two in zip(in_turn(eager, 4), in_turn(replayed, 4), strict=True):
+    eager, replayed, plain, capturing, tape = captured_and_not(*MLP, "optimizer=adam", "optimizer.fused=false")
+    for one, two in zip(as_one(plain, eager, 4), as_one(capturing, replayed, 4), strict=True):
         assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
     assert capsys.readouterr().err.count("engine=graph: of the optimizers only") == 1 and tape.num_captures == 0
 
@@ -418,10 +415,8 @@ def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         eager, replayed = (members(*size, *ADAM, "device=cuda", rates=(1, 2, 1), double=False) for _ in range(2))
-        Fold(eager)
-        Fold(replayed, CapturedStack)
-        in_turn(eager, 9)
-        in_turn(replayed, 9)
+        as_one(Fold(), eager, 9)
+        as_one(Fold(CapturedStack), replayed, 9)
     finally:
         torch.use_deterministic_algorithms(False)
     for one, two in zip(eager, replayed, strict=True):
@@ -471,7 +466,6 @@ TWO = ("train", "-m", *SMALL, "seed=0,1", "replicas=2", "out=sweep")
         ((*TWO, "engine=graph"), "engine=graph: a CUDA graph needs a GPU"),
         ((*TWO, "precision=bf16"), "replicas=2 and precision=bf16: autocast does not see what torch.vmap makes of"),
         ((*TWO, "channels_last=true"), "replicas=2 and channels_last=true: what is stacked has one memory format"),
-        ((*TWO, "probe=[shapes,gradients]"), "replicas=2 and probe=gradients: it compares a run before and after"),
         ((*TWO, "norm.momentum=null"), "with norm.momentum=null every run reads back from the device how many batches"),
         ((*TWO, "norm=scratch", "norm.momentum=null"), "with norm.momentum=null every run reads back from the device"),
         ((*TWO, "norm=fused"), "cannot be computed as one (Batching rule not implemented for bnexp::batch_norm"),
@@ -511,7 +505,7 @@ def test_models_that_do_what_one_call_for_all_cannot_are_refused_with_the_reason
         if reason else nullcontext()
     )  # fmt: skip
     with told:
-        fold.check(model, (4, 1, 8, 8), torch.device("cpu"))
+        fold.check_foldable(model, (4, 1, 8, 8), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- from the command line
@@ -568,13 +562,34 @@ def test_a_folded_comparison_gives_the_same_numbers_and_says_who_was_alone(bnexp
 def test_an_interrupted_folded_comparison_goes_on_also_with_another_number_of_replicas(bnexp, compared, capfd):
     with pytest.MonkeyPatch.context() as patch:
         once = iter([signal.SIGINT])
-        step_that(lambda: [os.kill(os.getpid(), number) for number in once], patch, at=16, seed=0)
+        take = Stack.take
+
+        def asked(stack):
+            if stack.runs[0].num_steps == 16:
+                for number in once:
+                    os.kill(os.getpid(), number)
+            return take(stack)
+
+        patch.setattr(Stack, "take", asked)
         assert bnexp(*COMPARE, "replicas=3", "quiet=true") == 130
     assert {read_status(path)["step"] for path in Path("compare").glob("none-s*")} == {17}, "the fold came level"
     capfd.readouterr()
     assert bnexp(*COMPARE, "replicas=2", "quiet=true") == 0
     assert capfd.readouterr() == ("compare\n", "")
     assert_alike(compared, numbers(Path("compare")))
+
+
+def test_a_probe_that_compares_a_run_before_and_after_a_step_sees_in_a_fold_what_it_sees_otherwise(bnexp):
+    looking = ("probe=[gradients]", "probe.gradients.every=2")
+    sweep = ("train", "-m", *PLAIN, "norm=scratch", "seed=0,1", "steps=6", *looking)
+    assert bnexp(*sweep, "quiet=true", "out=plain") == 0
+    assert bnexp(*sweep, "quiet=true", "replicas=2", "out=folded") == 0
+    plain, folded = numbers(Path("plain")), numbers(Path("folded"))
+    for rows in (*plain.values(), *folded.values()):
+        assert sum(any(tag.startswith("update/") for tag in row) for row in rows) == 3
+        for row in rows:
+            row.pop("time/probes", None)
+    assert_alike(plain, folded)
 
 
 def test_a_folded_sweep_gives_the_table_that_it_gives_otherwise(bnexp, capsys, stacks):
@@ -592,15 +607,17 @@ def test_a_folded_sweep_gives_the_table_that_it_gives_otherwise(bnexp, capsys, s
 
 
 def test_a_folded_sweep_leaves_what_has_nobody_like_it_to_the_launcher_and_fails_if_a_run_does(bnexp, capsys):
-    tries = []
+    tries, conclude = [], Loop.conclude
 
-    def fail():
-        tries.append(1)
-        raise RuntimeError("out of luck")
+    def fails(loop, seconds):
+        if loop.run.num_steps == 4 and loop.run.batches._orders.initial_seed() == 1:
+            tries.append(1)
+            raise RuntimeError("out of luck")
+        return conclude(loop, seconds)
 
     sweep = ("train", "-m", *PLAIN, "norm=none", "seed=0,1,2", "steps=5", "replicas=2", "out=sweep")
     with pytest.MonkeyPatch.context() as patch:
-        step_that(fail, patch, at=3, seed=1)
+        patch.setattr(Loop, "conclude", fails)
         assert bnexp(*sweep) == 1
     assert len(tries) == 1, "once per start"
     printed = capsys.readouterr()

@@ -28,9 +28,11 @@ from bnexp.probes.shapes import Shapes
 from bnexp.probes.statistics import Statistics
 from bnexp.store.readings import Histogram, Image, Scalar, Table
 from bnexp.store.writer import NullWriter
-from bnexp.train.loop import Journal, advance, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop
 from bnexp.train.probe import Probe
 from bnexp.train.progress import NullProgress
+from bnexp.train.recorder import Recorder
 
 NAMES = choices("probe")
 # Small enough for interpreted Triton kernels, which take a program per channel.
@@ -58,7 +60,7 @@ def variant(model, norm):
     return (*TINY, f"model={model}", *SHRUNK[model], f"norm={norm}", *NORMS.get(norm, []))
 
 
-class Recorder(NullWriter):
+class Watcher(NullWriter):
     """Keeps everything but what the clock measures, by step."""
 
     def __init__(self):
@@ -81,8 +83,8 @@ def contents(reading):
 def watched(*overrides):
     """A finished run and what its recorder kept."""
     run, plan = built(*overrides)
-    writer = Recorder()
-    assert drive(run, plan, Journal(writer), NullProgress()) == "finished"
+    writer = Watcher()
+    assert drive(Loop(run, plan, Recorder(writer)), NullProgress()) == "finished"
     return run, writer.steps
 
 
@@ -139,7 +141,7 @@ def test_what_a_model_draws_while_it_is_looked_at_is_drawn_again_by_the_run():
         run, plan = built(*TINY, "model=mlp", "steps=4", *overrides)
         run.model.flatten = nn.Sequential(nn.Flatten(), nn.Dropout(0.5))
         torch.manual_seed(2)
-        drive(run, plan, Journal(NullWriter()), NullProgress())
+        drive(Loop(run, plan, Recorder(NullWriter())), NullProgress())
         return run
 
     plain = dropping()
@@ -153,25 +155,28 @@ def test_a_run_that_is_resumed_is_seen_as_it_would_have_been(norm):
     base = (*variant("lenet", norm), "steps=7", "log_every=100", *probing(2))
     _, steps = watched(*base)
     run, plan = built(*base)
-    for _ in zip(range(3), advance(run, plan, Journal(NullWriter())), strict=False):
-        pass
+    loop = Loop(run, plan, Recorder(NullWriter()))
+    for _ in range(3):
+        loop.step()
     state = copy.deepcopy(run.state_dict())
     again, plan = built(*base)
     again.load_state_dict(state)
-    writer = Recorder()
-    drive(again, plan, Journal(writer), NullProgress())
+    writer = Watcher()
+    drive(Loop(again, plan, Recorder(writer)), NullProgress())
     assert sorted(steps) == [1, 2, 4, 6, 7], "shapes once, the others every second step and at the last"
     assert writer.steps == {step: each for step, each in steps.items() if step > 3}
 
 
 def test_a_run_says_how_long_it_was_looked_at():
     run, plan = built(*TINY, "model=mlp", "steps=2", "log_every=1", *probing(2))
-    writer, times = Recorder(), []
-    for _ in advance(run, plan, Journal(writer)):
+    writer, times = Watcher(), []
+    loop = Loop(run, plan, Recorder(writer))
+    for _ in range(2):
+        loop.step()
         times.append("time/probes" in writer.timed)
     assert times == [True, True]  # the shapes at 1, all others at 2
     run, plan = built(*TINY, "model=mlp", "steps=1", "log_every=1")
-    list(advance(run, plan, Journal(writer)))
+    drive(Loop(run, plan, Recorder(writer)), NullProgress())
     assert "time/probes" not in writer.timed
 
 
@@ -203,8 +208,8 @@ def test_weights_that_are_no_numbers_are_looked_at_without_a_fault(model, bad):
 
 def test_a_run_that_diverges_under_all_probes_diverges_and_nothing_else():
     run, plan = built(*TINY, "optimizer=sgd", "optimizer.lr=1e20", "norm=none", "steps=6", "log_every=6", *probing())
-    writer = Recorder()
-    assert drive(run, plan, Journal(writer), NullProgress()) == "diverged"
+    writer = Watcher()
+    assert drive(Loop(run, plan, Recorder(writer)), NullProgress()) == "diverged"
     assert math.isnan(writer.steps[5]["gradient/all"]) and math.isnan(writer.steps[5]["activation/norm1/p50"])
 
 

@@ -14,9 +14,10 @@ from bnexp.store import checkpoint
 from bnexp.store.run_folder import Status
 from bnexp.store.settings import NUMBERS, decides
 from bnexp.store.writer import NullWriter, Writer
-from bnexp.train.loop import Plan, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop, Plan
 from bnexp.train.progress import NullProgress
-from bnexp.train.recorder import Journal, merit
+from bnexp.train.recorder import Recorder, merit
 from bnexp.train.run import Run
 
 CPU = torch.device("cpu")
@@ -175,8 +176,8 @@ def test_a_checkpoint_without_a_sum_is_held_to_those_of_its_zip(tmp_path):
 def kept(folder, keep, *overrides):
     """A run driven with ``keep`` into ``folder``; returns it."""
     run, plan = built("steps=11", "data.limit=64", "batch_size=16", *overrides)  # 4 steps an epoch
-    journal = Journal(Writer(folder), Status(folder, "cpu", []), folder, keep)
-    drive(run, plan, journal, NullProgress())
+    recorder = Recorder(Writer(folder), Status(folder, "cpu", []), folder, keep)
+    drive(Loop(run, plan, recorder), NullProgress())
     return run
 
 
@@ -211,11 +212,11 @@ def test_keep_best_leaves_the_weights_of_the_first_best_reading(valid, tag, sign
 
 def test_a_run_that_goes_on_keeps_a_best_from_before_and_finds_a_better_one(tmp_path):
     run = toy()
-    journal = Journal(NullWriter(), None, tmp_path, "best", best=0.75)
+    recorder = Recorder(NullWriter(), None, tmp_path, "best", best=0.75)
     run.dataset.valid.__dict__.update(run.dataset.train.__dict__)  # as if they were for validation
     for value, expected in ((0.75, False), (float("nan"), False), (0.8, True), (0.8, False)):
         (tmp_path / "best.pt").unlink(missing_ok=True)
-        journal._save_best(run, {"accuracy/valid": value})
+        recorder._save_best(run, {"accuracy/valid": value})
         assert (tmp_path / "best.pt").exists() == expected
     assert merit({}, True) < merit({"accuracy/valid": 0.0}, True)
 

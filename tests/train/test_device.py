@@ -1,5 +1,6 @@
 """Limits and numbers: memory that runs out or grows, gradients and losses that are not finite, repeatable runs."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -8,15 +9,17 @@ import warnings
 
 import pytest
 import torch
-from test_loop import lines_of, toy
+from test_loop import different, lines_of, toy
 
 from bnexp.config import build
 from bnexp.config.compose import composed
 from bnexp.store.run_folder import read_status
 from bnexp.store.writer import NullWriter
 from bnexp.train import device
-from bnexp.train.loop import Journal, Plan, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop, Plan
 from bnexp.train.progress import NullProgress
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run, find_non_finite
 
 TINY = ("model=mlp", "data.size=16", "data.limit=64", "batch_size=16", "steps=8", "log_every=4", "device=cpu")
@@ -79,14 +82,14 @@ GROWTH = """
 import os, sys
 from pathlib import Path
 from bnexp.cli.main import main
-from bnexp.train import loop
+from bnexp.train.recorder import Recorder
 seen, (name, *arguments) = [], sys.argv[1:]
-whole = getattr(loop.Journal, name)
+whole = getattr(Recorder, name)
 def look(*args, **named):
     whole(*args, **named)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     seen.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-setattr(loop.Journal, name, look)
+setattr(Recorder, name, look)
 assert main([*arguments, "quiet=true", "model=mlp", "device=cpu", "threads=1"]) == 0
 print(*seen, file=sys.stderr)
 """
@@ -133,7 +136,7 @@ def test_steps_whose_gradient_is_not_finite_are_counted_and_the_loss_after_them_
     run = build.build(composed([*TINY]))
     poison(run, 5)
     plan = build.plan_of(composed([*TINY]), run.batches.steps_per_epoch)
-    assert drive(run, plan, Journal(NullWriter()), NullProgress()) == "diverged"
+    assert drive(Loop(run, plan, Recorder(NullWriter())), NullProgress()) == "diverged"
     assert run.num_bad_gradients == 1, "the loss of step 6 is finite, that of 7 is not and counts as diverged"
 
 
@@ -156,16 +159,42 @@ def test_under_fp16_a_bad_gradient_is_skipped_counted_and_the_training_goes_on(b
     assert scaler["scale"] == 65536 / 4, "halved twice, and so it stands in the checkpoint"
 
 
+GPU = pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["cpu", GPU])
+@pytest.mark.parametrize("num_before", [0, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "sgd-momentum", "adam", "adamw"])
+def test_a_step_that_the_loss_scaler_skips_changes_neither_weights_nor_state(optimizer, num_before, where):
+    """The fused kernels of torch: a skipped first step of SGD made its momentum of uninitialized memory."""
+    name, _, momentum = optimizer.partition("-")
+    more = ("optimizer.momentum=0.9",) if momentum else ()
+    run = build.build(composed([*TINY, f"device={where}", "precision=fp16", f"optimizer={name}", *more]))
+    poison(run, num_before)
+    for _ in range(num_before):
+        run.step()
+    weights, before = [p.detach().clone() for p in run.parameters], copy.deepcopy(run.state_dict())
+    run.step()
+    assert all(torch.equal(p, kept) for p, kept in zip(run.parameters, weights, strict=True))
+    after = run.state_dict()
+    assert different(before["optimizer"]["state"], after["optimizer"]["state"]) == []
+    assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    run.step()
+    assert all(p.isfinite().all() and not torch.equal(p, kept) for p, kept in zip(run.parameters, weights, strict=True))
+
+
 def test_no_checkpoint_holds_what_came_after_a_loss_that_is_not_finite(tmp_path):
     run = toy(bad_step=5)
 
-    class Saves(Journal):
+    class Saves(Recorder):
         steps = []
 
         def save(self, run):
             self.steps.append(run.num_steps)
 
-    assert drive(run, Plan(log_every=12, eval_every=12, checkpoint_every=1), Saves(NullWriter()), NullProgress())
+    assert drive(Loop(run, Plan(log_every=12, eval_every=12, checkpoint_every=1), Saves(NullWriter())), NullProgress())
     assert Saves.steps == [1, 2, 3, 4]
 
 

@@ -100,7 +100,7 @@ def test_a_run_killed_after_its_last_checkpoint_has_its_last_readings_in_its_sta
     """They need not have been written there when they were taken."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bnexp.store.run_folder.STATUS_EVERY", 3600.0)
-        patch.setattr("bnexp.train.recorder.Journal.end", lambda self, *_, **__: self.writer.close(True))  # no further
+        patch.setattr("bnexp.train.recorder.Recorder.end", lambda self, *_, **__: self.writer.close(True))  # no further
         assert bnexp(*RUN, "out=run") == 0
     assert read_status(tmp_path / "run")["status"] == "running"
     assert bnexp(*RUN, "out=run") == 0

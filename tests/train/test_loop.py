@@ -25,8 +25,10 @@ from bnexp.optim import constant, make_optimizer
 from bnexp.store import checkpoint
 from bnexp.store.run_folder import Status, read_status
 from bnexp.store.writer import NullWriter, Writer
-from bnexp.train.loop import Journal, Plan, advance, drive
+from bnexp.train.drive import drive
+from bnexp.train.loop import Loop, Plan
 from bnexp.train.progress import NullProgress
+from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
 
 # What a clock measures is never the same twice; everything else is.
@@ -60,11 +62,16 @@ class Keep(NullWriter):
         return metrics
 
 
+def recorded_in(folder):
+    """A recorder that writes into ``folder``."""
+    return Recorder(Writer(folder), Status(folder, "cpu", []), folder)
+
+
 def driven(*overrides):
     """A finished run and its lines, nothing written anywhere."""
     run, plan = built(*overrides)
     writer = Keep()
-    assert drive(run, plan, Journal(writer), NullProgress()) == "finished"
+    assert drive(Loop(run, plan, Recorder(writer)), NullProgress()) == "finished"
     return run, writer.lines
 
 
@@ -148,7 +155,7 @@ def trained(norm, optimizer, convert=lambda run: None):
     run, plan = built("epochs=1", "log_every=1", f"optimizer={optimizer}", f"norm={norm}")  # 40 steps
     convert(run)
     writer = Keep()
-    drive(run, plan, Journal(writer), NullProgress())
+    drive(Loop(run, plan, Recorder(writer)), NullProgress())
     return [line["loss/train"] for line in writer.lines] + [writer.lines[-1]["loss/valid"]]
 
 
@@ -187,7 +194,7 @@ def test_without_validation_and_test_images_there_is_nothing_to_report_on_them()
     run, plan = built("steps=3", "data.limit=100", "data.valid=0")
     object.__setattr__(run.dataset, "test", run.dataset.valid)
     writer = Keep()
-    drive(run, plan, Journal(writer), NullProgress())
+    drive(Loop(run, plan, Recorder(writer)), NullProgress())
     tags = set().union(*writer.lines)
     assert not {"loss/valid", "loss/test", "accuracy/valid", "accuracy/test"} & tags
     assert "loss/train" in tags
@@ -247,6 +254,51 @@ def test_evaluation_is_over_the_whole_set_in_evaluation_mode_and_leaves_no_trace
     assert len(split) == 700
 
 
+UNTRACKED = ("model=mlp", "norm=library", "norm.track_running_stats=false", "batch_size=64")
+
+
+def by_class(split):
+    """The same images, sorted by class, as files in folders are."""
+    order = split.labels.argsort(stable=True)
+    return Split(split.images[order], split.labels[order])
+
+
+def test_an_evaluation_by_batch_statistics_does_not_depend_on_the_order_of_the_images():
+    run, _ = built(*UNTRACKED, "data.valid=700")
+    for _ in range(60):
+        run.step()
+    split = run.dataset.valid
+    results = {name: run.evaluate(each) for name, each in (("as it is", split), ("by class", by_class(split)))}
+    accuracies = [accuracy for _, accuracy in results.values()]
+    # Other neighbours still move images at the edge between two classes: 3 of 700 here. In stored order, of which a
+    # chunk has half of the classes, it is 200.
+    assert min(accuracies) > 0.85 and max(accuracies) - min(accuracies) < 0.02
+    assert run.evaluate(split) == results["as it is"], "always the same order"
+
+
+@pytest.mark.parametrize("num_images, sizes", [(3, [3]), (512, [512]), (513, [257, 256]), (700, [350, 350])])
+def test_chunks_of_an_evaluation_by_batch_statistics_are_shuffled_and_of_equal_size(num_images, sizes):
+    run, _ = built(*UNTRACKED, f"data.valid={num_images}")
+    chunks = run.chunks(run.dataset.valid, run.model.eval())
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert torch.equal(torch.cat(chunks).sort().values, torch.arange(num_images))
+    loss, _ = run.evaluate(run.dataset.valid)
+    assert loss < 10, "no chunk is a single image, which a norm refuses"
+
+
+def test_other_evaluations_keep_the_stored_order_whose_sums_keep_their_bits():
+    for norm in ("none", "library", "group"):
+        run, _ = built("model=mlp", f"norm={norm}", "data.valid=700", "batch_size=64")
+        assert run.chunks(run.dataset.valid, run.model.eval()) == [slice(0, 512), slice(512, 1024)]
+
+
+def test_the_status_says_how_a_run_was_evaluated_by_batch_statistics(train):
+    folders = {norm: train(*UNTRACKED, f"norm={norm}", "steps=1") for norm in ("library", "scratch")}
+    for folder in folders.values():
+        assert read_status(folder)["evaluation"] == "batch statistics over shuffled chunks of at most 512 images"
+    assert "evaluation" not in read_status(train("model=mlp", "norm=library", "steps=1"))
+
+
 class Synchronizations(TorchDispatchMode):
     """Counts how often the host asks for a tensor's value."""
 
@@ -286,18 +338,16 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit(overrides, tmp_path):
     base = ("steps=11", "data.limit=128", "log_every=3", *overrides)
     run, plan = built(*base)
     writer = Keep()
-    steps = advance(run, plan, Journal(writer))
+    loop = Loop(run, plan, Recorder(writer))
     for _ in range(5):
-        next(steps)
+        loop.step()
     checkpoint.save(run.state_dict(), tmp_path)
-    for _ in steps:
-        pass
+    assert drive(loop, NullProgress()) == "finished"
     again, _ = built(*base)
     again.load_state_dict(checkpoint.load(tmp_path, torch.device("cpu")))
     assert again.num_steps == 5
     rest = Keep()
-    for _ in advance(again, plan, Journal(rest)):
-        pass
+    drive(Loop(again, plan, Recorder(rest)), NullProgress())
     assert rest.lines == [line for line in writer.lines if line["step"] > 5]
     assert different(state_of(run), state_of(again)) == []
 
@@ -361,11 +411,10 @@ def toy(*, num_images=40, batch_size=10, drop_last=True, lr=0.1, num_steps=12, b
 @pytest.mark.parametrize("bad_step", [1, 2, 4, 5, 8, 9, 10, 12])  # readings at 4, 8 and 12
 def test_divergence_is_reported_at_its_step_with_the_last_finite_loss(bad_step, bad, tmp_path):
     healthy = Keep()
-    drive(toy(), Plan(1, 100, 100), Journal(healthy), NullProgress())
+    drive(Loop(toy(), Plan(1, 100, 100), Recorder(healthy)), NullProgress())
     losses = [line["loss/train"] for line in healthy.lines]
     run = toy(bad_step=bad_step, bad=bad)
-    writer = Writer(tmp_path)
-    ended = drive(run, Plan(4, 100, 100), Journal(writer, Status(tmp_path, "cpu", []), tmp_path), NullProgress())
+    ended = drive(Loop(run, Plan(4, 100, 100), recorded_in(tmp_path)), NullProgress())
     status = read_status(tmp_path)
     assert ended == status["status"] == "diverged"
     assert status["diverged_step"] == bad_step
@@ -406,16 +455,16 @@ class Asks(NullProgress):
         self.ended = status
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_bit(number, tmp_path):
     base = ("steps=9", "data.limit=128", "log_every=2")
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     whole, lines = driven(*base)
     run, plan = built(*base)
-    journal = Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path)
+    recorder = recorded_in(tmp_path)
     progress = Asks(5, number)
     with pytest.raises(KeyboardInterrupt):
-        drive(run, plan, journal, progress)
+        drive(Loop(run, plan, recorder), progress)
     status = read_status(tmp_path)
     assert (status["status"], status["step"], progress.ended) == ("interrupted", 5, "interrupted")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -423,15 +472,38 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_
     again, _ = built(*base)
     again.load_state_dict(checkpoint.load(tmp_path, torch.device("cpu")))
     writer = Keep()
-    drive(again, plan, Journal(writer), NullProgress())
+    drive(Loop(again, plan, Recorder(writer)), NullProgress())
     assert writer.lines == [line for line in lines if line["step"] > 5]
     assert different(state_of(whole), state_of(again)) == []
+
+
+def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run, plan = built("steps=4", "data.limit=128")
+        assert drive(Loop(run, plan, recorded_in(tmp_path)), Asks(2, signal.SIGHUP)) == "finished"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_progress_that_cannot_be_shown_leaves_a_checkpoint(tmp_path):
+    class Closed(NullProgress):
+        def update(self, run, metrics):
+            if run.num_steps == 3:
+                raise OSError(5, "Input/output error")
+
+    run, plan = built("steps=9", "data.limit=128")
+    with pytest.raises(OSError, match="Input/output"):
+        drive(Loop(run, plan, recorded_in(tmp_path)), Closed())
+    assert read_status(tmp_path)["status"] == "interrupted"
+    assert checkpoint.load(tmp_path, torch.device("cpu"))["num_steps"] == 3
 
 
 def test_asking_twice_breaks_off_at_once(tmp_path):
     run, plan = built("steps=9", "data.limit=128")
     with pytest.raises(KeyboardInterrupt):
-        drive(run, plan, Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path), Asks(2, times=2))
+        drive(Loop(run, plan, recorded_in(tmp_path)), Asks(2, times=2))
     assert read_status(tmp_path)["status"] == "interrupted"
 
 
@@ -510,10 +582,10 @@ class Full(io.FileIO):
 
 def test_a_disk_full_while_a_checkpoint_is_written_is_told_and_not_what_torch_makes_of_it(tmp_path, monkeypatch):
     run, plan = built("steps=6", "data.limit=64", "log_every=1", "checkpoint_every=2")
-    journal = Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path)
+    recorder = recorded_in(tmp_path)
     monkeypatch.setattr(checkpoint, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False)
     with pytest.raises(StorageError, match="stopped at step 2 .* No space left on device"):
-        drive(run, plan, journal, NullProgress())
+        drive(Loop(run, plan, recorder), NullProgress())
     path = tmp_path / "checkpoint.pt"
     assert read_status(tmp_path)["error"] == f"OSError: [Errno 28] No space left on device: '{path}'"
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
@@ -522,7 +594,7 @@ def test_a_disk_full_while_a_checkpoint_is_written_is_told_and_not_what_torch_ma
 def test_a_disk_without_room_for_the_status_either_still_ends_with_the_message(tmp_path, monkeypatch):
     monkeypatch.setattr("bnexp.store.run_folder.STATUS_EVERY", 0.0)
     run, plan = built("steps=6", "data.limit=64", "log_every=1", "checkpoint_every=100")
-    journal = Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path)
+    recorder = recorded_in(tmp_path)
     update, calls = Status.update, []
 
     def full(self, *args, **fields):
@@ -533,7 +605,7 @@ def test_a_disk_without_room_for_the_status_either_still_ends_with_the_message(t
 
     monkeypatch.setattr(Status, "update", full)
     with pytest.raises(StorageError, match="stopped at step 3 .* No space left"):
-        drive(run, plan, journal, NullProgress())
+        drive(Loop(run, plan, recorder), NullProgress())
     assert read_status(tmp_path)["step"] == 2, "the status before stays whole"
 
 
@@ -541,7 +613,7 @@ def test_a_fault_of_ours_is_recorded_and_passed_on(tmp_path):
     run = toy()
     run.schedule = {0: 1.0, 1: 1.0}.__getitem__
     with pytest.raises(TypeError):
-        drive(run, Plan(1, 100, 100), Journal(Writer(tmp_path), Status(tmp_path, "cpu", []), tmp_path), NullProgress())
+        drive(Loop(run, Plan(1, 100, 100), recorded_in(tmp_path)), NullProgress())
     status = read_status(tmp_path)
     assert status["status"] == "failed"
     assert status["error"].startswith("TypeError: ") and "\n" not in status["error"]

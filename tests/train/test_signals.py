@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import Place, faulty
-from test_compare import contestant
+from test_compare import each_alone, looped
 from test_faults import LEFT_OPEN, RUN, kind, traced
 from test_resume import assert_same
 from test_sweep import SWEEP, numbers, statuses, step_that
@@ -24,7 +24,7 @@ from bnexp.store import checkpoint
 from bnexp.store.files import write_json
 from bnexp.store.run_folder import is_taken, read_status, taken
 from bnexp.train import interrupt, recorder
-from bnexp.train.drive import lockstep
+from bnexp.train.drive import Group, lockstep
 from bnexp.train.interrupt import Interrupted, OutOfPatience, deferred_signals
 from bnexp.train.run import Run
 
@@ -103,7 +103,7 @@ def test_a_long_evaluation_is_broken_off_and_the_checkpoint_is_of_the_step_befor
 
 def test_a_run_that_is_evaluated_quickly_is_not_copied_beforehand(bnexp, monkeypatch):
     copied = []
-    monkeypatch.setattr(recorder, "copied", lambda state: copied.append(state["num_steps"]))
+    monkeypatch.setattr(recorder, "copied_to_host", lambda state: copied.append(state["num_steps"]))
     monkeypatch.setattr("bnexp.train.loop.LONG", 0.0)
     command = (*[word for word in RUN if not word.startswith("probe")], "eval_every=2", "checkpoint_every=100")
     assert bnexp(*command, "out=slow") == 0
@@ -187,13 +187,13 @@ def test_of_jobs_side_by_side_each_leaves_a_checkpoint(number, whom, tmp_path):
 
 
 def test_what_is_asked_in_the_very_last_moment_of_a_job_ends_the_sweep(bnexp, monkeypatch):
-    end = recorder.Journal.end
+    end = recorder.Recorder.end
 
     def asked(self, run, status, **fields):
         os.kill(os.getpid(), signal.SIGINT)
         end(self, run, status, **fields)
 
-    monkeypatch.setattr(recorder.Journal, "end", asked)
+    monkeypatch.setattr(recorder.Recorder, "end", asked)
     assert bnexp("train", "-m", *SWEEP, "quiet=true", "out=sweep") == 130
     assert statuses(Path("sweep")) == {"none-s0": "finished"}
 
@@ -270,36 +270,41 @@ def test_a_second_ctrl_c_in_a_comparison_ends_every_run_at_once(bnexp):
     assert steps == {15}, "none is later than the last that was due"
 
 
-@pytest.mark.parametrize("is_ahead, steps", [(False, [4, 3]), (True, [4, 4])])
+@pytest.mark.parametrize("is_folded, steps", [(False, [4, 3]), (True, [4, 4])])
 def test_a_round_of_runs_in_lockstep_that_takes_long_is_left_where_it_is_unless_it_was_computed(
-    is_ahead, steps, monkeypatch
+    is_folded, steps, monkeypatch
 ):  # fmt: skip
     monkeypatch.setattr("bnexp.train.drive.HURRY", 0.0)
-    runs = [contestant([], name, 9) for name in "ab"]
-    take = runs[0].run.step
+    loops = [looped([], name, 9) for name in "ab"]
+    take = loops[0].run.step
 
     def asked():
         take()
-        if runs[0].run.num_steps == 4:
-            runs[1].run.is_ahead = is_ahead
+        if loops[0].run.num_steps == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    runs[0].run.step = asked
+    loops[0].run.step = asked
     with pytest.raises(Interrupted):
-        list(lockstep(runs))
-    assert [each.run.num_steps for each in runs] == steps
+        list(lockstep([Group(loops, step_each)] if is_folded else each_alone(loops)))
+    assert [each.run.num_steps for each in loops] == steps
+    assert all(each.is_between_steps for each in loops), "what was computed was looked at too"
+
+
+def step_each(runs):
+    for run in runs:
+        run.step()
 
 
 def test_runs_in_lockstep_are_ended_by_whoever_drives_them_and_not_when_they_are_forgotten():
-    runs = [contestant([], name, 9) for name in "abc"]
+    runs = [looped([], name, 9) for name in "abc"]
 
     def breaks_off():
         raise KeyboardInterrupt
 
     runs[1].run.step = breaks_off
     with pytest.raises(KeyboardInterrupt):
-        list(lockstep(runs))
-    assert [each.ended for each in runs] == [{"status": "interrupted"}] * 3
+        list(lockstep(each_alone(runs)))
+    assert [each.status for each in runs] == ["interrupted"] * 3
 
 
 # ---------------------------------------------------------------- others at work

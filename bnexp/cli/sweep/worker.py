@@ -22,8 +22,10 @@ from bnexp.config.start import fail, open_job
 from bnexp.data.dataset import Dataset
 from bnexp.errors import StorageError
 from bnexp.store.run_folder import DONE, read_status, taken
-from bnexp.train import loop, progress
+from bnexp.train import progress
+from bnexp.train.drive import drive
 from bnexp.train.interrupt import PATIENCE
+from bnexp.train.loop import Loop
 
 LAST: dict[str, Dataset] = {}  # the dataset of the job before in this process
 asked_at = -math.inf  # when this process, if it is one of several, was last asked to stop
@@ -83,12 +85,12 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
             gc.freeze()  # imported objects stay: without collecting among them a worker trains and ends sooner
             share_machine(cfg, hydra_cfg)
         try:
-            run, journal = open_job(cfg, overrides, cached_datasets(cfg))
+            run, recorder = open_job(cfg, overrides, cached_datasets(cfg))
         except Exception as error:
             return fail(folder, overrides, error)
         shown = progress.make_progress(folder.name, quiet=cfg.quiet, in_sweep=True)
         try:
-            return loop.drive(run, build.plan_of(cfg, run.batches.steps_per_epoch), journal, shown)
+            return drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
         except StorageError:
             raise
         except Exception:
