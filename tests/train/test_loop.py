@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
 from bnexp.errors import StorageError
 from bnexp.optim import constant, make_optimizer
-from bnexp.store import checkpoint
+from bnexp.store import checkpoint, files
 from bnexp.store.run_folder import Status, read_status
 from bnexp.store.writer import NullWriter, Writer
 from bnexp.train.drive import drive
@@ -559,7 +560,7 @@ def test_a_full_disk_stops_the_run_with_a_clear_message_and_what_was_written_sta
     folder = tmp_path / "run"
     assert code == 1
     assert err.startswith("bnexp: error: the run stopped at step ")
-    assert "stays readable in run" in err and "free some space" in err
+    assert "stays readable in run; the file system takes no files of this size; choose another" in err
     assert len(err.splitlines()) == 1
     assert out.splitlines()[-1] == "run"
     lines = lines_of(folder)  # every line parses
@@ -583,7 +584,12 @@ class Full(io.FileIO):
 def test_a_disk_full_while_a_checkpoint_is_written_is_told_and_not_what_torch_makes_of_it(tmp_path, monkeypatch):
     run, plan = built("steps=6", "data.limit=64", "log_every=1", "checkpoint_every=2")
     recorder = recorded_in(tmp_path)
-    monkeypatch.setattr(checkpoint, "open", lambda path, mode: io.BufferedWriter(Full(path, mode)), raising=False)
+
+    def open_full(path, *how, **more):
+        is_checkpoint = Path(path).name == ".checkpoint.pt.new"
+        return io.BufferedRandom(Full(path, "x+")) if is_checkpoint else open(path, *how, **more)
+
+    monkeypatch.setattr(files, "open", open_full, raising=False)
     with pytest.raises(StorageError, match="stopped at step 2 .* No space left on device"):
         drive(Loop(run, plan, recorder), NullProgress())
     path = tmp_path / "checkpoint.pt"
