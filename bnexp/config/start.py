@@ -4,7 +4,7 @@ import math
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +55,10 @@ def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder:
     status = Status(folder, parts.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg), group_name(cfg))
-    earlier = read_lines(folder / METRICS) if cfg.keep == "best" else []
-    best = max((merit(line, len(run.dataset.valid) > 0) for line in earlier), default=-math.inf)
+    best = -math.inf
+    if cfg.keep == "best":
+        with suppress(ValueError):  # readings that no run wrote set no best
+            best = max((merit(line, len(run.dataset.valid) > 0) for line in read_lines(folder / METRICS)), default=best)
     return Recorder(writer, status, folder, cfg.keep, best)
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bnexp.config.choices import SHELVES
+from bnexp.config.choices import GROUPS, SHELVES
 from bnexp.config.compose import composed, plain_value
 from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
-from bnexp.config.schema import Train
+from bnexp.config.schema import MISSING, Train
 from bnexp.errors import UserError
 from bnexp.store.run_folder import CONFIG, load_status
-from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides, flatten
+from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides
 from bnexp.store.untrusted import read_yaml
 
 
@@ -77,11 +77,18 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
                 _put(cfg, group, stored[group])
             elif stored[group] != base[group]:
                 raise UserError(f"{folder}: its {group} is not what its overrides make; give {group}=NAME too")
-    there, then, now = (flatten(OmegaConf.to_container(each)) for each in (stored, base, cfg))
+    there, then, now = map(_settings_and_options, (stored, base, cfg))
     for key, value in there.items():
-        if key.partition(".")[0] not in chosen and then.get(key, value) != value and now.get(key) == then[key]:
+        is_untouched = now.get(key, MISSING) == then.get(key, MISSING)
+        if key.partition(".")[0] not in chosen and then.get(key, MISSING) != value and is_untouched:
             _put(cfg, key, value)
     return cfg, words
+
+
+def _settings_and_options(cfg: DictConfig) -> dict[str, Any]:
+    """Run-level settings, and options of groups as ``group.option``; what is nested below is one value."""
+    found = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in SHELVES}
+    return found | {f"{group}.{key}": value for group in GROUPS for key, value in cfg[group].items()}
 
 
 def _target(node: Any) -> Any:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from test_hostile import INSPECT, OUT, REPORT, RESUME, attack, run, runs  # noqa: F401 (fixtures)
 
-from bnexp.cli.sweep.grid import flat
 from bnexp.config.choices import GROUPS, choices
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
 from bnexp.report.records import read_runs
+from bnexp.store.settings import flatten
 
 FUZZ = partial(
     settings, deadline=None, database=None,
@@ -73,7 +73,7 @@ VALUES = st.recursive(PLAIN, nested, max_leaves=4)
 @pytest.fixture(scope="module")
 def overrides():
     """Words of a command line: settings that there are and others, with every kind of value, and noise."""
-    known = [*GROUPS, "probe", *flat(OmegaConf.to_container(composed([])))]
+    known = [*GROUPS, "probe", *flatten(OmegaConf.to_container(composed([])))]
     known += ["data.root", "out.x", "hydra", "a.b", "model@x", "model/lenet", "_"]
     entries = [f"{group}={name}" for group in (*GROUPS, "probe") for name in choices(group)]
     keys = st.builds("{}{}".format, st.sampled_from(["", "", "", "+", "++", "~", "~+"]), st.sampled_from(known))

@@ -133,7 +133,7 @@ CONFIGS = {
     "nested tables": (lambda _: "{a: " * 20_000, "nest"),
     "nested lists": (lambda _: "- " * 40_000, "nest"),
     "10 MB of text": (lambda text: f"{text}x: {'a' * 10_000_000}\n", f"{MOST_YAML:,} bytes"),
-    "an object": (lambda text: f"{text}x: !!python/object/apply:os.system [touch outside/bad]\n", "what no setting is"),
+    "an object": (lambda text: f"{text}x: !!python/object/apply:os.system [touch outside/bad]\n", "is not allowed"),
     "the environment": (config("seed", "${oc.env:SECRET}"), "seed: holds ${"),
     "the environment in text": (config("device", '"${oc.env:SECRET}"'), "device: holds ${"),
     "a target from the environment": (config("_target_", "${oc.env:SECRET}"), "_target_: holds ${"),
@@ -141,7 +141,7 @@ CONFIGS = {
     "itself": (config("device", "${device}"), "holds ${"),
     "an escape": (config("device", '"\\e[2J"'), "control characters (\\x1b[2J)"),
     "an escape as a name": (lambda text: text + '"\\e[2J": 1\n', "control characters"),
-    "a number as a name": (lambda text: f"{text}5: 6\n", "5 is no name"),
+    "a number as a name": (lambda text: f"{text}5: 6\n", "5 cannot be the name"),
     "a huge number": (config("seed", "9" * 5000), "digits"),
     "a huge number in hexadecimal": (config("seed", "0x" + "f" * 5000), "64 bits"),
     "a huge number in base 60": (config("seed", "1" + ":1" * 20_000), "64 bits"),
@@ -167,7 +167,7 @@ def test_a_config_that_no_run_wrote_is_refused_by_name(name, run, attack):
         ("seed", "one", "run/config.yaml: seed=one: a whole number is expected"),
         ("batch_size", "null", "run/config.yaml: batch_size=None: a whole number is expected"),
         ("drop_last", "perhaps", "run/config.yaml: drop_last=perhaps: true or false is expected"),
-        ("keep", "[last]", "run/config.yaml: keep=['last']: a single word is expected"),
+        ("keep", "[last]", "run/config.yaml: keep=['last']: text is expected"),
         ("lr", "fast", "optimizer.lr=fast: a number is expected"),
         ("hidden", "{a: 1}", "model.hidden"),
         ("threads", "'100000000'", "threads=100000000"),
@@ -307,7 +307,7 @@ READINGS = {
     "a step of 400 digits": (f'{{"step": {"9" * 400}}}\n', "not a JSON object with a step"),
     "a huge integer": (f'{{"step": 1, "loss/valid": {"9" * 400}}}\n', "not a number that can be used"),
     "an integer of 5,000 digits": (f'{{"step": 1, "loss/valid": {"9" * 5000}}}\n{line(2)}\n', "line 1 is not JSON"),
-    "words": (line(**{"accuracy/valid": "low"}), '"low" is no number'),
+    "words": (line(**{"accuracy/valid": "low"}), '"low" is not a number'),
     "nested": ('{"step": 1, "x": ' + "[" * 100_000 + f"\n{line(2)}\n", "line 1 is not JSON"),
     "a line without end": ("x" * (MOST_LINE + 1), f"longer than {MOST_LINE:,} bytes"),
     "NaN and infinity": (line(**{"loss/valid": float("nan"), "accuracy/valid": float("inf")}), None),
@@ -416,7 +416,8 @@ class Evil:
 def sealed(state: object, path: Path) -> None:
     """A checkpoint with the sum that ours have, which a stranger can compute too."""
     torch.save(state, path)
-    checkpoint.seal(path)
+    with open(path, "r+b") as file:
+        checkpoint.seal(file)
 
 
 @pytest.mark.parametrize("command", [RESUME, INSPECT, ("train", *TRAIN, "steps=6", "out=run", "resume=true")])
@@ -442,7 +443,8 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_not_unpacked(run, at
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("archive/data/0", "w") as entry:
         for _ in range(256):
             entry.write(bytes(2**20))
-    checkpoint.seal(path)
+    with open(path, "r+b") as file:
+        checkpoint.seal(file)
     refused(attack(*RESUME), "more than its size")
 
 
