@@ -76,15 +76,17 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for key, value in options.items():
-        if key in ("_target_", "_partial_") or (group == "optimizer" and key in OURS):
+        if key in ("_target_", "_partial_"):
             continue
+        is_decay = group == "optimizer" and key in OURS
         if not isinstance(key, str) or key.startswith("_") or _mentions_target(value):
             raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
-        if key not in accepted and not takes_any:
+        if not is_decay and key not in accepted and not takes_any:
             known = ", ".join(k for k in accepted if k in options) or "none"
             raise UserError(f"{label}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
-        if not fits(value, hints.get(key, Any)):
-            raise UserError(f"{label}.{key}={value}: {in_words(hints[key])} is expected")
+        hint = float if is_decay else hints.get(key, Any)
+        if not fits(value, hint):
+            raise UserError(f"{label}.{key}={value}: {in_words(hint)} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}
     try:
