@@ -28,8 +28,9 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
     parser = OverridesParser.create(config_loader)
     parsed = []
     for word in words:
-        try:
-            parsed += parser.parse_overrides([word])
+        key, _, value = word.partition("=")
+        try:  # Hydra reads no ~, with which the home folder begins
+            parsed += parser.parse_overrides([f"{key}={quoted(value)}" if value.startswith("~") else word])
         except Exception as error:  # of Hydra's own kinds and, for numbers of many digits, of others
             raise UserError(unreadable(word)) from error
     return parsed

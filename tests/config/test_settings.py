@@ -77,7 +77,8 @@ def test_numbers_stay_numbers():
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert composed(["out='~/x'"]).out == "/home/somebody/x"
+    assert composed(["out='~/x'"]).out == composed(["out=~/x"]).out == "/home/somebody/x"
+    assert composed(["data=mnist", "data.root=~/photos"]).data.root == "~/photos", "which the data expand"
 
 
 # ---------------------------------------------------------------- what cannot be read
