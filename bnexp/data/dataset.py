@@ -143,26 +143,20 @@ def find_root(root) -> Path:
     return path
 
 
-def divide(split: Split, count: int) -> tuple[Split, Split]:
-    """``count`` images drawn at random, the same ones every time, and the others."""
-    order = _shuffled(len(split))
-    return split.take(order[:count]), split.take(order[count:])
+def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
+    """The images that ``data.<split>=part`` takes from ``train`` at random, always the same ones, and the others.
 
-
-def count_part(num_images: int, split: str, part: float | int) -> int:
-    """How many of ``num_images`` training images the setting ``data.<split>=part`` takes; one must be left."""
+    Raises :class:`UserError` if no others are left.
+    """
+    num_images = len(train)
     count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
     if count >= num_images:
         raise UserError(
             f"data.{split}={part}: takes {count} of {num_images} training images and leaves none; "
             f"give a fraction such as data.{split}=0.1 or a count below {num_images}"
         )
-    return count
-
-
-def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
-    """The training images that become the split of that name by the setting ``data.<split>=part``, and the others."""
-    return divide(train, count_part(len(train), split, part))
+    order = _shuffled(num_images)
+    return train.take(order[:count]), train.take(order[count:])
 
 
 def assemble(source, train: Split, test: Split | None = None, valid: Split | None = None) -> Dataset:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, divide
+from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, set_aside
 
 NUM_TEST = 360  # a fifth of the 1,797 images
 FILE = "datasets/data/digits.csv.gz"  # in scikit-learn's folder
@@ -34,7 +34,7 @@ class Digits:
         if size != (8, 8):
             images = interpolate(images, size=size, mode="bilinear", antialias=size < (8, 8))
         everything = Split(images.round().to(torch.uint8), torch.from_numpy(labels).to(torch.int64))
-        test, train = divide(everything, NUM_TEST)
+        test, train = set_aside(everything, "test", NUM_TEST)
         return assemble(self, train, test)
 
 

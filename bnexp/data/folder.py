@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, count_part, find_root
+from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
 from bnexp.data.pictures import has_colour, no_bombs, read_picture
 from bnexp.errors import UserError
 from bnexp.store.untrusted import printable
@@ -74,23 +74,19 @@ class Folder:
     def load(self) -> Dataset:
         splits = {split: self._read(files) for split, files in self._files.items()}
         dataset = assemble(self, splits["train"], splits.get("test"), splits.get("valid"))
-        return replace(dataset, about=self.describe())
+        return replace(dataset, about=self._describe(dataset))
 
-    def describe(self) -> str:
-        """One line on what was found: classes, images, where each split comes from, colour and size."""
+    def _describe(self, dataset: Dataset) -> str:
+        """One line on the files and what became of them: classes, splits and their origin, colour and size."""
         counts = Counter(label for files in self._files.values() for _, label in files)
         classes = [f"{name} {counts[i]:,}" for i, name in enumerate(self.class_names[:MOST_SHOWN])]
         if len(self.class_names) > MOST_SHOWN:
             classes.append("...")
-        num_images = {split: len(files) for split, files in self._files.items()}
         origins = {split: printable(f"{folder.name}/") for split, folder in self._folders.items()}
-        for split, part in (("test", self.options.test), ("valid", self.options.valid)):  # in the order of assemble
-            if split not in self._files:
-                num_images[split] = count_part(num_images["train"], split, part)
-                num_images["train"] -= num_images[split]
-                origins[split] = f"data.{split}={part} of {origins['train']}"
-        images = [f"{num_images[split]:,} {split} ({origins[split]})" for split in SPLIT_NAMES]
-        notes = [f"at most {self.options.limit:,} images of each split used"] if self.options.limit else []
+        for split in origins.keys() ^ SPLIT_NAMES.keys():
+            origins[split] = f"data.{split}={getattr(self.options, split)} of {origins['train']}"
+        images = [f"{len(getattr(dataset, split)):,} {split} ({origins[split]})" for split in SPLIT_NAMES]
+        notes = [f"at most {self.options.limit:,} images of each split are used"] if self.options.limit else []
         notes += ["no train/, so every folder is a class"] if self._is_flat else []
         notes += ["images in folders below a class belong to it"] if self._is_nested() else []
         channels, size, _ = self.in_shape

@@ -66,7 +66,7 @@ def test_splits_are_found_under_their_usual_names(photos, train, name):
     dataset = source.load()
     assert [len(s) for s in (dataset.train, dataset.valid, dataset.test)] == [20, 1, 1]
     assert (values(dataset.valid), values(dataset.test)) == ([250], [140])
-    assert f"20 train ({train}/), 1 valid ({name}/), 1 test (Testing/)" in source.describe()
+    assert f"20 train ({train}/), 1 valid ({name}/), 1 test (Testing/)" in dataset.about
 
 
 def test_two_folders_for_one_split_and_folders_of_no_split_are_refused(photos):
@@ -101,9 +101,9 @@ def test_class_folders_without_train_are_split_always_in_the_same_way(photos, op
     assert values(dataset.test) == values(again.test) and values(dataset.valid) == values(again.valid)
     if options.get("test") == 5:
         assert values(dataset.test) == values(Folder(root=photos, size=8, test=5, valid=7).load().test)
-    assert "no train/, so every folder is a class" in source.describe()
-    assert f"{expected[0]} train (photos/), {expected[1]} valid (data.valid=" in source.describe()
-    assert f"of photos/), {expected[2]} test (data.test=" in source.describe()
+    assert "no train/, so every folder is a class" in dataset.about
+    assert f"{expected[0]} train (photos/), {expected[1]} valid (data.valid=" in dataset.about
+    assert f"of photos/), {expected[2]} test (data.test=" in dataset.about
 
 
 def test_a_test_split_can_be_set_aside_beside_train_too(photos):
@@ -124,8 +124,8 @@ def test_images_in_deeper_folders_belong_to_the_class_above(photos):
     assert [v for v, label in zip(values(dataset.train), dataset.train.labels, strict=True) if not label] == [
         *range(100, 110), 150, 151,
     ]  # fmt: skip
-    assert "cat 12, dog 10" in source.describe()
-    assert source.describe().endswith("; images in folders below a class belong to it")
+    assert "cat 12, dog 10" in dataset.about
+    assert dataset.about.endswith("; images in folders below a class belong to it")
     (photos / "train/cat/tabby/new").mkdir()
     with pytest.raises(UserError, match=r"^.*/train/cat/tabby/new: a folder without images"):
         Folder(root=photos)
@@ -133,13 +133,13 @@ def test_images_in_deeper_folders_belong_to_the_class_above(photos):
 
 def test_a_description_is_one_line_on_what_was_found(photos):
     save(photos / "test/dog/a.png", mode="RGB", color=(1, 2, 3))
-    assert Folder(root=photos, size=32, limit=1000).describe() == (
+    assert Folder(root=photos, size=32, limit=1000).load().about == (
         f"data=folder: {photos} has 2 classes: cat 10, dog 11; 18 train (train/), 2 valid (data.valid=0.1 of train/), "
-        "1 test (test/); grey, scaled to 32x32; at most 1,000 images of each split used"
+        "1 test (test/); grey, scaled to 32x32; at most 1,000 images of each split are used"
     )
     for i in range(20):
         save(photos / f"train/z{i}/a.png", mode="RGB", color=(1, 2, 3))
-    told = Folder(root=photos).describe()
+    told = Folder(root=photos).load().about
     assert "22 classes: cat 10, dog 11, z0 1, z1 1, z10 1, z11 1, z12 1, z13 1, z14 1, z15 1, ...;" in told
     assert "; colour, scaled to 64x64" in told and "\n" not in told
 
