@@ -166,6 +166,70 @@ def test_hidden_files_and_files_beside_the_classes_are_passed_over(photos):
     assert len(source.load().train) == 20
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["@SynoResource", "@Recently-Snapshot", "@sharebin", "~snapshot", "Network Trash Folder", "Temporary Items",
+     "__pycache__", "ZbThumbnail.info", "WPSettings.dat", "IndexerVolumeGuid", "Thumbs.db:encryptable"],
+)  # fmt: skip
+def test_folders_and_files_of_systems_are_no_classes_and_no_images(photos, name):
+    (photos / "train/dog" / name).write_text("no image")
+    save(photos / "train" / name / "a.png")
+    assert len(Folder(root=photos, size=8, valid=0).load().train) == 20
+
+
+def test_files_outside_of_the_class_folders_are_named(photos):
+    save(photos / "train/stray.png")
+    assert Folder(root=photos, size=8).load().about.endswith(
+        f"; not read, because in no class folder: {photos}/train/stray.png"
+    )
+    (photos / "labels.csv").write_text("")
+    (photos / "val").write_text("")  # not a folder
+    assert Folder(root=photos, size=8).load().about.endswith(f": {photos}/labels.csv and 2 more")
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017"), ("seg_train", "seg_test"),
+                                   ("TrainImages", "ValidationImages")])  # fmt: skip
+def test_splits_of_other_names_are_not_taken_for_classes(photos, names):
+    (photos / "train").rename(photos / names[0])
+    save(photos / names[1] / "cat/a.png")
+    with pytest.raises(UserError, match=rf"^data\.root={photos}: .*{names[1]}/.* seem to be splits, not classes"):
+        Folder(root=photos)
+    save(photos / "steam_train/a.png")
+    save(photos / "bus/a.png")
+    for name in names:
+        (photos / name).rename(photos / f".{name}")
+    assert Folder(root=photos).class_names == ("bus", "steam_train")
+
+
+@pytest.mark.parametrize("split", ["train", "Val", "testing"])
+def test_a_split_inside_a_class_is_refused(photos, split):
+    save(photos / f"train/cat/{split}/a.png")
+    with pytest.raises(UserError, match=rf"^{photos}/train/cat/{split}: the \w+ split inside a class; .*train/cat/1"):
+        Folder(root=photos)
+    (photos / f"train/cat/{split}").rename(photos / f"train/{split}")  # a class may have this name
+    assert split in Folder(root=photos).class_names
+
+
+@pytest.mark.parametrize("place", ["val", "train/fox"])
+def test_a_link_to_nothing_in_the_place_of_a_folder_is_named(photos, place):
+    (photos / place).symlink_to(photos / "nowhere")
+    with pytest.raises(UserError, match=rf"^{photos}/{place}: a link to nothing; restore"):
+        Folder(root=photos)
+
+
+def test_accents_may_be_stored_either_way(photos):
+    save(photos / "train/caf\N{LATIN SMALL LETTER E WITH ACUTE}/a.png", color=50)
+    save(photos / "val/cafe\N{COMBINING ACUTE ACCENT}/b.png", color=60)
+    source = Folder(root=photos, size=8)
+    assert source.class_names == ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cat", "dog")
+    assert source.load().valid.labels.tolist() == [0]
+
+
+def test_a_relative_root_is_described_by_its_name(photos, monkeypatch):
+    monkeypatch.chdir(photos / "train")
+    assert "16 train (train/), 2 valid (data.valid=0.1 of train/)" in Folder(root=".", size=8).load().about
+
+
 def test_one_colour_image_makes_all_of_them_colour(photos):
     save(photos / "train/cat/colour.png", mode="RGB", color=(10, 20, 30))
     source = Folder(root=photos, size=8, valid=0)
