@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -25,21 +26,17 @@ MAX_INTERPRETED = 2**18  # number of values that Triton's interpreter computes i
 
 @dataclass(frozen=True)
 class Implementation:
-    """A batch norm to measure: ``factory(num_features, activation=...)``, compiled or not, with cuDNN or without."""
+    """A batch norm to measure: ``factory(num_features, activation=...)``, compiled or not, called in ``context()``."""
 
     name: str
     factory: Callable[..., nn.Module]
     compiled: bool = False
-    cudnn: bool = True
+    context: Callable[[], AbstractContextManager] = nullcontext
 
     def build(self, num_features: int, device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
         """The module, and the function to call in its place: compiled, or the module itself."""
         module = self.factory(num_features, activation="relu").to(device)
         return module, torch.compile(module, dynamic=False) if self.compiled else module
-
-    def context(self) -> AbstractContextManager:
-        """The context that the function is called in."""
-        return nullcontext() if self.cudnn else torch.backends.cudnn.flags(enabled=False)
 
 
 class Steps(NamedTuple):
@@ -60,7 +57,8 @@ def implementations_on(norms: Mapping[str, Callable], device: torch.device) -> l
     if library := norms.get("library"):
         entries.append(Implementation("library again", library))
         if device.type == "cuda":
-            entries.append(Implementation("library (cudnn off)", library, cudnn=False))
+            without_cudnn = partial(torch.backends.cudnn.flags, enabled=False)
+            entries.append(Implementation("library (cudnn off)", library, context=without_cudnn))
             entries.append(Implementation("library (compiled)", library, compiled=True))
     return entries
 

@@ -1,4 +1,4 @@
-"""Real handwritten digits that come with scikit-learn: no download."""
+"""Scans of handwritten digits, which are part of scikit-learn and need no download."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,13 +39,13 @@ class Digits:
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Grey levels 0 to 16 in float64 (1797, 64), row by row, and which digit each is (1797,).
+    """Grey levels 0 to 16 in float64 (1797, 64), row by row, and the digits (1797,).
 
-    Read from the file of ``load_digits``, because importing scikit-learn takes longer than all else before training.
+    Reads the file of ``load_digits`` itself, because importing scikit-learn would be the longest part of a start.
     """
     package = find_spec("sklearn")
     path = Path(package.submodule_search_locations[0]) / FILE if package else None
-    if path is None or not path.is_file():  # another layout, or not installed: the import says so
+    if path is None or not path.is_file():  # the import raises if it is not installed
         from sklearn.datasets import load_digits
 
         return load_digits(return_X_y=True)

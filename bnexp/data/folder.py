@@ -97,24 +97,18 @@ class Folder:
         images = [f"{len(getattr(dataset, split)):,} {split} ({origins[split]})" for split in SPLIT_NAMES]
         notes = [f"at most {self.options.limit:,} images of each split are used"] if self.options.limit else []
         notes += ["no train/, so every folder is a class"] if self._is_flat else []
-        notes += ["images in folders below a class belong to it"] if self._is_nested() else []
-        if files := self._files_beside():
-            more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
-            notes.append(f"not read, because in no class folder: {printable(files[0])}{more}")
+        depths = {split: len(folder.parts) + 2 for split, folder in self._folders.items()}
+        if any(len(path.parts) > depths[split] for split, files in self._files.items() for path, _ in files):
+            notes.append("images in folders below a class belong to it")
+        folders = {self.root, *self._folders.values()}
+        if beside := sorted(path for folder in folders for path in _visible(folder) if not path.is_dir()):
+            more = f" and {len(beside) - 1:,} more" if len(beside) > 1 else ""
+            notes.append(f"not read, because in no class folder: {printable(beside[0])}{more}")
         channels, size, _ = self.in_shape
         return "; ".join([
             f"data=folder: {printable(self.root)} has {len(self.class_names)} classes: {', '.join(classes)}",
             ", ".join(images), f"{'grey' if channels == 1 else 'colour'}, scaled to {size}x{size}", *notes,
         ])  # fmt: skip
-
-    def _is_nested(self) -> bool:
-        depths = {split: len(folder.parts) + 2 for split, folder in self._folders.items()}
-        return any(len(path.parts) > depths[split] for split, files in self._files.items() for path, _ in files)
-
-    def _files_beside(self) -> list[Path]:
-        """The visible files beside the splits and beside the classes."""
-        folders = {self.root, *self._folders.values()}
-        return sorted(path for folder in folders for path in _visible(folder) if not path.is_dir())
 
     def _scan(self, folder: Path) -> list[tuple[Path, int]]:
         """Every image file of a split's folder with its label."""

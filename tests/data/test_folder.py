@@ -179,9 +179,8 @@ def test_folders_and_files_of_systems_are_no_classes_and_no_images(photos, name)
 
 def test_files_outside_of_the_class_folders_are_named(photos):
     save(photos / "train/stray.png")
-    assert Folder(root=photos, size=8).load().about.endswith(
-        f"; not read, because in no class folder: {photos}/train/stray.png"
-    )
+    about = Folder(root=photos, size=8).load().about
+    assert about.endswith(f"; not read, because in no class folder: {photos}/train/stray.png")
     (photos / "labels.csv").write_text("")
     (photos / "val").write_text("")  # not a folder
     assert Folder(root=photos, size=8).load().about.endswith(f": {photos}/labels.csv and 2 more")

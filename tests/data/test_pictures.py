@@ -341,7 +341,8 @@ def test_a_jpeg2000_of_any_depth_is_a_ramp_and_a_signed_one_is_refused(tmp_path,
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
-def test_pictures_of_16_bits_are_turned_too(tmp_path, orientation):
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_pictures_of_16_bits_are_turned_too(tmp_path, name, orientation):
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
@@ -349,8 +350,8 @@ def test_pictures_of_16_bits_are_turned_too(tmp_path, orientation):
     }[orientation]  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray((RAMP * 257).astype(np.uint16)).transpose(undo).save(tmp_path / "a.tif", exif=exif)
-    assert (read_grey(tmp_path / "a.tif") == RAMP).all()
+    Image.fromarray((RAMP * 257).astype(np.uint16)).transpose(undo).save(tmp_path / name, exif=exif)
+    assert (read_grey(tmp_path / name) == RAMP).all()
 
 
 def test_lab_can_be_made_grey(tmp_path):
