@@ -6,10 +6,10 @@ elementwise kernels that move the same bytes. Buffers of four times the last-lev
 is read from a cache.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ def run_benchmark(
 ) -> Path:
     """Measure all ``norms``, ``name -> factory(num_features, activation=...)``; returns the results' folder.
 
-    ``command`` is the command line, for the record. The folder is the last line printed. An interruption keeps what
-    was measured before it.
+    ``command`` is the command line, for the record. The last line printed is the folder. What was measured before an
+    interruption is written too.
     """
     console = Console()
     folder = make_results_folder(settings.out)
@@ -61,10 +61,10 @@ def write_benchmark(path: Path, about: Mapping[str, Any], rows: Sequence[Mapping
 
 
 def geometric_means(rows: Sequence[Mapping]) -> list[dict]:
-    """One entry per site and implementation: geometric means of its time ratios, every norm of the network counted.
+    """One entry per site and implementation: geometric means of its time ratios over all norms of the network.
 
-    ``<phase>_over_<other>`` is the mean ratio to the elementwise kernels and to the library, and ``..._range`` its
-    least and most of any shape. ``norms`` is the number of the ``of`` norms in the set that the means cover.
+    ``<phase>_over_<other>`` is the mean ratio to the elementwise kernels or to the library, ``..._range`` the smallest
+    and the largest ratio of any shape. The means cover ``norms`` of the ``of`` norms in the set.
     """
     timed = {(row["site"], row["shape"], row["implementation"]): row for row in rows if row["status"] == "timed"}
     entries = []
@@ -75,11 +75,9 @@ def geometric_means(rows: Sequence[Mapping]) -> list[dict]:
         for other in (REFERENCE, "library"):
             pairs = [(row, timed.get((site, row["shape"], other))) for row in own]
             for key in PHASES:
-                ratios = [(a[f"{key}_us"] / b[f"{key}_us"], a["count"]) for a, b in pairs if b]
-                weight = sum(count for _, count in ratios)
-                mean = math.exp(sum(count * math.log(ratio) for ratio, count in ratios) / weight) if ratios else None
-                entry[f"{key}_over_{other}"] = mean
-                entry[f"{key}_over_{other}_range"] = [min(ratios)[0], max(ratios)[0]] if ratios else None
+                ratios = [a[f"{key}_us"] / b[f"{key}_us"] for a, b in pairs if b for _ in range(a["count"])]
+                entry[f"{key}_over_{other}"] = geometric_mean(ratios) if ratios else None
+                entry[f"{key}_over_{other}_range"] = [min(ratios), max(ratios)] if ratios else None
         entries.append(entry)
     return entries
 
@@ -98,7 +96,7 @@ def _factor(ratio: float) -> str:
 
 
 def case_table(rows: Sequence[Mapping], title: str) -> Table:
-    """The times of one case, one row per implementation; without times the reason."""
+    """A table of one case: the times of every implementation, or why it has none."""
     timed = [row for row in rows if row["status"] == "timed"]
     is_slow = all(row[f"{phase}_us"] >= 1e3 for row in timed for phase in PHASES)
     unit, scale = ("ms", 1e-3) if is_slow else ("us", 1)
@@ -119,7 +117,7 @@ def case_table(rows: Sequence[Mapping], title: str) -> Table:
 
 
 def means_table(entries: Sequence[Mapping]) -> Table:
-    """The geometric means over the elementwise kernels; for both passes also over the library, with the range."""
+    """A table of geometric means of the ratios to the elementwise kernels and, of both passes, to the library."""
     table = results_table(
         f"Geometric means: x {REFERENCE}; x library (range over shapes)",
         "", "norms", *PHASES, "both x library",

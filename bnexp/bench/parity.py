@@ -85,7 +85,7 @@ def copy_inputs(inputs: Inputs) -> Inputs:
 
 
 def set_state(module: nn.Module, state: State) -> None:
-    """Give a norm the state before the step, after three batches."""
+    """Give a norm the state before the step: ``state``, and three batches counted."""
     with torch.no_grad():
         for name, value in state._asdict().items():
             getattr(module, name).copy_(value)
@@ -95,7 +95,7 @@ def set_state(module: nn.Module, state: State) -> None:
 def float64_results(
     x: Tensor, residual: Tensor | None, dy: Tensor, is_positive: Tensor, state: State, momentum: float, eps: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every result of BN+ReLU in float64, with the magnitude of the terms that each value is the sum of.
+    """Every result of BN+ReLU in float64, each with the magnitude of the terms that add up to it.
 
     With xhat = (x - mean) / sqrt(var + eps) and the gradient dz = dy where y > 0, over M values per channel::
 
@@ -166,7 +166,7 @@ def differences_from_float64(
 ) -> dict[str, float]:
     """The largest difference of every result from float64, relative to its terms, by name.
 
-    It is infinite for a result of the wrong shape or type, and 0 for a right counter.
+    A result of the wrong shape or type has an infinite one. The counter's is absolute.
     """
     set_state(module, state)
     got = results_of(call, module, inputs, add)

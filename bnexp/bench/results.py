@@ -1,4 +1,4 @@
-"""The folder of a benchmark's results: JSON with everything and CSV for a spreadsheet; and how tables look."""
+"""The folder of a benchmark's results, JSON with everything and CSV for a spreadsheet; and the look of its tables."""
 
 import csv
 import io
@@ -72,11 +72,12 @@ def write_results(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping
 def describe_measurement(console: Console, settings: Any, device: "torch.device", command: str) -> dict[str, Any]:
     """Print the machine in one line; returns the settings, the command, the machine, its load and the versions.
 
-    The load average is read before the measurement, so that it counts other programs' work.
+    Call it before the measurement, so that the load average counts the work of other programs only.
     """
-    about = asdict(settings) | {"command": command, "device": device_model(device)}
-    about |= {"versions": versions(), "git_commit": git_commit()}
-    about |= {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0]}
+    about = asdict(settings) | {
+        "command": command, "device": device_model(device), "versions": versions(), "git_commit": git_commit(),
+        "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
+    }  # fmt: skip
     line = f"{about['device']}, torch {about['versions']['torch']}, load average {about['load']:.1f}\n"
     console.print(line, highlight=False, markup=False)
     return about
@@ -89,7 +90,7 @@ def provenance(about: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device_model(device: "torch.device") -> str:
-    """The name of a GPU; of a CPU its model and the number of torch's threads."""
+    """The model of a GPU, or of a CPU with the number of torch's threads."""
     import torch
 
     if device.type == "cuda":
@@ -100,6 +101,6 @@ def device_model(device: "torch.device") -> str:
 
 
 def results_table(title: str, *columns: str) -> Table:
-    """An empty table in the look of all benchmarks."""
+    """An empty table, drawn as all tables of benchmarks are."""
     look = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
     return Table(*columns, title=title, title_justify="left", **look)

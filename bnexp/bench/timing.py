@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -25,21 +26,17 @@ MAX_INTERPRETED = 2**18  # number of values that Triton's interpreter computes i
 
 @dataclass(frozen=True)
 class Implementation:
-    """A batch norm to measure: ``factory(num_features, activation=...)``, compiled or not, with cuDNN or without."""
+    """A batch norm to measure: ``factory(num_features, activation=...)``, compiled or not, called in ``context()``."""
 
     name: str
     factory: Callable[..., nn.Module]
     compiled: bool = False
-    cudnn: bool = True
+    context: Callable[[], AbstractContextManager] = nullcontext
 
     def build(self, num_features: int, device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
         """The module, and the function to call in its place: compiled, or the module itself."""
         module = self.factory(num_features, activation="relu").to(device)
         return module, torch.compile(module, dynamic=False) if self.compiled else module
-
-    def context(self) -> AbstractContextManager:
-        """The context that the function is called in."""
-        return nullcontext() if self.cudnn else torch.backends.cudnn.flags(enabled=False)
 
 
 class Steps(NamedTuple):
@@ -55,12 +52,13 @@ class Steps(NamedTuple):
 
 
 def implementations_on(norms: Mapping[str, Callable], device: torch.device) -> list[Implementation]:
-    """All ``norms``, and the library again, which shows the noise; on CUDA also the library without cuDNN, compiled."""
+    """All ``norms``, and the library a second time, which shows the noise; on CUDA also without cuDNN, and compiled."""
     entries = [Implementation(name, factory) for name, factory in norms.items()]
     if library := norms.get("library"):
         entries.append(Implementation("library again", library))
         if device.type == "cuda":
-            entries.append(Implementation("library (cudnn off)", library, cudnn=False))
+            without_cudnn = partial(torch.backends.cudnn.flags, enabled=False)
+            entries.append(Implementation("library (cudnn off)", library, context=without_cudnn))
             entries.append(Implementation("library (compiled)", library, compiled=True))
     return entries
 
@@ -84,7 +82,7 @@ def measure_case(
             steps[entry.name] = ready
     if len(steps) == 1:
         return list(rows.values())
-    reason = memory_shortage(bytes_needed(case, dtype, num_buffers(inputs)), device) if case.numel else "nothing in it"
+    reason = memory_shortage(bytes_needed(case, dtype, num_buffers(inputs)), device) if case.numel else "no values"
     if not reason:
         try:
             seconds = time_steps(steps, [copy_inputs(inputs) for _ in range(num_buffers(inputs))], settings.rounds)
@@ -116,7 +114,7 @@ def check_parity(entry: Implementation, inputs: Inputs, state: State, add: bool)
 
 
 def runs_interpreted(module: nn.Module, device: torch.device) -> bool:
-    """Whether an interpreter runs the kernels of ``module``; :class:`UserError` where they cannot run at all."""
+    """Whether Triton's interpreter runs the kernels of ``module``; :class:`UserError` if ``device`` cannot run them."""
     norm = contract_of(module)
     try:
         norm.require_device(device)
@@ -132,7 +130,7 @@ def tier_of(module: nn.Module) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, after its kind unless it is a :class:`UserError`."""
+    """The first line of an error's text; for other errors than :class:`UserError` the name of the class before it."""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return kind + (str(error).splitlines() or [""])[0]
 
@@ -229,13 +227,13 @@ def summarize_seconds(seconds: Mapping[str, list[float]], reference: Mapping[str
 
 
 def num_buffers(inputs: Inputs) -> int:
-    """Number of copies of the inputs in the ring: a forward pass over it moves four times the cache's bytes."""
+    """How many copies of the inputs rotate: a forward pass over all moves four times the cache's bytes."""
     x = inputs.x
     return min(MAX_BUFFERS, -(-4 * cache_bytes(x.device) // max(1, 2 * x.numel() * x.element_size())))
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache; 32 MB where the system does not tell it."""
+    """Bytes of the last-level cache; 32 MiB where the system does not tell them."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -243,23 +241,23 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def bytes_needed(case: Case, dtype: torch.dtype, num_inputs: int = 1) -> int:
-    """Memory that a comparison with float64 takes or, with ``num_inputs`` buffers, the timing.
+    """Bytes that a comparison with float64 takes or, with ``num_inputs`` buffers, the timing.
 
-    Inputs and allocations of a forward and a backward pass are eleven tensors of the case's size; a dozen float64
-    pieces come from the comparison.
+    Each buffer and the passes on it take eleven tensors of the case's size; the comparison takes a dozen float64
+    pieces.
     """
     piece = min(case.numel, max(CHUNK, case.numel // case.shape[1]))
     return num_inputs * 11 * case.numel * dtype.itemsize + 12 * 8 * piece
 
 
 def memory_shortage(needed: int, device: torch.device) -> str:
-    """The sentence for ``needed`` bytes that ``device`` does not have free; empty if it has."""
+    """How much memory is missing, if ``device`` has fewer than ``needed`` bytes free; else empty."""
     free = free_bytes(device)
     return f"needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free" if needed > free else ""
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still allocate; on Linux this includes what caches files."""
+    """Bytes that this process can still allocate; on Linux this includes the cache of files."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]

@@ -1,19 +1,17 @@
 """``bnexp bench``: every implementation of batch norm, compared with float64 and then timed."""
 
+import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import ValidationError
 
 from bnexp.bench.results import check_results_folder
 from bnexp.bench.settings import BENCH_CHOICES, BenchSettings
 from bnexp.config.choices import choices
 from bnexp.errors import UserError, nearest
 
-Schema = TypeVar("Schema")
 BENCH_USAGE = """usage: bnexp bench [setting=value] ...
 
 Compares every implementation of batch norm with float64, then times those that agree with it.
@@ -37,7 +35,7 @@ def bench(arguments: list[str]) -> int:
         print(BENCH_USAGE.format(**{key: " | ".join(values) for key, values in BENCH_CHOICES.items()}))
         return 0
     words = arguments[1:] if arguments[:1] == ["norms"] else arguments
-    settings = read_settings("bench", words, BenchSettings, BENCH_CHOICES)
+    settings = read_settings(words)
     if settings.out:
         check_results_folder(Path(settings.out))
 
@@ -55,46 +53,35 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
-def read_settings(
-    command: str, words: Sequence[str], schema: type[Schema], allowed: Mapping[str, Collection[str]]
-) -> Schema:
-    """The settings that ``words``, each ``setting=value``, give; those that no word names have their defaults.
+def read_settings(words: Sequence[str]) -> BenchSettings:
+    """The settings in ``words``, each ``setting=value``; the others have their defaults.
 
-    ``schema`` is a dataclass with fields of str, int (a count, 1 or more), or a list of these, whose values are
-    separated by commas. ``allowed`` holds the values of some settings. Raises :class:`UserError` for any other word.
+    Raises :class:`UserError` for an unknown or repeated setting and for a value that it cannot have.
     """
-    settings = OmegaConf.structured(schema)
-    given: set[str] = set()
+    names = [field.name for field in fields(BenchSettings)]
+    settings: dict[str, str | int] = {}
     for word in words:
         key, _, value = word.partition("=")
-        if key not in settings:
-            near = nearest(key, settings)
-            raise UserError(f"{word}: no setting of {command}{near}; settings are {', '.join(settings)}")
+        allowed = BENCH_CHOICES.get(key, (value,))
+        if key not in names:
+            raise UserError(f"{word}: no setting of bench{nearest(key, names)}; settings are {', '.join(names)}")
         if not value:
             raise UserError(f"{word}: has no value; give one as {key}=VALUE")
-        if key in given:
+        if key in settings:
             raise UserError(f"{word}: {key} is given twice; give it once")
-        given.add(key)
-        is_list = OmegaConf.is_list(settings[key])
-        values = value.split(",") if is_list else [value]
-        check_values(word, values, allowed.get(key, values))
-        try:
-            settings = OmegaConf.merge(settings, {key: values if is_list else value})
-            counts = [count for count in (settings[key] if is_list else [settings[key]]) if isinstance(count, int)]
-        except ValidationError:
-            counts = [0]
-        if any(count < 1 for count in counts):
-            what = "whole numbers, with commas between them," if is_list else "a whole number,"
-            raise UserError(f"{word}: has to be {what} 1 or more")
-    return OmegaConf.to_object(settings)
-
-
-def check_values(word: str, values: Sequence[str], allowed: Collection[str]) -> None:
-    """Raise :class:`UserError` for a value of ``word`` that is not allowed, is repeated, or is OmegaConf's syntax."""
-    for value in values:
         if value not in allowed:
             raise UserError(f"{word}: {value} is not known{nearest(value, allowed)}; choose {', '.join(allowed)}")
-        if "${" in value or value == "???":
-            raise UserError(f"{word}: ${{...}} and ??? have a meaning of their own in settings; give another value")
-    if len(set(values)) < len(values):
-        raise UserError(f"{word}: a value stands there twice; give each once")
+        if "${" in value:
+            raise UserError(f"{word}: ${{...}} is not looked up in settings of bench; write the value itself")
+        settings[key] = read_count(word, value) if key == "rounds" else value
+    if "out" in settings:
+        settings["out"] = os.path.expanduser(settings["out"])
+    return BenchSettings(**settings)
+
+
+def read_count(word: str, value: str) -> int:
+    """The whole number, 1 or more, that ``value`` spells; :class:`UserError` naming ``word`` if it spells none."""
+    with suppress(ValueError):
+        if (count := int(value)) > 0:
+            return count
+    raise UserError(f"{word}: has to be a whole number, 1 or more")

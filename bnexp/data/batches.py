@@ -14,23 +14,23 @@ from bnexp.data.dataset import Dataset
 from bnexp.data.few_classes import check_classes, order_by_classes
 from bnexp.errors import UserError
 
-# How many bytes of prepared images are made at a time. Measured on MNIST in batches of 16: half the time of batch by
-# batch; 16 MiB or a whole epoch at a time is slower, because the images have left the cache when they are used.
+# Bytes of images that are prepared at a time. Measured on MNIST in batches of 16: half the time of batch by batch;
+# 16 MiB or a whole epoch at a time is slower, because the images have left the cache when they are used.
 AHEAD_BYTES = 2**20
 CROP_MARGIN = 4  # pixels of the stored image on each side, as is usual for CIFAR
 
 
 class Batches:
-    """Endless batches of ``dataset.train``, every image once per epoch in an order drawn anew each epoch.
+    """An endless stream of batches of ``dataset.train``: every image once per epoch, in a new order every epoch.
 
-    ``next()`` gives float32 (B, *in_shape) and int64 (B,). ``drop_last`` leaves out the short batch at an
-    epoch's end (batch norm sees other statistics in it); the order of the images is the same either way.
+    ``drop_last`` leaves out the short batch at an epoch's end, because batch norm sees other statistics in it. The
+    order of the images does not depend on ``drop_last``.
 
     ``classes_per_batch=k`` makes batches of at most k classes, in parts as even as possible; see
-    :func:`~bnexp.data.few_classes.deal`. An epoch keeps its length and every image still comes once. ``drop_last``
-    then leaves out images of at most k classes, others in every epoch.
+    :func:`~bnexp.data.few_classes.deal`. The length of an epoch stays, and every image still comes once. ``drop_last``
+    then leaves out images of at most k classes, different ones in every epoch.
 
-    Raises :class:`UserError` if not one batch can be made, or not with so few classes.
+    Raises :class:`UserError` if no batch of this size, or of so few classes, can be made.
     """
 
     def __init__(
@@ -66,10 +66,8 @@ class Batches:
         self._num_ahead = self._count_ahead()
         self._start_epoch()
 
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def next(self) -> tuple[Tensor, Tensor]:
+        """The images float32 (B, *in_shape) and labels int64 (B,) of the next batch."""
         start, end = self.advance()
         if self._num_ahead <= self.batch_size:
             return self.gather(self.order[start:end])
@@ -81,7 +79,7 @@ class Batches:
         return images[batch], labels[batch]
 
     def advance(self) -> tuple[int, int]:
-        """Go on by a batch, into a new epoch if this one is over; returns its start and end in ``order``."""
+        """Move to the next batch, in a new epoch if this one is over; returns its start and end in ``order``."""
         if self._position >= self.num_images:
             self._start_epoch()
         start = self._position
@@ -94,12 +92,10 @@ class Batches:
         images = augment(train.images.index_select(0, picked), self.dataset.augment, self.generator)
         return self.dataset.prepare(images), train.labels.index_select(0, picked)
 
-    next = __next__
-
     def _count_ahead(self) -> int:
-        """How many images are gathered at a time: on a CPU as many whole batches as AHEAD_BYTES hold.
+        """How many images are gathered at a time: on a CPU as many whole batches as fit into AHEAD_BYTES.
 
-        Batches are then views. Augmented images come batch by batch, because that is how their numbers are drawn.
+        Batches are then views. Augmented images are gathered batch by batch, because so are their random numbers.
         """
         if self.dataset.device.type != "cpu" or self.dataset.augment != "none":
             return self.batch_size
@@ -129,7 +125,7 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict):
-        """Continue where ``state`` was taken; raises :class:`UserError` if this stream cannot."""
+        """Continue where ``state`` was taken; raises :class:`UserError` if the stream would not be the same."""
         num_images, device = len(self.dataset.train), self.dataset.device.type
         if state["num_images"] != num_images:
             raise UserError(
@@ -155,10 +151,10 @@ class Batches:
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Stored images (N, C, H, W) changed at random, each on its own: ``none``, ``flip`` or ``crop_flip``.
+    """Stored images (N, C, H, W), each changed at random: ``kind`` is ``none``, ``flip`` or ``crop_flip``.
 
-    ``flip`` mirrors left and right with probability 1/2. ``crop_flip`` also moves the image by up to 4 stored
-    pixels each way: a black margin of 4 around it, and a window of the old size at a random place.
+    ``flip`` mirrors left and right with probability 1/2. ``crop_flip`` first moves the image by up to 4 stored pixels
+    each way: it adds a black margin of 4 and cuts out a window of the old size at a random place.
     """
     if kind == "none":
         return images

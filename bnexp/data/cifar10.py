@@ -1,4 +1,4 @@
-"""CIFAR-10 from its original pickles, read without running what a pickle may call."""
+"""CIFAR-10 from its original pickles, read without calling the functions that a pickle may name."""
 
 import pickle
 import shutil
@@ -39,7 +39,7 @@ class CIFAR10:
         return assemble(self, self._read(TRAIN_FILES), self._read(TEST_FILES))
 
     def fetch(self, root: Path) -> None:
-        """Unpack the archive into ``root``: the user's if its checksum is right, else one that is downloaded."""
+        """Unpack the archive into ``root``: the user's if its checksum is right, else a downloaded one."""
         from torchvision.datasets import CIFAR10 as published  # takes a second to import
         from torchvision.datasets.utils import check_integrity, download_url
 
@@ -80,13 +80,13 @@ def read_batch(path: Path, num_classes: int) -> tuple[torch.Tensor, torch.Tensor
 class _Unpickler(pickle.Unpickler):
     """Builds numpy arrays and plain containers; raises UnpicklingError for anything else that a pickle names.
 
-    A pickle can call any function, so the file must not choose it. torchvision compares checksums and then allows
-    everything; this needs no checksums, no import of torchvision, and reads files that were pickled anew as well.
+    A pickle can call any function that it names. torchvision compares checksums and then allows everything; this
+    needs neither checksums nor torchvision, and it reads files that were pickled again.
     """
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]  # under whatever name this numpy has it
+            return np.empty(0).__reduce__()[0]  # its name depends on the version of numpy
         raise pickle.UnpicklingError(f"it names {module}.{name}")

@@ -1,7 +1,7 @@
 """The images that a run trains, validates and tests on, as tensors on its device.
 
-A source (digits, mnist, cifar10, folder) reads its files and gives whole splits to :func:`assemble`. All datasets
-are alike: uint8 images on the device of the model, which become floats one batch at a time.
+A source (digits, mnist, cifar10, folder) reads its files and gives whole splits to :func:`assemble`. Every dataset
+holds uint8 images on the model's device, which become floats batch by batch.
 """
 
 import os
@@ -20,7 +20,7 @@ SPLIT_SEED = 20150211  # never the run's seed: runs of all seeds share one split
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 (N, C, H, W) and their labels int64 (N,); N = 0 if a dataset has no such split."""
+    """Images uint8 (N, C, H, W) and labels int64 (N,); N = 0 if a dataset has no such split."""
 
     images: Tensor
     labels: Tensor
@@ -32,17 +32,17 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
     def take(self, indices: Tensor) -> "Split":
-        """The images at ``indices``, kept in their stored order."""
+        """The images at ``indices``, in the order in which they are stored."""
         indices = indices.sort().values
         return Split(self.images.index_select(0, indices), self.labels.index_select(0, indices))
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Train, valid and test split, and how their images become the input of a model: what a source loads.
+    """The splits that a source loads, and how their images become the input of a model.
 
-    ``mean`` and ``std`` (C,) are those of the training images in [0, 1]. An empty ``valid`` or ``test`` split
-    means that there is nothing to report on it.
+    ``mean`` and ``std`` (C,) are those of the training images in [0, 1]. Nothing is reported on an empty ``valid`` or
+    ``test`` split.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Dataset:
     std: Tensor
     augment: str = "none"
     normalize: bool = True
-    about: str = ""  # one line on what was found, for sources that a person has put together
+    about: str = ""  # one line on what was found, if a person has put the files together
 
     def __post_init__(self):
         # (u/255 - mean)/std = u*scale + offset, shaped (C, 1, 1) to meet (N, C, H, W)
@@ -95,7 +95,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that all sources share, checked; ``conf/data/*.yaml`` says what each does."""
+    """The checked settings that all sources share; ``conf/data/*.yaml`` explains them."""
 
     valid: float | int
     limit: int | None
@@ -143,34 +143,28 @@ def find_root(root) -> Path:
     return path
 
 
-def divide(split: Split, count: int) -> tuple[Split, Split]:
-    """``count`` images drawn at random, the same ones every time, and the others."""
-    order = _shuffled(len(split))
-    return split.take(order[:count]), split.take(order[count:])
+def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
+    """The images that ``data.<split>=part`` takes from ``train`` at random, always the same ones, and the others.
 
-
-def count_part(num_images: int, split: str, part: float | int) -> int:
-    """How many of ``num_images`` training images the setting ``data.<split>=part`` takes; one must be left."""
+    Raises :class:`UserError` if no others are left.
+    """
+    num_images = len(train)
     count = part if isinstance(part, int) else max(1, round(part * num_images)) if part else 0
     if count >= num_images:
         raise UserError(
             f"data.{split}={part}: takes {count} of {num_images} training images and leaves none; "
             f"give a fraction such as data.{split}=0.1 or a count below {num_images}"
         )
-    return count
-
-
-def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
-    """The training images that become the split of that name by the setting ``data.<split>=part``, and the others."""
-    return divide(train, count_part(len(train), split, part))
+    order = _shuffled(num_images)
+    return train.take(order[:count]), train.take(order[count:])
 
 
 def assemble(source, train: Split, test: Split | None = None, valid: Split | None = None) -> Dataset:
-    """A source's :class:`Dataset`: missing splits set aside, every split limited, channels measured.
+    """A source's :class:`Dataset`: with missing splits set aside, every split limited, and channels measured.
 
-    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. Of the training images ``options.test``
-    become the test split if that is None, and of the others ``options.valid`` the validation split. Which ones,
-    and which ``options.limit`` leaves, depends on the number of images and on nothing else.
+    ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. If ``test`` is None, it gets the part
+    ``options.test`` of the training images; if ``valid`` is None, it gets ``options.valid`` of the others. The choice
+    of images, also by ``options.limit``, depends on nothing but their number.
     """
     options = source.options
     if test is None:
@@ -192,8 +186,8 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
 def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of uint8 (N, C, H, W) over N, H, W, in units of [0, 1].
 
-    Exact, and without a float copy of the images: counts how often each of the 256 values occurs. A channel that
-    varies by less than one grey level gets std = 1/255, so that dividing by it is harmless.
+    Counts how often each of the 256 values occurs, which is exact and needs no float copy of the images. The smallest
+    std is one grey level, 1/255, because images are divided by it.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
     for chunk in images.split(4096):

@@ -1,4 +1,4 @@
-"""Real handwritten digits that come with scikit-learn: no download."""
+"""Scans of handwritten digits, which are part of scikit-learn and need no download."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, divide
+from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, set_aside
 
 NUM_TEST = 360  # a fifth of the 1,797 images
 FILE = "datasets/data/digits.csv.gz"  # in scikit-learn's folder
@@ -34,18 +34,18 @@ class Digits:
         if size != (8, 8):
             images = interpolate(images, size=size, mode="bilinear", antialias=size < (8, 8))
         everything = Split(images.round().to(torch.uint8), torch.from_numpy(labels).to(torch.int64))
-        test, train = divide(everything, NUM_TEST)
+        test, train = set_aside(everything, "test", NUM_TEST)
         return assemble(self, train, test)
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Grey levels 0 to 16 in float64 (1797, 64), row by row, and which digit each is (1797,).
+    """Grey levels 0 to 16 in float64 (1797, 64), row by row, and the digits (1797,).
 
-    Read from the file of ``load_digits``, because importing scikit-learn takes longer than all else before training.
+    Reads the file of ``load_digits`` itself, because importing scikit-learn would be the longest part of a start.
     """
     package = find_spec("sklearn")
     path = Path(package.submodule_search_locations[0]) / FILE if package else None
-    if path is None or not path.is_file():  # another layout, or not installed: the import says so
+    if path is None or not path.is_file():  # the import raises if it is not installed
         from sklearn.datasets import load_digits
 
         return load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""Published data sets by torchvision: its addresses and checksums, and the errors for files that are not there."""
+"""Downloads published data sets by torchvision, which knows addresses and checksums; errors for missing files."""
 
 import http.client
 import os
@@ -19,10 +19,10 @@ DOWNLOAD_ERRORS = (RuntimeError, URLError, http.client.HTTPException, ssl.SSLErr
 def download(source, missing: list[str], looked_for: str) -> None:
     """Download a published data set and put its files ``missing`` into ``source.folder``.
 
-    ``source`` has ``name``, ``root``, ``folder`` and ``fetch(root)``, which has torchvision download the data set
-    as it would into ``root``. That happens in a scratch folder: a file takes its name when all are complete, so an
-    interrupted download is never mistaken for one, and several processes may download at once. Raises
-    :class:`UserError` naming ``looked_for`` if no address answers, and if the folder cannot be written to.
+    ``source`` has ``name``, ``root``, ``folder`` and ``fetch(root)``, which downloads the data set into ``root``. It
+    gets a scratch folder, from which the files are moved when all are complete. So no interrupted download is taken
+    for a data set, and several processes may download at once. Raises :class:`UserError` naming ``looked_for`` if no
+    address answers, and if the folder cannot be written to.
     """
     root, folder = source.root, source.folder
     timeout = socket.getdefaulttimeout()

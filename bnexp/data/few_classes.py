@@ -37,18 +37,18 @@ def check_classes(k: int, counts: Sequence[int], batch_size: int) -> None:
 def order_by_classes(
     order: Tensor, labels: Tensor, counts: Sequence[int], batch_size: int, k: int, generator: torch.Generator
 ) -> Tensor:
-    """The images ``order`` (N,) of an epoch so that every ``batch_size`` in a row are of few classes; see :func:`deal`.
+    """``order`` (N,), the images of an epoch, rearranged into batches of few classes; see :func:`deal`.
 
-    ``labels`` (N,) are those of all images, ``counts`` the images per class. The short batch comes last, the others
-    in random order, and the images inside a batch are shuffled.
+    ``labels`` (N,) are those of all images, ``counts`` the images per class. Full batches come in random order and the
+    short one last. The images inside a batch are shuffled.
     """
     num_batches, num_last = divmod(len(order), batch_size)
-    sizes = [num_last] * (num_last > 0) + [batch_size] * num_batches  # the short one first, while all classes are left
-    # Dealt on the host: a few milliseconds, and the only time in an epoch that it waits for the device.
-    luck = torch.rand(len(sizes), len(counts), generator=generator, device=order.device).tolist()
-    start_of = [sum(counts[:c]) for c in range(len(counts))]  # of the next image of each class, class after class
+    sizes = [num_last] * (num_last > 0) + [batch_size] * num_batches  # the short one first: all classes are left
+    # Dealt on the host in a few milliseconds. The host waits for the device here and nowhere else in an epoch.
+    uniform = torch.rand(len(sizes), len(counts), generator=generator, device=order.device).tolist()
+    start_of = [sum(counts[:c]) for c in range(len(counts))]  # of a class in by_class: its next image
     starts, lengths = [], []
-    for parts in deal(counts, sizes, k, luck):
+    for parts in deal(counts, sizes, k, uniform):
         for c, count in parts.items():
             starts.append(start_of[c])
             lengths.append(count)
@@ -65,50 +65,50 @@ def order_by_classes(
     return torch.cat([full.gather(1, places).flatten(), last])
 
 
-def deal(counts: Sequence[int], sizes: Sequence[int], k: int, luck: Sequence[Sequence[float]]) -> Iterator[dict]:
-    """Yield for each batch how many images of which class it gets, a dict that adds up to its size.
+def deal(counts: Sequence[int], sizes: Sequence[int], k: int, uniform: Sequence[Sequence[float]]) -> Iterator[dict]:
+    """Yield for each batch the number of images that it gets of each class, ``{class: number}``.
 
-    ``counts`` are the images per class and are all used up: sum(counts) = sum(sizes). ``sizes`` are equal but for
-    the first, which may be smaller. ``luck`` is one uniform draw from [0, 1) per batch and class.
+    ``counts`` are the images per class, which are all dealt: sum(counts) = sum(sizes). All ``sizes`` are equal, except
+    that the first may be smaller. ``uniform`` holds one draw from [0, 1) per batch and class.
 
-    * From k = 2 on **no batch has more than k classes**. With C classes and T batches that takes
-      C <= (k - 1) T + 1 (:func:`check_classes`): a batch can use up k - 1 classes and fill up from one more. Parts
-      are even, size / k, but where a class runs out: with classes of one size in about C / (k - 1) batches of an
-      epoch. Fewer than k classes meet where a part would be nothing: rare classes are soon used up.
-    * With k = 1 batches are pure as long as a class can fill one. What is then left, less than a batch of every
-      class, makes **fewer than C mixed batches**, of as few classes as the same rule allows.
+    * With k >= 2 **no batch has more than k classes**. With C classes and T batches that needs
+      C <= (k - 1) T + 1 (:func:`check_classes`): a batch can use up k - 1 classes and take the rest from one more.
+      Parts are even, size / k, except where a class runs out: with classes of one size in about C / (k - 1) batches
+      of an epoch. A batch has fewer than k classes where a part would be empty, because a rare class is used up.
+    * With k = 1 a batch has one class as long as some class can fill it. Then every class has less than a batch left,
+      and these images make **fewer than C mixed batches**, of as few classes as the same rule allows.
     * A class with more than 1 / k of the images is in every batch, by its share; the others divide the rest.
     """
     left = list(counts)
     for i, size in enumerate(sizes):
         classes = sorted((c for c, n in enumerate(left) if n), key=left.__getitem__)  # the rarest first
-        # Smallest first is a draw in proportion to the images left: exponential variables with these as their rates.
-        race = {c: -math.log1p(-luck[i][c]) / left[c] for c in classes}
-        parts = _deal_batch(left, classes, size, len(sizes) - i, k, race)
+        # Exponential variables whose rates are the images left: the smallest is a draw in proportion to the rates.
+        times = {c: -math.log1p(-uniform[i][c]) / left[c] for c in classes}
+        parts = _deal_batch(left, classes, size, len(sizes) - i, k, times)
         for c, count in parts.items():
             left[c] -= count
         yield parts
 
 
 def _deal_batch(
-    left: Sequence[int], classes: list[int], size: int, num_batches: int, k: int, race: dict[int, float]
+    left: Sequence[int], classes: list[int], size: int, num_batches: int, k: int, times: dict[int, float]
 ) -> dict[int, int]:
-    """The parts of the next batch, of ``num_batches`` that all images ``left`` of ``classes`` are to fill."""
+    """The parts of the next batch, the first of ``num_batches`` that the images ``left`` of ``classes`` fill."""
     if k == 1:
         able = [c for c in classes if left[c] >= size]
         if able:
-            return {min(able, key=race.__getitem__): size}
+            return {min(able, key=times.__getitem__): size}
         k = 1 - (1 - len(classes)) // num_batches
-    # Later batches can finish k - 1 classes each, and one more at the end: what is above that is finished now.
-    num_finished = len(classes) - ((k - 1) * (num_batches - 1) + 1)
-    if num_finished > 0:
-        # Neighbours in size, from the rarest up, until they fill the batch. The rarer ones of them fit in, because
-        # they are among the neighbours before, which did not fill it.
+    # Later batches can use up k - 1 classes each, and the last one more. The classes beyond that are used up now.
+    num_used_up = len(classes) - ((k - 1) * (num_batches - 1) + 1)
+    if num_used_up > 0:
+        # The rarest k neighbours in size that fill the batch. All but the largest of them fit into it, because the
+        # k neighbours before include them and did not fill it.
         windows = (classes[i : i + k] for i in range(max(1, len(classes) - k + 1)))
         chosen = next(window for window in windows if sum(left[c] for c in window) >= size)
-        return _fill_up({c: left[c] for c in chosen[:num_finished]}, left, chosen, size)
+        return _fill_up({c: left[c] for c in chosen[:num_used_up]}, left, chosen, size)
     always = _large_classes(left, classes, k)
-    others = sorted((c for c in classes if c not in always), key=race.__getitem__)[: k - len(always)]
+    others = sorted((c for c in classes if c not in always), key=times.__getitem__)[: k - len(always)]
     chosen = sorted(always + others, key=left.__getitem__)
     if sum(left[c] for c in chosen) < size:
         return _fill_up({}, left, classes[-k:], size)
@@ -117,7 +117,7 @@ def _deal_batch(
 
 
 def _large_classes(left: Sequence[int], classes: list[int], k: int) -> list[int]:
-    """The classes that fill a k-th of a batch or more by their share, the largest first, each without those before."""
+    """The classes, largest first, whose share of a batch without the larger ones is an even part or more."""
     large, rest = [], sum(left[c] for c in classes)
     for c in reversed(classes):
         if left[c] * (k - len(large)) < rest:

@@ -1,9 +1,11 @@
-"""Your own images, or a stranger's: a folder of class folders, any size, grey or colour.
+"""Image files of one's own in class folders, of any size, grey or colour.
 
-``root/train/<class>/*`` and, if they are there, ``root/valid/<class>/*`` and ``root/test/<class>/*``, each under any
-of its usual names; or ``root/<class>/*`` alone, of which test and validation images are set aside.
+Read are ``root/train/<class>/*`` and, if they exist, ``root/valid/<class>/*`` and ``root/test/<class>/*``, each under
+any of its usual names; or ``root/<class>/*`` alone, of which test and validation images are set aside.
 """
 
+import re
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, count_part, find_root
+from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
 from bnexp.data.pictures import has_colour, no_bombs, read_picture
 from bnexp.errors import UserError
 from bnexp.store.untrusted import printable
@@ -22,23 +24,30 @@ SPLIT_NAMES = {
     "valid": ("valid", "val", "validation"),
     "test": ("test", "testing"),
 }  # in any case
+SPLIT_HINTS = {  # in names such as training_set, train2017 and seg_test
+    split: re.compile(rf"(?<![a-z])({'|'.join(names)})(set|data|images)?(?![a-z])")
+    for split, names in SPLIT_NAMES.items()
+}
 SYSTEM_NAMES = (  # in any case; what Windows, macOS, Linux and network storage put into folders
-    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir",
-    "@tmp", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found",
+    "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini", "zbthumbnail.info", "icon\r",
+    "__macosx", "__pycache__", "@eadir", "@synoresource", "@synoeastream", "@sharebin", "@recently-snapshot", "@tmp",
+    "@recycle", "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "recycler", "system volume information",
+    "wpsettings.dat", "indexervolumeguid", "lost+found", "network trash folder", "temporary items",
 )  # fmt: skip
+STREAMS = (":zone.identifier", ":encryptable")  # Windows' notes on a file, which some systems keep as files beside it
 MOST_SHOWN = 10  # classes with their counts in a description
 
 
 class Folder:
-    """Images of a folder, scaled to fit ``size`` x ``size`` with their aspect ratio kept and the rest black.
+    """Images in folders, scaled to fit into ``size`` x ``size`` with their aspect ratio kept and the rest black.
 
-    The classes are the folders in ``train/``, sorted; images in folders below belong to the class above them.
-    Without ``valid/`` the part ``valid`` of the training images is set aside, and without ``test/`` the part
-    ``test``; ``test=None`` is 0 if there is ``train/``, and 0.1 if ``root`` holds the classes itself. The images
-    set aside are the same for every seed. ``channels``: 1 makes all images grey, 3 all of them colour, None takes
-    3 if any training image has colours. Hidden files and those of operating systems are passed over. Of an
-    animation the first picture counts. Refused are files of other formats, and pictures of more than 89 million
-    pixels: a small file can hold one that fills the memory.
+    The classes are the folders in ``train/``, sorted; images in folders below a class belong to it. Without
+    ``valid/`` the part ``valid`` of the training images is set aside, and without ``test/`` the part ``test``;
+    ``test=None`` is 0 if there is ``train/``, and 0.1 if ``root`` itself holds the classes. The images set aside are
+    the same for every seed. ``channels=1`` makes all images grey and 3 makes all of them colour; None is 3 if any
+    training image has colours, else 1. Hidden files and those of operating systems are passed over. Of an animation
+    the first picture is read. Files of other formats are refused, and so are pictures of more than 89 million pixels:
+    a small file can hold one that fills the memory.
     """
 
     name = "folder"
@@ -60,7 +69,7 @@ class Folder:
         if test is None:
             test = 0.1 if self._is_flat else 0
         self.options = Options(valid, limit, augment, normalize, test)
-        self.class_names = tuple(folder.name for folder in _folders_in(self._folders["train"]))
+        self.class_names = tuple(dict.fromkeys(map(_class_name, _folders_in(self._folders["train"]))))
         if odd := [name for name in self.class_names if printable(name) != name]:
             where = self._folders["train"] / printable(odd[0])
             raise UserError(f"{where}: control characters in the name of a class; rename it")
@@ -74,42 +83,40 @@ class Folder:
     def load(self) -> Dataset:
         splits = {split: self._read(files) for split, files in self._files.items()}
         dataset = assemble(self, splits["train"], splits.get("test"), splits.get("valid"))
-        return replace(dataset, about=self.describe())
+        return replace(dataset, about=self._describe(dataset))
 
-    def describe(self) -> str:
-        """One line on what was found: classes, images, where each split comes from, colour and size."""
+    def _describe(self, dataset: Dataset) -> str:
+        """One line on the files and what became of them: classes, splits and their origin, colour and size."""
         counts = Counter(label for files in self._files.values() for _, label in files)
         classes = [f"{name} {counts[i]:,}" for i, name in enumerate(self.class_names[:MOST_SHOWN])]
         if len(self.class_names) > MOST_SHOWN:
             classes.append("...")
-        num_images = {split: len(files) for split, files in self._files.items()}
-        origins = {split: printable(f"{folder.name}/") for split, folder in self._folders.items()}
-        for split, part in (("test", self.options.test), ("valid", self.options.valid)):  # in the order of assemble
-            if split not in self._files:
-                num_images[split] = count_part(num_images["train"], split, part)
-                num_images["train"] -= num_images[split]
-                origins[split] = f"data.{split}={part} of {origins['train']}"
-        images = [f"{num_images[split]:,} {split} ({origins[split]})" for split in SPLIT_NAMES]
-        notes = [f"at most {self.options.limit:,} images of each split used"] if self.options.limit else []
+        origins = {split: printable(f"{folder.absolute().name}/") for split, folder in self._folders.items()}
+        for split in origins.keys() ^ SPLIT_NAMES.keys():
+            origins[split] = f"data.{split}={getattr(self.options, split)} of {origins['train']}"
+        images = [f"{len(getattr(dataset, split)):,} {split} ({origins[split]})" for split in SPLIT_NAMES]
+        notes = [f"at most {self.options.limit:,} images of each split are used"] if self.options.limit else []
         notes += ["no train/, so every folder is a class"] if self._is_flat else []
-        notes += ["images in folders below a class belong to it"] if self._is_nested() else []
+        depths = {split: len(folder.parts) + 2 for split, folder in self._folders.items()}
+        if any(len(path.parts) > depths[split] for split, files in self._files.items() for path, _ in files):
+            notes.append("images in folders below a class belong to it")
+        folders = {self.root, *self._folders.values()}
+        if beside := sorted(path for folder in folders for path in _visible(folder) if not path.is_dir()):
+            more = f" and {len(beside) - 1:,} more" if len(beside) > 1 else ""
+            notes.append(f"not read, because in no class folder: {printable(beside[0])}{more}")
         channels, size, _ = self.in_shape
         return "; ".join([
             f"data=folder: {printable(self.root)} has {len(self.class_names)} classes: {', '.join(classes)}",
             ", ".join(images), f"{'grey' if channels == 1 else 'colour'}, scaled to {size}x{size}", *notes,
         ])  # fmt: skip
 
-    def _is_nested(self) -> bool:
-        depths = {split: len(folder.parts) + 2 for split, folder in self._folders.items()}
-        return any(len(path.parts) > depths[split] for split, files in self._files.items() for path, _ in files)
-
     def _scan(self, folder: Path) -> list[tuple[Path, int]]:
         """Every image file of a split's folder with its label."""
         found = []
         for class_folder in _folders_in(folder):
-            if class_folder.name not in self.class_names:
+            if _class_name(class_folder) not in self.class_names:
                 raise UserError(f"{class_folder}: no such class in {self._folders['train']}; rename or remove it")
-            label = self.class_names.index(class_folder.name)
+            label = self.class_names.index(_class_name(class_folder))
             found += [(path, label) for path in _files_below(class_folder)]
         if not found:
             raise UserError(f"{folder}: no class folders in it; add some or remove it")
@@ -118,7 +125,7 @@ class Folder:
     def _read(self, files: list[tuple[Path, int]]) -> Split:
         images = torch.empty(len(files), *self.in_shape, dtype=torch.uint8)
         channels, size, _ = self.in_shape
-        with no_bombs(), ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
+        with no_bombs(), ThreadPoolExecutor() as pool:  # decoding releases Python's lock
             decoded = pool.map(lambda file: read_picture(file[0], channels, size), files)
             for i, image in enumerate(decoded):
                 images[i] = image
@@ -126,13 +133,15 @@ class Folder:
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """The folders of ``root`` that are named train, valid or test, by any of the names of each; {} if none is.
+    """The folder of ``root`` for each split, under any of the split's names; {} if no folder has such a name.
 
-    Raises :class:`UserError` if only some folders have such names: images would be left out without a word.
+    Raises :class:`UserError` if only some folders have such names, or names that hint at splits: images would be left
+    out, or splits taken for classes, without a word.
     """
-    splits, others = {}, []
+    splits, others, hints = {}, [], {}
     for folder in _folders_in(root):
-        split = next((split for split, names in SPLIT_NAMES.items() if folder.name.casefold() in names), None)
+        split = _split_named(folder.name)
+        hints |= {name: folder for name, pattern in SPLIT_HINTS.items() if pattern.search(folder.name.casefold())}
         if split is None:
             others.append(folder)
         elif split in splits:
@@ -147,7 +156,19 @@ def find_splits(root: Path) -> dict[str, Path]:
             f"{others[0]}: beside {splits['train'].name}/ only valid/ (val, validation) and test/ (testing) are read; "
             f"rename it, move it into {splits['train'].name}/ if it is a class, or hide it as .{others[0].name}"
         )
+    if not splits and "train" in hints and len(hints) > 1:
+        found, names = (" and ".join(f"{name}/" for name in each) for each in ((f.name for f in hints.values()), hints))
+        raise UserError(f"data.root={root}: {found} seem to be splits, not classes; rename them to {names}")
     return splits
+
+
+def _split_named(name: str) -> str | None:
+    return next((split for split, names in SPLIT_NAMES.items() if name.casefold() in names), None)
+
+
+def _class_name(folder: Path) -> str:
+    """The name of a class folder, whose accents macOS may store as characters of their own."""
+    return unicodedata.normalize("NFC", folder.name)
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -160,6 +181,8 @@ def _files_below(folder: Path) -> list[Path]:
             raise UserError(f"{folder}: a folder without images; add some or remove it")
         for path in paths:
             if path.is_dir() and not path.is_symlink():  # a link can lead round in a circle
+                if split := _split_named(path.name):
+                    raise UserError(f"{path}: the {split} split inside a class; {LAYOUT}")
                 folders.append(path)
             elif path.is_file():  # a pipe would be waited for
                 found.append(path)
@@ -169,7 +192,11 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir()]
+    """The visible folders in ``folder``, sorted; raises :class:`UserError` for a link to nothing among them."""
+    paths = _visible(folder)
+    if lost := next((path for path in paths if path.is_symlink() and not path.exists()), None):
+        raise UserError(f"{lost}: a link to nothing; restore what it leads to, or remove it")
+    return [path for path in paths if path.is_dir()]
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -181,5 +208,5 @@ def _visible(folder: Path) -> list[Path]:
     return [
         path for path in paths
         if not path.name.startswith(".") and path.name.casefold() not in SYSTEM_NAMES
-        and not path.name.endswith(":Zone.Identifier")  # Windows' note on where a file was downloaded
+        and not path.name.casefold().endswith(STREAMS)
     ]  # fmt: skip

@@ -17,13 +17,13 @@ PAIRS = (
     ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
-MOST_BYTES = 2**28  # five times MNIST; a small gzipped file can hold as much as fills the memory
+MOST_BYTES = 2**28  # five times MNIST; a small gzipped file can expand to fill the memory
 
 
 class _IdxSource:
-    """70,000 grey images of 28x28 in four idx files under ``root/<published>/raw``, gzipped or not.
+    """Reads 70,000 grey images of 28x28 from four idx files in ``root/<published>/raw``, gzipped or not.
 
-    ``published`` is the name of the data set in torchvision, which downloads files that are missing.
+    ``published`` is the data set's name in torchvision, which downloads missing files.
     """
 
     def __init__(self, root: str | None = None, size=None, valid=5000, limit=None, augment="none", normalize=True):
@@ -80,7 +80,7 @@ class FashionMNIST(_IdxSource):
 
 
 def looked_for(missing: list[str]) -> str:
-    """The missing files for an error, and which file is there alone, as when files were copied by hand."""
+    """The missing files for an error, and the files that exist without their other half."""
     text = ", ".join(f"{name}[.gz]" for name in missing)
     for images, labels in PAIRS:
         if images in missing and labels not in missing:
@@ -91,12 +91,12 @@ def looked_for(missing: list[str]) -> str:
 
 
 def find_idx(folder: Path, name: str) -> Path | None:
-    """The file ``name`` in ``folder``, plain or gzipped, whichever exists; the plain one if both do."""
+    """The path of the file ``name`` in ``folder``, plain or else gzipped; None if neither exists."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_idx(path: Path, num_dims: int) -> Tensor:
-    """The uint8 tensor of ``num_dims`` dimensions in an idx file; a damaged file raises :class:`UserError`.
+    """The uint8 tensor of ``num_dims`` dimensions in an idx file; :class:`UserError` if the file is damaged.
 
     Layout: bytes 0, 0, 8 (unsigned byte), number of dimensions; each size as a big-endian int32; the values.
     """
@@ -124,7 +124,7 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
 def read_into(values: Tensor, file: BinaryIO) -> int:
     """Read the rest of ``file`` into ``values``; returns the number of bytes, one above ``numel()`` for any excess.
 
-    A MiB at a time and straight into place: touching new memory takes longer than unzipping.
+    Reads a MiB at a time and without a second copy, because touching new memory takes longer than unzipping.
     """
     place = memoryview(values.numpy()).cast("B") if values.numel() else memoryview(b"")
     done = 0

@@ -1,4 +1,4 @@
-"""A picture file of any format, depth and colour mode as 8-bit grey or RGB of one size."""
+"""Reads a picture file of any format, depth and colour mode as 8-bit grey or RGB of one size."""
 
 import warnings
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 def read_picture(path: Path, channels: int, size: int) -> Tensor:
     """The first picture of a file as uint8 (channels, size, size), ``channels`` 1 or 3.
 
-    It is turned as its camera noted, put on white where it is transparent, and scaled with its aspect ratio kept
-    to the middle of a black square. Samples of more than 8 bits are scaled from the range of their type, floats
-    from 0 to 1. Raises :class:`UserError` naming the file if it cannot be decoded, has negative or larger values,
-    or loses all its differences on the way.
+    The picture is turned as its camera noted, put on white where it is transparent, and scaled with its aspect ratio
+    kept into the middle of a black square. Samples of more than 8 bits are scaled from the range of their type, floats
+    from 0 to 1. Raises :class:`UserError` naming the file if it cannot be decoded, has values outside of that range,
+    or becomes one colour although its samples differ.
     """
     from PIL import Image, ImageOps
 
@@ -32,6 +32,10 @@ def read_picture(path: Path, channels: int, size: int) -> Tensor:
             white, zero_is_white = _white_level(file)
             colour = _transparent_colour(file, path)
             picture = ImageOps.exif_transpose(file)
+        if picture.mode == "P" and _num_colours(picture) <= picture.getextrema()[1]:
+            raise ValueError("its pixels have colours that its palette lacks")
+        if picture.mode == "LAB":
+            picture = picture.convert("RGB")  # Pillow converts no LAB to L
         if colour is not None:
             picture.info["transparency"] = colour
         if white:
@@ -50,7 +54,7 @@ def read_picture(path: Path, channels: int, size: int) -> Tensor:
 
 
 def has_colour(path: Path) -> bool:
-    """Whether a picture has colours: by its header, or by its pixels if it has a palette or is WebP (always RGB)."""
+    """Whether a picture has colours: by its header, or by its pixels if it has a palette or is WebP, always RGB."""
     from PIL import Image
 
     try:
@@ -67,7 +71,7 @@ def has_colour(path: Path) -> bool:
 
 @contextmanager
 def no_bombs() -> Iterator[None]:
-    """Make Pillow refuse very large pictures, of which it only warns. Enter it before threads are started."""
+    """Make Pillow refuse very large pictures instead of warning. Enter it before threads are started."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -77,11 +81,15 @@ def no_bombs() -> Iterator[None]:
 
 
 def _white_level(file) -> tuple[int, bool]:
-    """The sample value of white, 0 if Pillow has scaled the samples to 8 bits, and whether 0 means white instead."""
+    """The sample value of white, 0 if Pillow has scaled the samples to 8 bits; and whether it is black, and 0 white."""
     deep = file.mode == "F" or file.mode.startswith("I")
+    if file.format == "JPEG2000" and _is_signed_jpeg2000(Path(file.filename)):
+        raise ValueError("its samples are signed; save it with unsigned ones")
     if file.format != "TIFF":
         return (1 if file.mode == "F" else 65535) if deep else 0, False
     tags = file.tag_v2
+    if PHOTOMETRIC not in tags:
+        raise ValueError("it does not say whether 0 is black or white")
     signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
     if not deep and not signed:
         return 0, False
@@ -99,7 +107,8 @@ def _scale_samples(picture, white: int, zero_is_white: bool):
     elif white == 127:
         values = values.view(np.int8)
     lowest, highest = values.min(), values.max()
-    if not 0 <= lowest <= highest <= white:  # NaN is refused too
+    margin = 1e-6 if white == 1 else 0  # roundings of float32
+    if not -margin <= lowest <= highest <= white + margin:  # NaN is refused too
         raise ValueError(
             f"its values run from {lowest:g} to {highest:g}, where 0 to {white:,} is understood as black to white; "
             "save it with 8 or 16 bits"
@@ -118,9 +127,9 @@ def _scale_samples(picture, white: int, zero_is_white: bool):
 
 
 def _transparent_colour(file, path: Path) -> int | tuple[int, ...] | None:
-    """A PNG's one transparent colour, in the samples that Pillow decodes to; None if there is no such colour.
+    """A PNG's one transparent colour as samples of the decoded picture; None if it has no such colour.
 
-    Pillow 10 to 13 leave it in the samples of the file. Of RGB with 16 bits only the upper 8 are decoded.
+    Pillow 10 to 13 give it as samples of the file. Of RGB with 16 bits they decode the upper 8 only.
     """
     colour = file.info.get("transparency")
     if file.format != "PNG" or colour is None or file.mode not in ("L", "RGB"):
@@ -137,6 +146,17 @@ def _png_header(path: Path) -> tuple[int, int]:
     with open(path, "rb") as file:
         header = file.read(26)
     return header[24], header[25]
+
+
+def _is_signed_jpeg2000(path: Path) -> bool:
+    """Whether the first component of a JPEG 2000 file has signed samples (ISO 15444-1, A.5.1: Ssiz)."""
+    content = path.read_bytes()
+    return bool(content[content.index(b"\xff\x4f\xff\x51") + 42] & 0x80)
+
+
+def _num_colours(picture) -> int:
+    """The number of colours in the palette of a picture of mode P."""
+    return len(picture.palette.palette) // len(picture.palette.mode) if picture.palette else 0
 
 
 def _on_white(picture):
@@ -160,5 +180,6 @@ def _is_even(picture) -> bool:
 
 
 def _undecodable(path: Path, error: Exception) -> UserError:
-    known = ", ".join(PICTURE_FORMATS)
-    return UserError(f"{path}: cannot be decoded as an image ({error}); replace or remove it; known are {known}")
+    """The error for a file that is no picture, or none of a known format."""
+    why, known = str(error) or type(error).__name__, ", ".join(PICTURE_FORMATS)
+    return UserError(f"{path}: cannot be decoded as an image ({why}); replace or remove it; known are {known}")

@@ -1,13 +1,15 @@
 """The settings of ``loop.py``; read before torch is imported, which takes seconds."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+
 from bnexp.bench.results import check_results_folder
-from bnexp.cli.bench import read_settings
 from bnexp.config.choices import choices
-from bnexp.errors import UserError
+from bnexp.errors import UserError, nearest
 
 SOURCES = {  # grey images, which the tutorial's loop needs
     "mnist": "bnexp.data.mnist.MNIST",
@@ -70,8 +72,31 @@ class LoopSettings:
 
 
 def read_loop_settings(words: Sequence[str]) -> LoopSettings:
-    """The settings that ``words`` give; :class:`UserError` for those that cannot be."""
-    settings = read_settings("loop.py", words, LoopSettings, CHOICES)
+    """The settings in ``words``, each ``setting=value``, lists with commas; :class:`UserError` for any other word."""
+    settings = OmegaConf.structured(LoopSettings)
+    given: set[str] = set()
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in settings:
+            near = nearest(key, settings)
+            raise UserError(f"{word}: no setting of loop.py{near}; settings are {', '.join(settings)}")
+        if not value:
+            raise UserError(f"{word}: has no value; give one as {key}=VALUE")
+        if key in given:
+            raise UserError(f"{word}: {key} is given twice; give it once")
+        given.add(key)
+        is_list = OmegaConf.is_list(settings[key])
+        values = value.split(",") if is_list else [value]
+        check_values(word, values, CHOICES.get(key, values))
+        try:
+            settings = OmegaConf.merge(settings, {key: values if is_list else value})
+            counts = [count for count in (settings[key] if is_list else [settings[key]]) if isinstance(count, int)]
+        except ValidationError:
+            counts = [0]
+        if any(count < 1 for count in counts):
+            what = "whole numbers, with commas between them," if is_list else "a whole number,"
+            raise UserError(f"{word}: has to be {what} 1 or more")
+    settings = OmegaConf.to_object(settings)
     if settings.images and settings.images < (largest := max(settings.batch_sizes)):
         raise UserError(
             f"images={settings.images}: not one batch of {largest}; give as many images or more, or smaller batch_sizes"
@@ -79,3 +104,14 @@ def read_loop_settings(words: Sequence[str]) -> LoopSettings:
     if settings.out:
         check_results_folder(Path(settings.out))
     return settings
+
+
+def check_values(word: str, values: Sequence[str], allowed: Collection[str]) -> None:
+    """Raise :class:`UserError` for a value of ``word`` that is not allowed, is repeated, or is OmegaConf's syntax."""
+    for value in values:
+        if value not in allowed:
+            raise UserError(f"{word}: {value} is not known{nearest(value, allowed)}; choose {', '.join(allowed)}")
+        if "${" in value or value == "???":
+            raise UserError(f"{word}: ${{...}} and ??? have a meaning of their own in settings; give another value")
+    if len(set(values)) < len(values):
+        raise UserError(f"{word}: a value stands there twice; give each once")

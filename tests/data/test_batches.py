@@ -170,11 +170,6 @@ def test_a_state_of_other_data_or_another_device_is_refused():
         batches.load_state_dict(batches.state_dict() | {"device": "cuda"})
 
 
-def test_iterating_is_drawing():
-    batches, others = Batches(make_dataset(), 8, seed=4), Batches(make_dataset(), 8, seed=4)
-    assert_same([batch for _, batch in zip(range(10), batches, strict=False)], draw(others, 10))
-
-
 def test_a_batch_larger_than_the_data_is_an_error_only_with_drop_last():
     with pytest.raises(UserError, match=r"batch_size=51: only 50 .*=50 or less, or drop_last=false"):
         Batches(make_dataset(), 51, seed=0)

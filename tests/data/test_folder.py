@@ -66,7 +66,7 @@ def test_splits_are_found_under_their_usual_names(photos, train, name):
     dataset = source.load()
     assert [len(s) for s in (dataset.train, dataset.valid, dataset.test)] == [20, 1, 1]
     assert (values(dataset.valid), values(dataset.test)) == ([250], [140])
-    assert f"20 train ({train}/), 1 valid ({name}/), 1 test (Testing/)" in source.describe()
+    assert f"20 train ({train}/), 1 valid ({name}/), 1 test (Testing/)" in dataset.about
 
 
 def test_two_folders_for_one_split_and_folders_of_no_split_are_refused(photos):
@@ -101,9 +101,9 @@ def test_class_folders_without_train_are_split_always_in_the_same_way(photos, op
     assert values(dataset.test) == values(again.test) and values(dataset.valid) == values(again.valid)
     if options.get("test") == 5:
         assert values(dataset.test) == values(Folder(root=photos, size=8, test=5, valid=7).load().test)
-    assert "no train/, so every folder is a class" in source.describe()
-    assert f"{expected[0]} train (photos/), {expected[1]} valid (data.valid=" in source.describe()
-    assert f"of photos/), {expected[2]} test (data.test=" in source.describe()
+    assert "no train/, so every folder is a class" in dataset.about
+    assert f"{expected[0]} train (photos/), {expected[1]} valid (data.valid=" in dataset.about
+    assert f"of photos/), {expected[2]} test (data.test=" in dataset.about
 
 
 def test_a_test_split_can_be_set_aside_beside_train_too(photos):
@@ -124,8 +124,8 @@ def test_images_in_deeper_folders_belong_to_the_class_above(photos):
     assert [v for v, label in zip(values(dataset.train), dataset.train.labels, strict=True) if not label] == [
         *range(100, 110), 150, 151,
     ]  # fmt: skip
-    assert "cat 12, dog 10" in source.describe()
-    assert source.describe().endswith("; images in folders below a class belong to it")
+    assert "cat 12, dog 10" in dataset.about
+    assert dataset.about.endswith("; images in folders below a class belong to it")
     (photos / "train/cat/tabby/new").mkdir()
     with pytest.raises(UserError, match=r"^.*/train/cat/tabby/new: a folder without images"):
         Folder(root=photos)
@@ -133,13 +133,13 @@ def test_images_in_deeper_folders_belong_to_the_class_above(photos):
 
 def test_a_description_is_one_line_on_what_was_found(photos):
     save(photos / "test/dog/a.png", mode="RGB", color=(1, 2, 3))
-    assert Folder(root=photos, size=32, limit=1000).describe() == (
+    assert Folder(root=photos, size=32, limit=1000).load().about == (
         f"data=folder: {photos} has 2 classes: cat 10, dog 11; 18 train (train/), 2 valid (data.valid=0.1 of train/), "
-        "1 test (test/); grey, scaled to 32x32; at most 1,000 images of each split used"
+        "1 test (test/); grey, scaled to 32x32; at most 1,000 images of each split are used"
     )
     for i in range(20):
         save(photos / f"train/z{i}/a.png", mode="RGB", color=(1, 2, 3))
-    told = Folder(root=photos).describe()
+    told = Folder(root=photos).load().about
     assert "22 classes: cat 10, dog 11, z0 1, z1 1, z10 1, z11 1, z12 1, z13 1, z14 1, z15 1, ...;" in told
     assert "; colour, scaled to 64x64" in told and "\n" not in told
 
@@ -164,6 +164,69 @@ def test_hidden_files_and_files_beside_the_classes_are_passed_over(photos):
     source = Folder(root=photos, size=8, valid=0)
     assert source.class_names == ("cat", "dog")
     assert len(source.load().train) == 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["@SynoResource", "@Recently-Snapshot", "@sharebin", "~snapshot", "Network Trash Folder", "Temporary Items",
+     "__pycache__", "ZbThumbnail.info", "WPSettings.dat", "IndexerVolumeGuid", "Thumbs.db:encryptable"],
+)  # fmt: skip
+def test_folders_and_files_of_systems_are_no_classes_and_no_images(photos, name):
+    (photos / "train/dog" / name).write_text("no image")
+    save(photos / "train" / name / "a.png")
+    assert len(Folder(root=photos, size=8, valid=0).load().train) == 20
+
+
+def test_files_outside_of_the_class_folders_are_named(photos):
+    save(photos / "train/stray.png")
+    about = Folder(root=photos, size=8).load().about
+    assert about.endswith(f"; not read, because in no class folder: {photos}/train/stray.png")
+    (photos / "labels.csv").write_text("")
+    (photos / "val").write_text("")  # not a folder
+    assert Folder(root=photos, size=8).load().about.endswith(f": {photos}/labels.csv and 2 more")
+
+
+@pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017"), ("seg_train", "seg_test"),
+                                   ("TrainImages", "ValidationImages")])  # fmt: skip
+def test_splits_of_other_names_are_not_taken_for_classes(photos, names):
+    (photos / "train").rename(photos / names[0])
+    save(photos / names[1] / "cat/a.png")
+    with pytest.raises(UserError, match=rf"^data\.root={photos}: .*{names[1]}/.* seem to be splits, not classes"):
+        Folder(root=photos)
+    save(photos / "steam_train/a.png")
+    save(photos / "bus/a.png")
+    for name in names:
+        (photos / name).rename(photos / f".{name}")
+    assert Folder(root=photos).class_names == ("bus", "steam_train")
+
+
+@pytest.mark.parametrize("split", ["train", "Val", "testing"])
+def test_a_split_inside_a_class_is_refused(photos, split):
+    save(photos / f"train/cat/{split}/a.png")
+    with pytest.raises(UserError, match=rf"^{photos}/train/cat/{split}: the \w+ split inside a class; .*train/cat/1"):
+        Folder(root=photos)
+    (photos / f"train/cat/{split}").rename(photos / f"train/{split}")  # a class may have this name
+    assert split in Folder(root=photos).class_names
+
+
+@pytest.mark.parametrize("place", ["val", "train/fox"])
+def test_a_link_to_nothing_in_the_place_of_a_folder_is_named(photos, place):
+    (photos / place).symlink_to(photos / "nowhere")
+    with pytest.raises(UserError, match=rf"^{photos}/{place}: a link to nothing; restore"):
+        Folder(root=photos)
+
+
+def test_accents_may_be_stored_either_way(photos):
+    save(photos / "train/caf\N{LATIN SMALL LETTER E WITH ACUTE}/a.png", color=50)
+    save(photos / "val/cafe\N{COMBINING ACUTE ACCENT}/b.png", color=60)
+    source = Folder(root=photos, size=8)
+    assert source.class_names == ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cat", "dog")
+    assert source.load().valid.labels.tolist() == [0]
+
+
+def test_a_relative_root_is_described_by_its_name(photos, monkeypatch):
+    monkeypatch.chdir(photos / "train")
+    assert "16 train (train/), 2 valid (data.valid=0.1 of train/)" in Folder(root=".", size=8).load().about
 
 
 def test_one_colour_image_makes_all_of_them_colour(photos):

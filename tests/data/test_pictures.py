@@ -144,6 +144,22 @@ def test_a_tiff_that_pillow_does_not_know_is_named(tmp_path, key):
         read_picture(path, 1, 16)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_that_does_not_say_which_value_is_black_is_refused(tmp_path, bits):
+    content = tiff((b"II", 1, (1,), 1, (bits,), ()), quantized(bits)[0][:, :, None])
+    place = content.index(struct.pack("<HH", 262, 3))
+    path = tmp_path / "a.tif"
+    path.write_bytes(content[:place] + struct.pack("<H", 263) + content[place + 2 :])  # another tag
+    with pytest.raises(UserError, match=rf"^{path}: .*\(it does not say whether 0 is black or white\)"):
+        read_grey(path)
+
+
+def test_floats_may_miss_the_range_by_their_rounding(tmp_path):
+    samples = RAMP / 255 * (1 + 2e-7) - 1e-7
+    (tmp_path / "a.tif").write_bytes(tiff((b"II", 1, (3,), 1, (32,), ()), samples[:, :, None]))
+    assert (read_grey(tmp_path / "a.tif") == RAMP).all()
+
+
 # PNG
 
 
@@ -301,6 +317,50 @@ def test_a_portable_floatmap_is_a_ramp(tmp_path, order, scale):
     assert abs(read_grey(tmp_path / "a.pfm") - RAMP).max() <= 1
 
 
+def j2k(samples, depth, signed):
+    """The bytes of a JPEG 2000 codestream of ``samples`` (16, 16): encoded as 16 bits, then declared as ``depth``."""
+    file = io.BytesIO()
+    zero_of_16, zero = 2**15, 0 if signed else 2 ** (depth - 1)
+    picture = Image.fromarray((samples + zero_of_16 - zero).astype(np.uint16))
+    picture.save(file, "JPEG2000", irreversible=False, no_jp2=True)
+    content = bytearray(file.getvalue())
+    content[content.index(b"\xff\x51") + 40] = (depth - 1) | signed << 7
+    return bytes(content)
+
+
+@pytest.mark.parametrize("depth", [9, 10, 12, 15, 16])
+def test_a_jpeg2000_of_any_depth_is_a_ramp_and_a_signed_one_is_refused(tmp_path, depth):
+    path = tmp_path / "a.j2k"
+    samples, expected = quantized(depth)
+    path.write_bytes(j2k(samples, depth, signed=False))
+    # Pillow shifts samples to 16 bits, which leaves white up to 1 grey level darker, and they are rounded down.
+    assert abs(read_grey(path) - expected).max() < 2
+    path.write_bytes(j2k(quantized(depth, signed=True)[0], depth, signed=True))
+    with pytest.raises(UserError, match=rf"^{path}: .*\(its samples are signed; save it with unsigned ones\)"):
+        read_grey(path)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_pictures_of_16_bits_are_turned_too(tmp_path, name, orientation):
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray((RAMP * 257).astype(np.uint16)).transpose(undo).save(tmp_path / name, exif=exif)
+    assert (read_grey(tmp_path / name) == RAMP).all()
+
+
+def test_lab_can_be_made_grey(tmp_path):
+    grey, middle = Image.fromarray(RAMP.astype(np.uint8)), Image.new("L", (16, 16), 128)
+    Image.merge("LAB", (grey, middle, middle)).save(tmp_path / "a.tif")
+    levels = read_grey(tmp_path / "a.tif")
+    assert (np.diff(levels.flatten()) >= 0).all() and levels[0, 0] <= 2 and levels[-1, -1] >= 253
+
+
 # Colours
 
 
@@ -343,6 +403,20 @@ def test_a_picture_that_becomes_one_colour_is_refused(tmp_path):
     picture.putpalette([7, 7, 7, 7, 7, 7])  # two entries of one colour
     picture.save(path)
     assert (read_grey(path) == 7).all()
+
+
+@pytest.mark.parametrize("palette", [{}, {"PLTE": np.arange(48, dtype=np.uint8)}], ids=["none", "short"])
+def test_a_palette_that_lacks_colours_of_the_pixels_is_refused(tmp_path, palette):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(RAMP[:, :, None], 8, 3, **palette))
+    with pytest.raises(UserError, match=rf"^{path}: .*\(its pixels have colours that its palette lacks\)"):
+        read_grey(path)
+
+
+def test_an_error_always_has_a_reason(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(RAMP[:, :, None], 8, 3))  # Pillow fails with an empty AssertionError
+    with pytest.raises(UserError, match=r"cannot be decoded as an image \(\w+"):
+        has_colour(tmp_path / "a.png")
 
 
 def test_shapes_of_a_picture(tmp_path):
