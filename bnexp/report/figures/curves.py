@@ -1,6 +1,6 @@
-"""The curves of a comparison: loss and accuracy, training and validation, against steps.
+"""The figure of a comparison: training and validation loss and accuracy against steps.
 
-A line is the mean over seeds, its band the 95% t-interval. A run that diverged is a thin line that ends in a cross.
+A line is the mean over seeds, its band the 95% t-interval. A diverged run is a thin line that ends in a cross.
 """
 
 import math
@@ -21,13 +21,13 @@ PANELS = {
     "loss/train": "training loss", "loss/valid": "validation loss",
     "accuracy/train": "training accuracy", "accuracy/valid": "validation accuracy",
 }  # fmt: skip
-MOST_POINTS = 100  # of a line; more readings are averaged in windows, or only their noise can be seen
-HUGE = 1e30  # values beyond are drawn there, as matplotlib overflows on logarithmic axes
-EXPLODED = 30.0  # a loss this many times the highest of the calmest variant is cut off
+MOST_POINTS = 100  # of a line; more readings are averaged in windows, as their noise would hide the curve
+HUGE = 1e30  # larger values are drawn here, because matplotlib overflows on logarithmic axes
+EXPLODED = 30.0  # losses are cut off at this many times the lowest of the variants' highest losses
 
 
 class Curve(NamedTuple):
-    """Means over seeds and the ends of their intervals at some steps."""
+    """Means over seeds at some steps, and both ends of their intervals."""
 
     steps: list[int]
     means: list[float]
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The range and the scale of a panel's y, and the value above which a loss is cut off."""
+    """The limits and the scale of a y axis, and the value above which a loss is cut off."""
 
     low: float
     high: float
@@ -45,43 +45,42 @@ class Limits(NamedTuple):
 
 
 def curve_tags(variants: Sequence[Variant]) -> list[str]:
-    """The tags of the four panels: training as evaluated on the whole set, if every run was, else as averaged."""
-    runs = [run for variant in variants for run in variant.runs + variant.diverged]
+    """The tags of the four panels; training is drawn as evaluated on the whole set where every run has that."""
+    runs = [run for variant in variants for run in variant.all_runs]
     evaluated = {tag: tag.replace("/train", "/train_eval") for tag in PANELS}
     return [evaluated[tag] if runs and all(evaluated[tag] in run.curves for run in runs) else tag for tag in PANELS]
 
 
 def mean_curve(variant: Variant, tag: str, most: int | None = None) -> Curve:
-    """Mean and interval over the finished runs at the steps that all have; of one run the interval has no width.
+    """Mean and interval over the finished runs at the steps that all have; without an interval both ends are the mean.
 
-    Of more than ``most`` readings, neighbours are first averaged within each run.
+    With more than ``most`` readings, neighbours are first averaged within each run.
     """
-    curves = [dict(zip(*run.curves[tag], strict=True)) for run in variant.runs if tag in run.curves]
+    curves = [run.curve(tag) for run in variant.runs if tag in run.curves]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     width = max(1, -(-len(steps) // most)) if most else 1
     windows = [steps[i : i + width] for i in range(0, len(steps), width)]
     curve = Curve([window[-1] for window in windows], [], [], [])
     for window in windows:
         result = stats.mean([sum(map(each.get, window)) / len(window) for each in curves])
-        has_interval = result.low is not None
-        ends = (result.low, result.high) if has_interval else (result.mean, result.mean)
-        for column, value in zip(curve[1:], (result.mean, *ends), strict=True):
+        low, high = (result.mean if end is None else end for end in (result.low, result.high))
+        for column, value in zip(curve[1:], (result.mean, low, high), strict=True):
             column.append(math.nan if value is None else min(max(value, -HUGE), HUGE))
     return curve
 
 
 def diverged_curves(variant: Variant, tag: str) -> list[np.ndarray]:
-    """Steps and values, of shape (2, n), of every diverged run with finite readings."""
+    """The finite readings of every diverged run that has some: arrays of shape (2, n) of steps and values."""
     curves = [np.array(run.curves[tag], float) for run in variant.diverged if tag in run.curves]
     finite = [np.clip(curve[:, np.isfinite(curve[1])], -HUGE, HUGE) for curve in curves]
     return [curve for curve in finite if curve.size]
 
 
 def y_limits(is_loss: bool, curves: Sequence[Curve], diverged: Sequence[list[np.ndarray]]) -> Limits | None:
-    """Limits at which every variant can be read; None without readings.
+    """Limits at which the line of every variant can be read; None without readings.
 
-    A loss that explodes is cut off. Bands widen the limits by at most a quarter: with two seeds they are 13 times as
-    wide as the spread.
+    A loss that explodes is cut off. Bands widen the limits by at most a quarter, because the band of two seeds is 13
+    times as wide as their spread.
     """
     lines = [[y for y in curve.means if math.isfinite(y)] or [y for _, ys in lost for y in ys]
              for curve, lost in zip(curves, diverged, strict=True)]  # fmt: skip
@@ -107,7 +106,7 @@ def draw_curves(variants: Sequence[Variant]) -> "Figure":
     if any(len(variant.runs) > 1 for variant in variants):
         words += "Lines are means over seeds, bands their 95% intervals. "
     if any(variant.diverged for variant in variants):
-        words += "A thin line that ends in a cross is a run that diverged; means leave it out."
+        words += "A thin line that ends in a cross is a diverged run; means leave it out."
     labels = [each.label + f" ({len(each.diverged)} diverged)" * bool(each.diverged) for each in variants]
     with style.figure_style():
         figure = style.new_figure(6.4)
@@ -146,14 +145,14 @@ def _draw_panel(axes: "Axes", tag: str, variants: Sequence[Variant], looks: Sequ
         axes.fill_between(curve.steps, curve.lows, curve.highs, color=look["color"], alpha=alpha, linewidth=0)
         for steps, values in lost:
             end = 1 + next((i for i, y in enumerate(values) if y > limits.high), len(values))
-            steps, values = steps[:end], np.minimum(values[:end], limits.high)  # it ends where it leaves the panel
+            steps, values = steps[:end], np.minimum(values[:end], limits.high)  # the line ends at the top of the panel
             axes.plot(steps, values, color=look["color"], linestyle=look["linestyle"], linewidth=0.9, alpha=0.8)
             cross = {"color": look["color"], "markersize": 7, "markeredgewidth": 2}
             axes.plot(steps[-1:], values[-1:], "x", zorder=4, clip_on=False, **cross)
 
 
 def scale_steps(axes: "Axes", last: int, most: int) -> None:
-    """Let the axis of steps, which all panels share, run from 0 to ``last`` with up to ``most`` round numbers."""
+    """Set the shared axis of steps to run from 0 to ``last``, labelled with up to ``most`` round numbers."""
     axes.set_xlim(0, 1.02 * last)
     axes.locator_params("x", nbins=min(most, 6), steps=[1, 2, 4, 5, 10], integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
