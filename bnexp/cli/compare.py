@@ -100,8 +100,8 @@ def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
     shutil.rmtree(bands, ignore_errors=True)  # from an earlier start of this comparison
     for variant in variants:
         rows = [
-            (step, Band(tag, mean, low, high)) for tag in tags
-            for step, mean, low, high in zip(*mean_curve(variant, tag), strict=True)
+            (int(step), Band(tag, mean, low, high)) for tag in tags
+            for step, mean, low, high in mean_curve(variant, tag).T.tolist()
         ]  # fmt: skip
         write_bands(bands, as_file_name(variant.label), rows)
     write_layout(bands, tags)

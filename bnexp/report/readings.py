@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bnexp.report.tables import new_table
 from bnexp.store import readings as kinds
 from bnexp.store.files import finite
 
@@ -64,16 +64,6 @@ def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> I
         yield f"Most frequent confusions: {', '.join(parts)}."
     else:
         yield f"All {about['images']:,} {about['split']} images are classified correctly."
-
-
-def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
-    table = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False,
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=len(title),
-    )  # fmt: skip
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    return table
 
 
 def statistics_table(norms: Sequence[dict], caption: str) -> Table:

@@ -66,7 +66,13 @@ def comparison_content(comparison: Comparison) -> dict:
     variants = []
     for variant in comparison.variants:
         against = comparison.against.get(variant.label)
-        content = {
+        designs: dict[str, dict | None] = {"paired": None, "unpaired": None}
+        if against is not None and against.design in designs:
+            designs[against.design] = {
+                metric.key: asdict(against.differences[metric.key]) | {"evidence": against.evidence(metric)}
+                for metric in METRICS
+            }
+        variants.append({
             "label": variant.label,
             "overrides": variant.overrides,
             "n": len(variant.runs),
@@ -74,20 +80,10 @@ def comparison_content(comparison: Comparison) -> dict:
             "seeds": [run.seed for run in variant.runs],
             "runs": [str(run.path) for run in variant.all_runs],
             "metrics": {key: asdict(mean) for key, mean in comparison.means[variant.label].items()},
-            "paired": None,
-            "unpaired": None,
-            "speedups": None,
-            "differs": None,
-        }
-        if against is not None:
-            if against.design in content:
-                content[against.design] = {
-                    metric.key: asdict(against.differences[metric.key]) | {"evidence": against.evidence(metric)}
-                    for metric in METRICS
-                }
-            content["speedups"] = {tag: asdict(speed) for tag, speed in against.speedups.items()}
-            content["differs"] = {key: list(values) for key, values in against.differs.items()}
-        variants.append(content)
+            **designs,
+            "speedups": against and {tag: asdict(speed) for tag, speed in against.speedups.items()},
+            "differs": against and against.differs,
+        })  # fmt: skip
     return {
         "baseline": comparison.baseline.label,
         "verdict": comparison.sentences,

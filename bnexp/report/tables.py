@@ -38,10 +38,10 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     width = max(16, *(len(variant.label) + 2 for variant in comparison.variants))  # of the first column
     is_narrow = console.width < 100
     for title, head, rows, caption in comparison_tables(comparison):
-        table = _empty_table(title, caption, gap=0 if is_narrow else 1)
-        for name in head:
-            justify = "left" if name in ("", "evidence") else "right"
-            table.add_column(name, justify=justify, no_wrap=name != "evidence")
+        table = new_table(title, *head, caption=caption, gap=0 if is_narrow else 1)
+        for column in table.columns[:-1]:  # the evidence, in words, may be broken
+            column.no_wrap = True
+        table.columns[-1].justify = "left"
         for name, *cells in rows:
             style = {"better": "green", "worse": "red"}.get(cells[-1], "") if any(cells) else "bold"
             row = [name, *cells] if any(cells) else [textwrap.fill(name, width), *cells]
@@ -134,9 +134,15 @@ def _diverged_cell(variant: Variant, any_diverged: bool) -> list[str]:
     return [share if variant.diverged else ""] * any_diverged
 
 
-def _empty_table(title: str, caption: str | None = None, gap: int = 1) -> Table:
-    left = {"title_justify": "left", "caption_justify": "left"}
-    return Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), **left)
+def new_table(title: str, *columns: str, caption: str | None = None, gap: int = 1) -> Table:
+    """An empty table, the first column aligned to the left and the others to the right."""
+    table = Table(
+        title=escape(title), caption=caption, title_justify="left", caption_justify="left", show_edge=False,
+        box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), min_width=len(title),
+    )  # fmt: skip
+    for i, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
+    return table
 
 
 def show_sweep(folder: Path) -> None:
@@ -151,11 +157,11 @@ def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Gr
     """A table with a row per variant; below it a line per unusual evaluation and per run that is left out."""
     variants, superseded = into_variants(records)
     any_diverged = any(variant.diverged for variant in variants)
-    table = _empty_table("Sweep", SEEDS_CAPTION + DIVERGED_CAPTION.format("div.") * any_diverged)
     shown = [metric for metric in METRICS[:6] if any(metric.values(variant.runs) for variant in variants)]
-    table.add_column("variant", no_wrap=True)
-    for name in ["n", *["div."] * any_diverged, *(metric.heading for metric in shown), "s"]:
-        table.add_column(name.replace("accuracy,", "acc.").replace("validation", "valid."), justify="right")
+    heads = [each.heading.replace("accuracy,", "acc.").replace("validation", "valid.") for each in shown]
+    caption = SEEDS_CAPTION + DIVERGED_CAPTION.format("div.") * any_diverged
+    table = new_table("Sweep", "variant", "n", *["div."] * any_diverged, *heads, "s", caption=caption)
+    table.columns[0].no_wrap = True
     for variant in variants:
         cells = [str(len(variant.runs)), *_diverged_cell(variant, any_diverged)]
         cells += [mean_cell(metric, metric.mean(variant.runs)) for metric in shown]
@@ -177,9 +183,8 @@ def epoch_tables(variants: Sequence[Variant]) -> list[Table]:
 
 def _epoch_table(name: str, split: str, variants: Sequence[Variant]) -> Table:
     has_seconds = name == "training"
-    table = _empty_table(f"{name} set, mean over seeds")
-    for head in ["epoch", *(f"{each.label}: loss / accuracy{' / s' * has_seconds}" for each in variants)]:
-        table.add_column(escape(head), justify="right")
+    heads = [f"{each.label}: loss / accuracy{' / s' * has_seconds}" for each in variants]
+    table = new_table(f"{name} set, mean over seeds", "epoch", *heads)
     columns = [epoch_rows(variant.runs, split) for variant in variants]
     for epoch in sorted(set().union(*columns)):
         cells = []

@@ -26,15 +26,6 @@ HUGE = 1e30  # larger values are drawn here, because matplotlib overflows on log
 EXPLODED = 30.0  # losses are cut off at this many times the lowest of the variants' highest losses
 
 
-class Curve(NamedTuple):
-    """Means over seeds at some steps, and both ends of their intervals."""
-
-    steps: list[int]
-    means: list[float]
-    lows: list[float]
-    highs: list[float]
-
-
 class Limits(NamedTuple):
     """The limits and the scale of a y axis, and the value above which a loss is cut off."""
 
@@ -51,22 +42,22 @@ def curve_tags(variants: Sequence[Variant]) -> list[str]:
     return [evaluated[tag] if runs and all(evaluated[tag] in run.curves for run in runs) else tag for tag in PANELS]
 
 
-def mean_curve(variant: Variant, tag: str, most: int | None = None) -> Curve:
-    """Mean and interval over the finished runs at the steps that all have; without an interval both ends are the mean.
+def mean_curve(variant: Variant, tag: str, most: int | None = None) -> np.ndarray:
+    """Rows of steps, means over the finished runs and both ends of their intervals, shape (4, n).
 
-    With more than ``most`` readings, neighbours are first averaged within each run.
+    The n steps are those that all runs have; of more than ``most`` readings, neighbours are first averaged within each
+    run. Without an interval both ends are the mean. A mean that is not finite is NaN.
     """
     curves = [run.curve(tag) for run in variant.runs if tag in run.curves]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     width = max(1, -(-len(steps) // most)) if most else 1
     windows = [steps[i : i + width] for i in range(0, len(steps), width)]
-    curve = Curve([window[-1] for window in windows], [], [], [])
+    points = []
     for window in windows:
         result = stats.mean([sum(map(each.get, window)) / len(window) for each in curves])
         low, high = (result.mean if end is None else end for end in (result.low, result.high))
-        for column, value in zip(curve[1:], (result.mean, low, high), strict=True):
-            column.append(math.nan if value is None else min(max(value, -HUGE), HUGE))
-    return curve
+        points.append((window[-1], result.mean, low, high))
+    return np.clip(np.array(points, float).reshape(-1, 4).T, -HUGE, HUGE)  # None becomes NaN
 
 
 def diverged_curves(variant: Variant, tag: str) -> list[np.ndarray]:
@@ -76,13 +67,13 @@ def diverged_curves(variant: Variant, tag: str) -> list[np.ndarray]:
     return [curve for curve in finite if curve.size]
 
 
-def y_limits(is_loss: bool, curves: Sequence[Curve], diverged: Sequence[list[np.ndarray]]) -> Limits | None:
+def y_limits(is_loss: bool, curves: Sequence[np.ndarray], diverged: Sequence[list[np.ndarray]]) -> Limits | None:
     """Limits at which the line of every variant can be read; None without readings.
 
     A loss that explodes is cut off. Bands widen the limits by at most a quarter, because the band of two seeds is 13
     times as wide as their spread.
     """
-    lines = [[y for y in curve.means if math.isfinite(y)] or [y for _, ys in lost for y in ys]
+    lines = [[y for y in curve[1] if math.isfinite(y)] or [y for _, ys in lost for y in ys]
              for curve, lost in zip(curves, diverged, strict=True)]  # fmt: skip
     lines = [line for line in lines if line]
     if not lines:
@@ -94,7 +85,7 @@ def y_limits(is_loss: bool, curves: Sequence[Curve], diverged: Sequence[list[np.
     if is_loss and low > 0 and high / low > EXPLODED:
         return Limits(low / 1.3, high * 1.3, "log", cut)
     span = (high - low) or abs(high) or 1.0
-    ends = [y for curve in curves for y in curve.lows + curve.highs if math.isfinite(y)]
+    ends = [y for curve in curves for y in curve[2:].flat if math.isfinite(y)]
     bottom = max(min([low, *ends]), low - span / 4) - span / 20
     top = min(max([high, *ends]), high + span / 4) + span / 20
     return Limits(bottom, top, "linear", cut) if is_loss else Limits(max(bottom, -0.01), min(top, 1.01))
@@ -138,11 +129,11 @@ def _draw_panel(axes: "Axes", tag: str, variants: Sequence[Variant], looks: Sequ
         style.set_log_ticks(axes.yaxis)
     if not is_loss:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    for curve, lost, look in zip(curves, diverged, looks, strict=True):
-        every = max(1, len(curve.steps) // 8) if len(curve.steps) > 25 else 1
-        axes.plot(curve.steps, curve.means, markevery=every, zorder=3, **look)
+    for (steps, means, lows, highs), lost, look in zip(curves, diverged, looks, strict=True):
+        every = max(1, len(steps) // 8) if len(steps) > 25 else 1
+        axes.plot(steps, means, markevery=every, zorder=3, **look)
         alpha = 0.17 if len(variants) <= 4 else 0.08
-        axes.fill_between(curve.steps, curve.lows, curve.highs, color=look["color"], alpha=alpha, linewidth=0)
+        axes.fill_between(steps, lows, highs, color=look["color"], alpha=alpha, linewidth=0)
         for steps, values in lost:
             end = 1 + next((i for i, y in enumerate(values) if y > limits.high), len(values))
             steps, values = steps[:end], np.minimum(values[:end], limits.high)  # the line ends at the top of the panel
