@@ -7,6 +7,7 @@ or divide by it: the number of the same seed if both roles saw the same batches,
 import math
 import operator
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
@@ -104,7 +105,7 @@ class Finding:
     def to_json(self) -> dict:
         """The finding as in study.json; fields of the expectation that were not given are left out."""
         stated = {key: value for key, value in asdict(self.expectation).items() if value not in (None, {}, ())}
-        return asdict(self) | {"expectation": stated, "numbers": list(self.numbers)}
+        return asdict(self) | {"expectation": stated}
 
 
 class Missing(Exception):
@@ -135,17 +136,17 @@ def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) 
     other_runs = _runs_of(expectation, other, runs)
     partners = _by_seed(expectation, other_runs)
     combine = operator.sub if expectation.minus else _divide
-    if _batches(own_runs) == _batches(other_runs):
-        if own.keys() != partners.keys():
-            raise Missing(f"{expectation.of} and {other} do not have the same seeds and settings")
-        numbers = [combine(own[key], partners[key]) for key in own]
+    is_paired = _batches(own_runs) == _batches(other_runs)
+    first = 0 if is_paired else 1  # without pairs, a key without its seed names all seeds of a setting
+    bases: dict[tuple, list[float]] = defaultdict(list)
+    for key, value in partners.items():
+        bases[key[first:]].append(value)
+    if {key[first:] for key in own} != bases.keys():
+        what = "seeds and settings" if is_paired else "settings"
+        raise Missing(f"{expectation.of} and {other} do not have the same {what}")
+    numbers = [combine(value, fmean(bases[key[first:]])) for key, value in own.items()]
+    if is_paired:
         return numbers, stats.mean(numbers)
-    bases: dict[tuple, list[float]] = {}
-    for (_, *settings), value in partners.items():
-        bases.setdefault(tuple(settings), []).append(value)
-    if {tuple(settings) for _, *settings in own} != bases.keys():
-        raise Missing(f"{expectation.of} and {other} do not have the same settings")
-    numbers = [combine(value, fmean(bases[tuple(settings)])) for (_, *settings), value in own.items()]
     if expectation.minus and len(bases) == 1:
         welch = stats.unpaired_difference(list(own.values()), list(partners.values()))
         return numbers, stats.Mean(welch.n, welch.difference, welch.low, welch.high)
