@@ -127,7 +127,7 @@ def comparison_markdown(
     comparison: Comparison, figure: str | None = None, probed: Mapping[str, str] | None = None
 ) -> str:
     """Verdict, ``figure`` if there is one, tables, figures of probes as {title: file}, and remarks."""
-    lines = [f"# {' / '.join(_cell(each.label) for each in comparison.variants)}", ""]
+    lines = [f"# Comparison of {', '.join(_cell(each.label) for each in comparison.variants)}", ""]
     lines += [f"{_cell(sentence)}\n" for sentence in comparison.sentences]
     if figure is not None:
         lines += [f"![loss and accuracy against steps, mean and 95% interval over seeds]({figure})", ""]

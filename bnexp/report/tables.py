@@ -40,7 +40,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     for title, head, rows, caption in comparison_tables(comparison):
         table = new_table(title, *head, caption=caption, gap=0 if is_narrow else 1)
         for column in table.columns[:-1]:  # the evidence, in words, may be broken
-            column.no_wrap = True
+            column.no_wrap, column.overflow = True, "ellipsis"
         table.columns[-1].justify = "left"
         for name, *cells in rows:
             style = {"better": "green", "worse": "red"}.get(cells[-1], "") if any(cells) else "bold"
@@ -161,7 +161,6 @@ def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Gr
     heads = [each.heading.replace("accuracy,", "acc.").replace("validation", "valid.") for each in shown]
     caption = SEEDS_CAPTION + DIVERGED_CAPTION.format("div.") * any_diverged
     table = new_table("Sweep", "variant", "n", *["div."] * any_diverged, *heads, "s", caption=caption)
-    table.columns[0].no_wrap = True
     for variant in variants:
         cells = [str(len(variant.runs)), *_diverged_cell(variant, any_diverged)]
         cells += [mean_cell(metric, metric.mean(variant.runs)) for metric in shown]

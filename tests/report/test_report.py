@@ -541,6 +541,15 @@ def test_no_name_and_no_number_of_the_tables_is_cut(three, width):
     assert "…" not in text + table
 
 
+def test_a_sweeps_table_breaks_long_names_before_numbers(tmp_path):
+    sweep_rates(tmp_path, {0.1: (0.6, 0.6), 300000000.0: (0.9, 0.9)})
+    write_run(tmp_path / "d", "library", status="diverged", lr=300000000.0)
+    text = printed(sweep_table(*read_runs([tmp_path])), width=80)
+    assert "…" not in text
+    for number in ("60.00", "90.00", "0.3000", "10.0000"):
+        assert number in text
+
+
 def test_brackets_in_names_and_reasons_are_printed_as_they_are(tmp_path):
     for i, name in enumerate(("[red]a[/red]", "[/]")):
         write_run(tmp_path / str(i), config={"name": name, "sizes": [i]}, started=i)
