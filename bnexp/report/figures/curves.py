@@ -123,7 +123,7 @@ def _draw_panel(axes: "Axes", tag: str, variants: Sequence[Variant], looks: Sequ
         style.write_inside(axes, "no readings")
         return
     if limits.cut is not None:
-        axes.set_title(f"{axes.get_title('left')} (cut at {limits.cut:.2g})")
+        axes.set_title(f"{axes.get_title('left')} (cut at {limits.cut:.3g})")
     axes.set(yscale=limits.scale, ylim=(limits.low, limits.high))
     if limits.scale == "log":
         style.set_log_ticks(axes.yaxis)
