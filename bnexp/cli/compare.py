@@ -18,7 +18,7 @@ from bnexp.report.figures.curves import PANELS, mean_curve
 from bnexp.report.records import read_runs
 from bnexp.report.report import make_report
 from bnexp.report.tables import show_sweep
-from bnexp.report.variants import Variant, find_key, into_variants, with_names
+from bnexp.report.variants import Variant, find_key, into_variants
 from bnexp.store.readings import Band
 from bnexp.store.settings import NUMBERS, decides
 from bnexp.store.untrusted import as_file_name
@@ -86,9 +86,9 @@ def conclude(
 
 def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Path, str]) -> str | None:
     """The report's label of the variant whose runs lie in ``folders``; None if none of them has finished."""
-    records = with_names(read_runs([folders[0].parent])[0], names)
+    records, _ = read_runs([folders[0].parent], names)
     for variant in into_variants(records, ignore=best_over and find_key(records, best_over))[0]:
-        if any(run.path in folders for run in variant.runs + variant.diverged):
+        if any(run.path in folders for run in variant.all_runs):
             return variant.label
     return None
 
@@ -100,8 +100,8 @@ def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
     shutil.rmtree(bands, ignore_errors=True)  # from an earlier start of this comparison
     for variant in variants:
         rows = [
-            (step, Band(tag, mean, low, high)) for tag in tags
-            for step, mean, low, high in zip(*mean_curve(variant, tag), strict=True)
+            (int(step), Band(tag, mean, low, high)) for tag in tags
+            for step, mean, low, high in mean_curve(variant, tag).T.tolist()
         ]  # fmt: skip
         write_bands(bands, as_file_name(variant.label), rows)
     write_layout(bands, tags)

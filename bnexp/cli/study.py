@@ -26,7 +26,7 @@ from bnexp.errors import UserError
 from bnexp.report.expectations import Expectation, Finding, judge
 from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.tables import epoch_tables
-from bnexp.report.variants import into_variants, with_names
+from bnexp.report.variants import into_variants
 from bnexp.store.files import write_json
 
 UNEXPECTED = 3  # the exit code of a study whose runs are fine and whose expectations are not
@@ -122,7 +122,7 @@ def show(study: Study, findings: Sequence[Finding], folder: Path, names: Mapping
     """Print the epochs if the study asks for them, then each expectation with what was found."""
     console = Console()
     if study.epochs:
-        for table in epoch_tables(into_variants(with_names(read_runs([folder])[0], names))[0]):
+        for table in epoch_tables(into_variants(read_runs([folder], names)[0])[0]):
             console.print(table)
             console.print()
     table = Table(title="Expectations", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

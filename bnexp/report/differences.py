@@ -1,7 +1,7 @@
-"""A variant against the baseline in numbers: differences of each metric, and steps to the baseline's best.
+"""A variant against the baseline in numbers: the difference of each metric, and steps to the baseline's best.
 
-Differences are paired by seed if the runs of a seed saw the same batches; else they are unpaired. Runs on different
-images are not compared. A diverged run has no final values: differences leave it out.
+Differences are paired by seed if the runs of a seed saw the same batches, else unpaired. Runs on different images are
+not compared. Differences leave diverged runs out, because they have no final values.
 """
 
 import math
@@ -13,7 +13,7 @@ from bnexp.report.records import METRICS, TARGETS, Metric, RunRecord
 from bnexp.report.variants import Variant, batch_settings, group_names, varying
 
 Pair = tuple[RunRecord, RunRecord]  # a variant's run and the baseline's run of the same seed
-SOURCE = {"data", "data.root"}  # runs that differ in one of these see different images
+SOURCE = {"data", "data.root"}  # runs that differ in one of these saw different images
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class SpeedUp:
     """The baseline's steps to its best over the variant's steps to the same value; above 1 is faster.
 
     Per seed: the step of the baseline's best validation value over the first step at which the variant is as good
-    (Ioffe & Szegedy 2015, fig. 2). ``n`` seeds had a target and ``reached`` of them reached it, a diverged run never;
-    ``ratio`` is the geometric mean over those.
+    (Ioffe & Szegedy 2015, fig. 2). In ``n`` seeds the baseline has a best; in ``reached`` of them the variant is as
+    good at some step, which a diverged run never is. ``ratio`` is the geometric mean over the latter.
     """
 
     n: int
@@ -33,12 +33,12 @@ class SpeedUp:
 
     @property
     def is_same_step(self) -> bool:
-        """Whether each seed that reached the target took exactly the baseline's steps."""
+        """Whether the ratio is 1 in every seed that reached the value."""
         return self.ratio == 1 and self.low is None
 
     @property
     def is_informative(self) -> bool:
-        """Whether there is more to show than a ratio of 1 in each seed."""
+        """Whether there is more to show than a ratio of 1 in every seed."""
         return self.n > self.reached or (self.n > 0 and not self.is_same_step)
 
 
@@ -46,8 +46,8 @@ class SpeedUp:
 class Against:
     """A variant against the baseline: ``differences`` by metric key, ``speedups`` by tag.
 
-    ``differs`` are the settings that set the two apart. ``unlike`` are the settings that make a run and its partner
-    see different batches. Both are {setting: (baseline's, variant's)}.
+    ``differs`` are the settings that set the two apart, ``unlike`` those because of which a run and its partner saw
+    different batches. Both are {setting: (baseline's value, variant's value)}.
     """
 
     design: str  # paired, unpaired or other data
@@ -67,7 +67,7 @@ class Against:
 def measure_against(variant: Variant, base: Variant) -> Against:
     """Return the differences and speed-ups of ``variant`` against ``base``."""
     partners = {repr(run.seed): run for run in base.runs}
-    pairs = [(run, partners[repr(run.seed)]) for run in variant.runs + variant.diverged if repr(run.seed) in partners]
+    pairs = [(run, partners[repr(run.seed)]) for run in variant.all_runs if repr(run.seed) in partners]
     unlike = _unlike(pairs or [(variant.first, base.first)])
     design = "other data" if unlike.keys() & SOURCE else "unpaired" if unlike else "paired"
     pairs = pairs if design == "paired" else []
@@ -81,7 +81,7 @@ def measure_against(variant: Variant, base: Variant) -> Against:
 
 
 def _differing(variant: Variant, base: Variant) -> dict[str, tuple]:
-    """The settings that set the two apart; the options of a group whose name differs go without saying."""
+    """The settings that set the two apart, without the options of groups whose name differs."""
     renamed = varying([group_names(base.first), group_names(variant.first)])
     settings = varying([base.parts, variant.parts])
     return {key: pair for key, pair in settings.items() if "." not in key or key.split(".")[0] not in renamed}
@@ -107,8 +107,8 @@ def _speed_up(metric: Metric, pairs: Sequence[Pair]) -> SpeedUp:
     ratios, n = [], 0
     for run, base in pairs:
         target = metric.of(base)
-        if target is None or not math.isfinite(target) or len(base.curves[metric.tag][0]) < 2:
-            continue  # an only reading is the best by construction
+        if target is None or not math.isfinite(target) or len(base.curve(metric.tag)) < 2:
+            continue  # a single reading is the best by construction
         n += 1
         step = None if run.diverged else _first_step(metric, run, target)
         if step is not None:
@@ -119,6 +119,5 @@ def _speed_up(metric: Metric, pairs: Sequence[Pair]) -> SpeedUp:
 
 def _first_step(metric: Metric, run: RunRecord, target: float) -> int | None:
     """The first step at which the run is as good as ``target``."""
-    steps, values = run.curves.get(metric.tag, ((), ()))
     as_good = target.__le__ if metric.is_accuracy else target.__ge__
-    return next((step for step, value in zip(steps, values, strict=True) if as_good(value)), None)
+    return next((step for step, value in run.curve(metric.tag).items() if as_good(value)), None)

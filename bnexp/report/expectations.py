@@ -1,11 +1,13 @@
-"""Conditions on what finished runs measured: what a study expects, and whether it came out so.
+"""What a study expects of its finished runs, and whether they meet it.
 
-An expectation reads one number from each run of a role (a named variant). It may subtract or divide by the numbers of
-another role: of the same seed if the two roles saw the same batches, else by the mean over the other's seeds.
+An expectation reads one number from each run of a role (a named variant). It may subtract the number of another role
+or divide by it: the number of the same seed if both roles saw the same batches, else the mean over the other's seeds.
 """
 
 import math
+import operator
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
@@ -36,15 +38,15 @@ SEEDS = {"each": " in each seed", "mean": " in the mean", "interval": ", the 95%
 class Expectation:
     """``says`` is the claim in words; the other fields say which number is read and between which limits it must be.
 
-    * ``tag``: the curve, ``take``: how it becomes a number (:data:`TAKES`). Of its readings count only the last one
-      ``at`` a step or before it, those ``after`` a step, or those where other tags lie within limits:
+    * ``tag``: the curve; ``take``: how it becomes a number (:data:`TAKES`). These restrict its readings: ``after`` a
+      step; the last one up to and including the step ``at``; those at which other tags lie within limits,
       ``where: {loss/train: [0.3, 0.8]}``.
     * ``best``: a setting, instead of a tag. The number is its value with the best validation accuracy in that seed;
       diverged runs are never best.
-    * ``of``: the role; ``minus`` or ``over``: the role whose number is subtracted or divides.
-    * ``only``: settings that the runs must have, ``{optimizer.lr: 0.1}``. All runs of a seed count.
+    * ``of``: the role; ``minus``: the role whose number is subtracted; ``over``: the role by whose number is divided.
+    * ``only``: settings that the runs must have, ``{optimizer.lr: 0.1}``. All such runs of a seed count.
     * ``above``, ``below``: the limits; a number on a limit is outside.
-    * ``seeds``: ``each`` number must be within the limits, or the ``mean``, or the 95% ``interval`` of the mean.
+    * ``seeds``: what must be within the limits: ``each`` number, the ``mean``, or the 95% ``interval`` of the mean.
     """
 
     says: str
@@ -67,11 +69,11 @@ class Expectation:
         unknown = [role for role in (self.of, self.minus, self.over) if role not in (None, *roles)]
         for is_wrong, complaint in (
             (unknown, f"{', '.join(unknown)} is no variant here; there are {', '.join(roles)}"),
-            ((self.tag is None) == (self.best is None), "give either a tag or best, the number to be read"),
+            ((self.tag is None) == (self.best is None), "give either a tag or best: which number to read"),
             (self.take not in TAKES, f"take={self.take} is not known; choose one of {', '.join(TAKES)}"),
             (self.seeds not in SEEDS, f"seeds={self.seeds} is not known; choose one of {', '.join(SEEDS)}"),
             (self.minus is not None and self.over is not None, "minus and over exclude each other; give one"),
-            (self.above is None and self.below is None, "without above or below it could not fail; give one"),
+            (self.above is None and self.below is None, "without above or below it cannot fail; give one"),
         ):
             if is_wrong:
                 raise UserError(f"expect {self.says!r}: {complaint}")
@@ -89,9 +91,9 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Finding:
-    """The numbers behind an expectation, one per seed (and setting), and whether it holds.
+    """Whether an expectation holds, and its numbers, one per seed (and setting).
 
-    ``problem`` says why there is no number, if there is none; then the expectation does not hold.
+    ``problem`` is the reason if the numbers cannot be read; the expectation does not hold then.
     """
 
     expectation: Expectation
@@ -101,17 +103,17 @@ class Finding:
     problem: str = ""
 
     def to_json(self) -> dict:
-        """The finding as in study.json, without the fields of the expectation that were not given."""
+        """The finding as in study.json; fields of the expectation that were not given are left out."""
         stated = {key: value for key, value in asdict(self.expectation).items() if value not in (None, {}, ())}
-        return asdict(self) | {"expectation": stated, "numbers": list(self.numbers)}
+        return asdict(self) | {"expectation": stated}
 
 
 class Missing(Exception):
-    """A number that cannot be read, and why."""
+    """The reason why a number cannot be read."""
 
 
 def judge(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> Finding:
-    """Compare the expectation with the runs of each role."""
+    """Return whether the expectation holds for ``runs``, the runs of each role."""
     try:
         numbers, mean = _numbers(expectation, runs)
     except Missing as error:
@@ -125,7 +127,7 @@ def judge(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> 
 
 
 def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> tuple[list[float], stats.Mean]:
-    """The numbers that are held against the limits, and their mean with its interval."""
+    """The numbers that must be within the limits, and their mean with its interval."""
     own_runs = _runs_of(expectation, expectation.of, runs)
     own = _by_seed(expectation, own_runs)
     other = expectation.minus or expectation.over
@@ -133,18 +135,18 @@ def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) 
         return list(own.values()), stats.mean(list(own.values()))
     other_runs = _runs_of(expectation, other, runs)
     partners = _by_seed(expectation, other_runs)
-    combine = _subtract if expectation.minus else _divide
-    if _batches(own_runs) == _batches(other_runs):
-        if own.keys() != partners.keys():
-            raise Missing(f"{expectation.of} and {other} do not have the same seeds and settings")
-        numbers = [combine(own[key], partners[key]) for key in own]
+    combine = operator.sub if expectation.minus else _divide
+    is_paired = _batches(own_runs) == _batches(other_runs)
+    first = 0 if is_paired else 1  # without pairs, a key without its seed names all seeds of a setting
+    bases: dict[tuple, list[float]] = defaultdict(list)
+    for key, value in partners.items():
+        bases[key[first:]].append(value)
+    if {key[first:] for key in own} != bases.keys():
+        what = "seeds and settings" if is_paired else "settings"
+        raise Missing(f"{expectation.of} and {other} do not have the same {what}")
+    numbers = [combine(value, fmean(bases[key[first:]])) for key, value in own.items()]
+    if is_paired:
         return numbers, stats.mean(numbers)
-    bases: dict[tuple, list[float]] = {}
-    for (_, *settings), value in partners.items():
-        bases.setdefault(tuple(settings), []).append(value)
-    if {tuple(settings) for _, *settings in own} != bases.keys():
-        raise Missing(f"{expectation.of} and {other} do not have the same settings")
-    numbers = [combine(value, fmean(bases[tuple(settings)])) for (_, *settings), value in own.items()]
     if expectation.minus and len(bases) == 1:
         welch = stats.unpaired_difference(list(own.values()), list(partners.values()))
         return numbers, stats.Mean(welch.n, welch.difference, welch.low, welch.high)
@@ -153,16 +155,12 @@ def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) 
     return numbers, stats.mean(numbers)
 
 
-def _subtract(value: float, base: float) -> float:
-    return value - base
-
-
 def _divide(value: float, base: float) -> float:
     return value / base if base else math.copysign(math.inf, value)
 
 
 def _batches(runs: Sequence[RunRecord]) -> set[str]:
-    """Which batches the runs saw, given their seeds."""
+    """A text per kind of batches that the runs saw, given their seeds."""
     return {repr(sorted(batch_settings(run).items())) for run in runs}
 
 
@@ -172,12 +170,12 @@ def _runs_of(expectation: Expectation, role: str, runs: Mapping[str, Sequence[Ru
     chosen = [run for run, flat in flats if all(flat.get(key) == value for key, value in expectation.only.items())]
     if not chosen:
         only = f" with {dict(expectation.only)}" if expectation.only else ""
-        raise Missing(f"no run of {role}{only} came to its end")
+        raise Missing(f"no run of {role}{only} has finished or diverged")
     return chosen
 
 
 def _by_seed(expectation: Expectation, runs: Sequence[RunRecord]) -> dict[tuple, float]:
-    """{(seed, *settings that vary among the runs): number}; with ``best`` {(seed,): number}."""
+    """{(seed, *values of the settings that vary among the runs): number}; with ``best`` {(seed,): number}."""
     if expectation.best is not None:
         return _best_by_seed(expectation.best, runs)
     columns = varying([numbers(run.config) for run in runs]).values()
@@ -186,7 +184,7 @@ def _by_seed(expectation: Expectation, runs: Sequence[RunRecord]) -> dict[tuple,
 
 
 def _best_by_seed(key: str, runs: Sequence[RunRecord]) -> dict[tuple, float]:
-    """{(seed,): the value of ``key`` with the highest best validation accuracy}."""
+    """{(seed,): the value of ``key`` of the run with the highest best validation accuracy}."""
     accuracy = TARGETS[1]
     best: dict[tuple, tuple[float, float]] = {}
     for run in runs:
@@ -203,9 +201,8 @@ def _best_by_seed(key: str, runs: Sequence[RunRecord]) -> dict[tuple, float]:
 def _read_number(expectation: Expectation, run: RunRecord) -> float:
     tag = expectation.tag
     if run.diverged and expectation.take == "last":
-        raise Missing(f"{run.path.name} diverged, so that it has no last {tag}")
-    points = list(zip(*run.curves.get(tag, ((), ())), strict=True))
-    points = [(step, value) for step, value in points if math.isfinite(value)]
+        raise Missing(f"{run.path.name} diverged, so it has no last {tag}")
+    points = [(step, value) for step, value in run.curve(tag).items() if math.isfinite(value)]
     if expectation.after is not None:
         points = [point for point in points if point[0] > expectation.after]
     for other, (low, high) in expectation.where.items():

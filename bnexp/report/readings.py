@@ -1,7 +1,7 @@
-"""Shows the readings of an inspected run: tables and sentences, pictures of half blocks, JSON and CSV.
+"""Shows the readings of an inspected run as tables, sentences, small pictures, JSON and CSV.
 
-The readings are those of :mod:`bnexp.probes`, by tag: the tables ``norms``, ``scores``, ``confusion``, ``predictions``
-and ``outputs``. ``about`` is what else inspection.json holds: the split, the numbers of images, the batch size.
+``readings`` are those of :mod:`bnexp.probes` by tag: the tables ``norms``, ``scores``, ``confusion``, ``predictions``
+and ``outputs``, and images. ``about`` is the rest of inspection.json: the split, numbers of images, the batch size.
 """
 
 import csv
@@ -12,33 +12,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bnexp.report.tables import new_table
 from bnexp.store import readings as kinds
 from bnexp.store.files import finite
 
 Readings = Mapping[str, Any]
-MOST_CONFUSIONS, MOST_CLASSES = 5, 10  # in words, and in the table of the classes with the lowest recall
-WIDE_MEAN, WIDE_VARIANCE = 0.5, math.log(1.5)  # gaps beyond these are marked
-SOME_IMAGES, SOME_SHARE = 5, 0.02  # fewer images than that, or a smaller share of them, may be chance
-TILE_SIDE = 12  # columns of a terminal that a small picture takes; half as many rows
+MOST_CONFUSIONS, MOST_CLASSES = 5, 10  # in the sentence, and in the table of the lowest recalls
+WIDE_MEAN, WIDE_VARIANCE = 0.5, math.log(1.5)  # larger gaps are marked
+SOME_IMAGES, SOME_SHARE = 5, 0.02  # up to so many images, or up to this share of all, may be chance
+TILE_SIDE = 12  # columns of the terminal that a small picture takes; it takes half as many rows
 STATISTICS = {
-    "running": "running: averages of the batches of training",
-    "recomputed": "population: recomputed from {training_images:,} training images",
-    "batch": "batch: every {batch_size:,} {split} images by their own",
+    "running": "running: averaged over training batches",
+    "recomputed": "population: of {training_images:,} training images",
+    "batch": "batch: of each {batch_size:,} {split} images",
 }
-RANGE_CAPTION = "smallest to largest over channels; population: of {training_images:,} training images, now"
+RANGE_CAPTION = (
+    "smallest to largest value over the channels\n"
+    "population: recomputed from {training_images:,} training images with the final weights"
+)
 GAP_CAPTION = (
-    "gap from running to population, over all channels: of means in standard deviations, of variances as a factor\n"
-    "dead: channels with |gamma| < 0.001 or a population variance < 1e-08"
+    "mean gap, var. gap: distance of running from population statistics over all channels, in standard deviations and "
+    "as a factor\ndead: channels with |gamma| < 0.001 or a population variance < 1e-08"
 )
 
 
 def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> Iterator[Table | str]:
-    """The tables and sentences that apply, in order, for a terminal ``width`` columns wide."""
+    """Yield the tables and sentences in the order of printing, for a terminal ``width`` columns wide."""
     norms, scores, confusion = readings["norms"].records(), readings["scores"], readings["confusion"]
     if tracking := [norm for norm in norms if norm["running_mean"] is not None]:
         yield statistics_table(tracking, RANGE_CAPTION.format_map(about))
@@ -49,31 +52,22 @@ def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> I
         yield about["why_one_score"]
     elif lost := count_lost(scores, about["images"]):
         yield (
-            f"The running statistics cost {lost:,} images that the population's get right: they have not caught up "
-            "with the weights. More steps, a larger momentum or a smaller learning rate at the end may help."
+            f"With running statistics {lost:,} more images are wrong than with those of the population: the running "
+            "statistics lag behind the weights. More steps, a larger momentum or a smaller learning rate at the end "
+            "may help."
         )
     yield confusion_matrix(confusion, width) or recall_table(confusion)
     if not math.isfinite(scores.rows[0][1]):
-        yield "The outputs of the model are not finite, so no class is recognized."
+        yield "The outputs of the model are not finite, so no image is classified."
     elif mistakes := mistakes_of(confusion)[:MOST_CONFUSIONS]:
         parts = (f"{true} taken for {other} ({count:,} of {images:,})" for true, other, count, images in mistakes)
         yield f"Most frequent confusions: {', '.join(parts)}."
     else:
-        yield f"Every one of the {about['images']:,} {about['split']} images is recognized."
-
-
-def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
-    table = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", show_edge=False,
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), min_width=len(title),
-    )  # fmt: skip
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    return table
+        yield f"All {about['images']:,} {about['split']} images are classified correctly."
 
 
 def statistics_table(norms: Sequence[dict], caption: str) -> Table:
-    """Two rows per norm: the statistics that evaluation normalizes by, and those that it ought to."""
+    """Two rows per norm: its running statistics, which evaluation uses, and those of the population."""
     title = "Running statistics and those of the population"
     table = new_table(title, "norm", "channels", "", "mean", "variance", caption=caption)
     for norm in norms:
@@ -84,7 +78,7 @@ def statistics_table(norms: Sequence[dict], caption: str) -> Table:
 
 
 def gap_table(norms: Sequence[dict], caption: str | None) -> Table:
-    """How far running and population statistics are apart, and what the norms have learned."""
+    """A row per norm: how far its running statistics are from the population's, and its gamma and beta."""
     table = new_table("Norms", "norm", "mean gap", "var. gap", "gamma", "beta", "dead", caption=caption)
     for norm in norms:
         mean, variance, dead = norm["mean_gap"], norm["variance_gap"], norm["dead"]
@@ -99,10 +93,10 @@ def gap_table(norms: Sequence[dict], caption: str | None) -> Table:
 
 
 def score_table(about: Mapping[str, Any], scores: kinds.Table) -> Table:
-    """Loss and accuracy, a row per kind of statistics."""
+    """A row of loss and accuracy per kind of statistics."""
     is_choice = len(scores.rows) > 1
     title = f"{about['split'].capitalize()} set, {about['images']:,} images"
-    table = new_table(title, "normalized with statistics" if is_choice else "", "loss", "accuracy", "wrong")
+    table = new_table(title, "statistics" if is_choice else "", "loss", "accuracy", "wrong")
     for name, loss, accuracy in scores.rows:
         what = STATISTICS[name].format_map(about) if is_choice else "evaluated as in training"
         wrong = round((1 - accuracy) * about["images"])
@@ -111,14 +105,14 @@ def score_table(about: Mapping[str, Any], scores: kinds.Table) -> Table:
 
 
 def count_lost(scores: kinds.Table, num_images: int) -> int:
-    """How many images running statistics cost beside the population's; 0 for so few that it may be chance."""
+    """How many more images are wrong with running than with population statistics; 0 if it may be chance."""
     (loss, accuracy), (other_loss, other_accuracy) = (row[1:] for row in scores.rows[:2])
     lost = round((other_accuracy - accuracy) * num_images)
     return lost if lost > max(SOME_IMAGES, SOME_SHARE * num_images) and loss > other_loss else 0
 
 
 def show_cell(value: Any, form: Callable[[Any], str] = "{:.3g}".format) -> str:
-    """``0.42`` for a number, ``-0.31 to 0.42`` for a range, ``-`` for None, ``not finite`` where a number is not."""
+    """``0.42`` for a number, ``-0.31 to 0.42`` for a range, ``-`` for None, else ``not finite``."""
     if value is None:
         return "-"
     values = value if isinstance(value, Sequence) else (value,)
@@ -126,17 +120,17 @@ def show_cell(value: Any, form: Callable[[Any], str] = "{:.3g}".format) -> str:
 
 
 def show_factor(logarithm: float) -> str:
-    """``x1.03``."""
+    """A logarithm as a factor, ``x1.03``."""
     return f"x{math.exp(min(logarithm, 99)):.3g}"
 
 
 def recalls_of(confusion: kinds.Table) -> list[float]:
-    """The share of every class's images that are recognized, NaN for a class without images."""
+    """The recall of every class, the share of its images that are classified correctly; NaN without images."""
     return [row[i] / sum(row[1:]) if any(row[1:]) else math.nan for i, row in enumerate(confusion.rows, 1)]
 
 
 def mistakes_of(confusion: kinds.Table) -> list[tuple[str, str, int, int]]:
-    """(true class, predicted class, how many images, of how many of the true class), the most frequent first."""
+    """(true class, predicted class, number of images, number of images of the true class), most frequent first."""
     found = [
         (true, other, count, sum(counts))
         for true, *counts in confusion.rows
@@ -146,7 +140,7 @@ def mistakes_of(confusion: kinds.Table) -> list[tuple[str, str, int, int]]:
 
 
 def confusion_matrix(confusion: kinds.Table, width: int) -> Table | None:
-    """The matrix in colours; None where so many classes do not fit into ``width`` columns."""
+    """The matrix in colours; None if the classes do not fit into ``width`` columns."""
     _, *classes = confusion.head
     first = min(14, max(map(len, classes)) + 1)
     column = min(9, (width - first - 8) // len(classes))
@@ -156,7 +150,7 @@ def confusion_matrix(confusion: kinds.Table, width: int) -> Table | None:
     table.box, table.pad_edge = None, False
     table.add_column("", width=first - 1, no_wrap=True)
     cut = [name[: column - 1] for name in classes]
-    for i, name in enumerate(cut):  # a number where two names would look alike
+    for i, name in enumerate(cut):  # a number instead of names that look alike when cut
         head = str(i) if cut.count(name) > 1 else name
         table.add_column(Text(head), width=column - 1, justify="right", no_wrap=True)
     table.add_column("recall", width=8, justify="right")
@@ -167,7 +161,7 @@ def confusion_matrix(confusion: kinds.Table, width: int) -> Table | None:
 
 
 def color_count(count: int, num_images: int, is_right: bool) -> Text:
-    """A count on green, brighter for more of the class's images, or on red, brighter for more of its mistakes."""
+    """A count on green if right, else on red; the larger its share of the class's images, the brighter."""
     if not count:
         return Text(".", "dim")
     share = count / num_images
@@ -176,7 +170,7 @@ def color_count(count: int, num_images: int, is_right: bool) -> Text:
 
 
 def recall_table(confusion: kinds.Table) -> Table:
-    """The classes that are recognized least, where the matrix has no room."""
+    """The classes with the lowest recall, shown if the matrix does not fit."""
     rows = zip(recalls_of(confusion), confusion.rows, strict=True)
     known = sorted((each for each in rows if not math.isnan(each[0])), key=lambda each: each[0])
     title = f"Recall, lowest of {len(known)} classes" if len(known) > MOST_CLASSES else "Recall"
@@ -187,11 +181,11 @@ def recall_table(confusion: kinds.Table) -> Table:
 
 
 def show_images(console: Console, split: str, readings: Readings) -> None:
-    """Print every prediction; in a terminal with enough colours also the image and the liveliest map of each layer."""
+    """Print every prediction; in a terminal with colours also the image and a feature map of each layer."""
     has_colours = console.color_system in ("256", "truecolor") and not console.no_color
     shows_pictures = console.is_terminal and has_colours and console.encoding.startswith("utf")
     if shows_pictures:
-        console.print("The image and the liveliest map of each layer:")
+        console.print("The image, and of each layer the map with the largest standard deviation:")
     for row in readings["predictions"].rows:
         console.print(show_prediction(split, row), markup=False, highlight=False, emoji=False)
         if shows_pictures:
@@ -201,14 +195,14 @@ def show_images(console: Console, split: str, readings: Readings) -> None:
 
 
 def show_prediction(split: str, row: Sequence[Any]) -> str:
-    """``test image 0: true class 7, predicted 7 (99.8%)``, of a row of the table ``predictions``."""
+    """``test image 0: true class 7, predicted 7 (99.8%)``, from a row of the table ``predictions``."""
     index, true, predicted, *shares = row
     share = show_cell(np.max(shares), "{:.1%}".format)
     return f"{split} image {index}: true class {true}, predicted {predicted} ({share})"
 
 
 def half_blocks(pictures: Mapping[str, Any], width: int) -> Text:
-    """Small pictures, uint8 (H, W) or (H, W, 3), side by side in at most ``width`` columns, under their names."""
+    """Pictures, uint8 (H, W) or (H, W, 3), as half blocks side by side under their names, ``width`` columns at most."""
     from PIL import Image
 
     shown = list(pictures.items())[: max(1, width // (TILE_SIDE + 1))]
@@ -225,7 +219,7 @@ def half_blocks(pictures: Mapping[str, Any], width: int) -> Text:
 
 
 def to_json(about: Mapping[str, Any], readings: Readings) -> str:
-    """The content of inspection.json: every number that is printed; null for what is not finite or not there."""
+    """The text of inspection.json: every number that is printed; null if it is not finite or does not exist."""
     confusion, classes = readings["confusion"], readings["confusion"].head[1:]
     content = about | {
         "scores": {name: {"loss": loss, "accuracy": accuracy} for name, loss, accuracy in readings["scores"].rows},
@@ -251,7 +245,7 @@ def to_json(about: Mapping[str, Any], readings: Readings) -> str:
 
 
 def to_csv(table: kinds.Table) -> str:
-    """The table with its head, a line per row."""
+    """The table as CSV, with its head."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([table.head, *table.rows])
     return file.getvalue()

@@ -1,6 +1,6 @@
-"""Run folders read back: config, status and curves of each run that has ended, and the numbers compared.
+"""Run folders read back: config, status and curves of each run that has ended, and the metrics compared.
 
-A run that is still running, failed or is damaged is left out and named.
+A run that is still running, was interrupted, failed or is damaged becomes a `Problem` with its reason.
 """
 
 import math
@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +19,14 @@ from bnexp.store.run_folder import is_taken, load_status
 from bnexp.store.untrusted import number, printable, read_lines, read_yaml
 
 MOST_NESTED = 50  # levels of folders that are searched for runs
+Histogram = tuple[list[float], list[int]]  # the ascending edges of the bins, and the count of each bin
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished or diverged run; ``curves`` is {tag: (steps, values)}, ``started`` a time in seconds since 1970.
+    """A finished or diverged run: ``curves`` is {tag: (steps, values)}, ``started`` in seconds since 1970.
 
-    ``name`` is a name for its variant, used instead of the settings that differ.
+    ``name``, if any, names its variant instead of the settings that differ.
     """
 
     path: Path
@@ -49,19 +50,26 @@ class RunRecord:
 
     @property
     def evaluation(self) -> str:
-        """A sentence on how the run was evaluated, if its statistics were not the running ones; else empty."""
-        said = self.status.get("evaluation")
-        return printable(said, 300).rstrip(".") if isinstance(said, str) else ""
+        """How the run was evaluated, in words, if not with running statistics; else empty."""
+        words = self.status.get("evaluation")
+        return printable(words, 300).rstrip(".") if isinstance(words, str) else ""
+
+    def curve(self, tag: str) -> dict[int, float]:
+        """{step: value} of one tag, by ascending step; {} without readings."""
+        return dict(zip(*self.curves.get(tag, ((), ())), strict=True))
 
     @cached_property
     def histograms(self) -> dict[str, list[tuple[int, list[float], list[int]]]]:
-        """{tag: [(step, edges, counts)]} of the probes' readings, read on first use; {} without probes."""
+        """{tag: [(step, edges, counts)]} from probes.jsonl, read on first use; {} without probes."""
         return _read_histograms(self.path / "probes.jsonl")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A run that is left out: running, dead, interrupted, failed, damaged or superseded; ``reason`` is one line."""
+    """A run left out of the report; ``reason`` is one line.
+
+    ``status`` is running, dead, interrupted, failed, damaged or superseded.
+    """
 
     path: Path
     status: str
@@ -83,8 +91,8 @@ class Metric:
         return self.tag.startswith("accuracy")
 
     def of(self, run: RunRecord) -> float | None:
-        """The run's value; None where it has none, NaN where it is not finite."""
-        values = run.curves.get(self.tag, ((), ()))[1]
+        """The run's value: None without readings; a best ignores readings that are not finite if others are."""
+        values = list(run.curve(self.tag).values())
         if self.best:
             values = [value for value in values if math.isfinite(value)] or values
             return (max if self.is_accuracy else min)(values, default=None)
@@ -96,6 +104,10 @@ class Metric:
     def mean(self, runs: Sequence[RunRecord]) -> stats.Mean:
         return stats.mean(self.values(runs))
 
+    @property
+    def heading(self) -> str:
+        return f"{self.title}, %" if self.is_accuracy else self.title
+
     def show(self, value: float, sign: str = "") -> str:
         """``value`` as text: an accuracy in percent, a loss in nats."""
         if self.is_accuracy:
@@ -106,20 +118,23 @@ class Metric:
 METRICS = (
     Metric("accuracy/test", "accuracy/test", "test accuracy"),
     Metric("loss/test", "loss/test", "test loss"),
-    Metric("accuracy/valid/best", "accuracy/valid", "best valid accuracy", best=True),
-    Metric("loss/valid/best", "loss/valid", "best valid loss", best=True),
-    Metric("accuracy/valid/final", "accuracy/valid", "final valid accuracy"),
-    Metric("loss/valid/final", "loss/valid", "final valid loss"),
+    Metric("accuracy/valid/best", "accuracy/valid", "best validation accuracy", best=True),
+    Metric("loss/valid/best", "loss/valid", "best validation loss", best=True),
+    Metric("accuracy/valid/final", "accuracy/valid", "final validation accuracy"),
+    Metric("loss/valid/final", "loss/valid", "final validation loss"),
     Metric("loss/train/final", "loss/train", "final training loss"),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 TARGETS = (BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"])
 
 
-def read_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[RunRecord], list[Problem]]:
-    """Read every run at or below ``paths`` once, path by path, and below a path by the time that runs started.
+def read_runs(
+    paths: Iterable[str | os.PathLike], names: Mapping[Path, str] | None = None
+) -> tuple[list[RunRecord], list[Problem]]:
+    """Read every run at or below ``paths`` once: path by path, and below one path by the time of the start.
 
-    Finished and diverged runs become records, all others problems. A path without a run is a `UserError`.
+    Finished and diverged runs become records, all others problems. ``names`` are names of variants by run folder.
+    A path without a run is a `UserError`.
     """
     records: list[RunRecord] = []
     problems: list[Problem] = []
@@ -130,7 +145,8 @@ def read_runs(paths: Iterable[str | os.PathLike]) -> tuple[list[RunRecord], list
         folders = run_folders(path)
         if not folders:
             raise UserError(f"{path}: no run in it (a folder with config.yaml and status.json); give one")
-        read = [_read_run(folder) for folder in folders if os.path.realpath(folder) not in seen]
+        unread = [folder for folder in folders if os.path.realpath(folder) not in seen]
+        read = [_read_run(folder, (names or {}).get(folder, "")) for folder in unread]
         seen |= {os.path.realpath(folder) for folder in folders}
         records += sorted((run for run in read if isinstance(run, RunRecord)), key=lambda run: run.started)
         problems += [run for run in read if isinstance(run, Problem)]
@@ -153,7 +169,7 @@ def run_folders(folder: Path, depth: int = 0) -> list[Path]:
     return below or ([folder] if "config.yaml" in entries else [])
 
 
-def _read_run(folder: Path) -> RunRecord | Problem:
+def _read_run(folder: Path, name: str) -> RunRecord | Problem:
     overrides: tuple[str, ...] = ()
     try:
         status = load_status(folder)
@@ -162,7 +178,7 @@ def _read_run(folder: Path) -> RunRecord | Problem:
             if kind == "running":
                 kind, reason = _running_or_dead(folder, status)
                 if kind == "dead" and load_status(folder)["status"] != "running":
-                    return _read_run(folder)  # it ended between the two looks
+                    return _read_run(folder, name)  # it ended between the two readings of its status
             else:
                 reason = status.get("error") or f"{kind} at step {status.get('step', 0)}"
             return Problem(folder, kind, printable(" ".join(str(reason).split()), 1000), overrides)
@@ -171,9 +187,9 @@ def _read_run(folder: Path) -> RunRecord | Problem:
             raise ValueError("config.yaml: seed is neither a number nor text")
         curves = _read_curves(folder / "metrics.jsonl", required=kind == "finished")
         started = status.get("started", (folder / "status.json").stat().st_mtime)
-        return RunRecord(folder, config, status, curves, started)
+        return RunRecord(folder, config, status, curves, started, name)
     except FileNotFoundError as error:
-        if not any((folder / name).exists() for name in ("status.json", "metrics.jsonl")):  # it has just begun
+        if not any((folder / each).exists() for each in ("status.json", "metrics.jsonl")):  # it has just begun
             return Problem(folder, *_running_or_dead(folder, {}))
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
     except (OSError, ValueError) as error:
@@ -181,14 +197,14 @@ def _read_run(folder: Path) -> RunRecord | Problem:
 
 
 def _running_or_dead(folder: Path, status: dict) -> tuple[str, str]:
-    """``running`` or ``dead``, and the reason. The lock tells, but only of processes on this machine."""
+    """``running`` or ``dead``, and the reason. The lock of a run shows only processes of this machine."""
     step, host = status.get("step", 0), status.get("host")
     if is_taken(folder):
         return "running", f"running at step {step}"
     if host not in (None, socket.gethostname()):
         heard = f", last heard of {max(0, time.time() - status['heartbeat']) / 60:.0f} minutes ago"
         return "running", f"running at step {step} on {host}{heard if 'heartbeat' in status else ''}"
-    return "dead", f"died at step {step}; bnexp resume {folder} goes on"
+    return "dead", f"died at step {step}; bnexp resume {folder} continues it"
 
 
 def _read_curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[float]]]:
@@ -208,18 +224,17 @@ def _read_curves(path: Path, required: bool) -> dict[str, tuple[list[int], list[
 
 
 def _read_histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[int]]]]:
-    found: dict[str, dict[int, tuple[list[float], list[int]]]] = defaultdict(dict)
+    found: dict[str, dict[int, Histogram]] = defaultdict(dict)
     try:
         for row in read_lines(path) if path.exists() else ():
             if "edges" in row:  # a histogram, not a table
                 found[printable(row.get("tag"))][row["step"]] = _bins(row, f"{path.name}: line of step {row['step']}")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error}); without it the run's histograms are missing") from error
-    return {tag: [(step, *both) for step, both in sorted(looks.items())] for tag, looks in found.items()}
+    return {tag: [(step, *by_step[step]) for step in sorted(by_step)] for tag, by_step in found.items()}
 
 
-def _bins(row: dict, where: str) -> tuple[list[float], list[int]]:
-    """The ascending edges of a histogram's bins, and the count of each bin."""
+def _bins(row: dict, where: str) -> Histogram:
     edges, counts = row["edges"], row.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1 or not counts:
         raise ValueError(f"{where}: a histogram needs one count between every two edges")

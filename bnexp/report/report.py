@@ -1,7 +1,4 @@
-"""The report on finished runs: folders in, verdict out, as tables, JSON, CSV, Markdown and figures.
-
-All forms show the same numbers.
-"""
+"""The report on finished runs, as tables, JSON, CSV, Markdown and figures; all forms show the same numbers."""
 
 import csv
 import io
@@ -17,12 +14,15 @@ from rich.console import Console
 from bnexp.errors import UserError
 from bnexp.report.records import METRICS, read_runs
 from bnexp.report.tables import comparison_tables, print_comparison, remarks
-from bnexp.report.variants import with_names
 from bnexp.report.verdict import Comparison, compare_records
 from bnexp.store.files import write_files
 from bnexp.store.untrusted import printable, read
 
 REPORT_FORMATS = ("json", "csv", "markdown")
+CSV_COLUMNS = (
+    "variant", "baseline", "metric", "n", "mean", "low", "high", "num_diverged", "reached", "num_pairs", "difference",
+    "difference_low", "difference_high", "p", "evidence", "design",
+)  # fmt: skip
 
 
 def make_report(
@@ -38,17 +38,13 @@ def make_report(
 ) -> Comparison:
     """Compare the finished runs at or below ``paths``, print the result and, with ``out``, write the files there.
 
-    ``format`` prints json, csv or markdown alone instead of tables. ``names`` names the variants of runs, by folder,
-    instead of the settings that differ. ``baseline`` and ``best_over`` are those of `compare_records`.
-    Bad input is a `UserError`.
+    ``format`` prints json, csv or markdown instead of tables. ``names`` are names of variants by run folder.
+    ``baseline`` and ``best_over`` are those of `compare_records`. Bad input is a `UserError`.
     """
     if format is not None and format not in REPORT_FORMATS:
         raise UserError(f"format={format}: not known; choose one of {', '.join(REPORT_FORMATS)}")
     console = console or Console(quiet=quiet)
-    records, problems = read_runs(paths)
-    comparison = compare_records(
-        with_names(records, names or {}), problems, baseline=baseline, best_over=best_over
-    )  # fmt: skip
+    comparison = compare_records(*read_runs(paths, names), baseline=baseline, best_over=best_over)
     if out is not None:
         comparison = write_comparison(out, comparison)
     if format is None:
@@ -63,35 +59,31 @@ def make_report(
 
 
 def comparison_content(comparison: Comparison) -> dict:
-    """The content of comparison.json: undefined numbers are null, accuracies fractions, losses nats.
+    """The content of comparison.json. Undefined numbers are null, accuracies are fractions, losses are in nats.
 
-    A variant has its differences from the baseline under ``paired`` or under ``unpaired``; the other is null.
+    The differences of a variant from the baseline are under ``paired`` or under ``unpaired``; the other is null.
     """
     variants = []
     for variant in comparison.variants:
         against = comparison.against.get(variant.label)
-        content = {
+        designs: dict[str, dict | None] = {"paired": None, "unpaired": None}
+        if against is not None and against.design in designs:
+            designs[against.design] = {
+                metric.key: asdict(against.differences[metric.key]) | {"evidence": against.evidence(metric)}
+                for metric in METRICS
+            }
+        variants.append({
             "label": variant.label,
             "overrides": variant.overrides,
             "n": len(variant.runs),
             "num_diverged": len(variant.diverged),
             "seeds": [run.seed for run in variant.runs],
-            "runs": [str(run.path) for run in variant.runs + variant.diverged],
+            "runs": [str(run.path) for run in variant.all_runs],
             "metrics": {key: asdict(mean) for key, mean in comparison.means[variant.label].items()},
-            "paired": None,
-            "unpaired": None,
-            "speedups": None,
-            "differs": None,
-        }
-        if against is not None:
-            if against.design in content:
-                content[against.design] = {
-                    metric.key: asdict(against.differences[metric.key]) | {"evidence": against.evidence(metric)}
-                    for metric in METRICS
-                }
-            content["speedups"] = {tag: asdict(speed) for tag, speed in against.speedups.items()}
-            content["differs"] = {key: list(values) for key, values in against.differs.items()}
-        variants.append(content)
+            **designs,
+            "speedups": against and {tag: asdict(speed) for tag, speed in against.speedups.items()},
+            "differs": against and against.differs,
+        })  # fmt: skip
     return {
         "baseline": comparison.baseline.label,
         "verdict": comparison.sentences,
@@ -109,11 +101,9 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One line per variant and number; a speed-up is in the column mean, its number of seeds in n."""
-    columns = "variant,baseline,metric,n,mean,low,high,num_diverged,reached,num_pairs,difference"
-    columns += ",difference_low,difference_high,p,evidence,design"
+    """One line per variant and metric; a speed-up is in the column mean, its number of seeds in n."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, columns.split(","), lineterminator="\n")
+    writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for variant in comparison_content(comparison)["variants"]:
         shared = {"variant": variant["label"], "baseline": comparison.baseline.label}
@@ -121,10 +111,11 @@ def comparison_csv(comparison: Comparison) -> str:
         for key, mean in variant["metrics"].items():
             row = shared | {"metric": key} | mean
             for design in ("paired", "unpaired"):
-                if found := (variant[design] or {}).get(key):
-                    row |= {"num_pairs": found["n"] if design == "paired" else None, "design": design}
+                if variant[design]:
+                    found = variant[design][key]
+                    row |= {name: found[name] for name in ("difference", "p", "evidence")} | {"design": design}
                     row |= {"difference_low": found["low"], "difference_high": found["high"]}
-                    row |= {name: found[name] for name in ("difference", "p", "evidence")}
+                    row["num_pairs"] = found["n"] if design == "paired" else None
             writer.writerow(row)
         for tag, speed in (variant["speedups"] or {}).items():
             row = shared | {"metric": f"speedup/{tag}", "mean": speed["ratio"]}
@@ -135,8 +126,8 @@ def comparison_csv(comparison: Comparison) -> str:
 def comparison_markdown(
     comparison: Comparison, figure: str | None = None, probed: Mapping[str, str] | None = None
 ) -> str:
-    """Verdict, figure if there is one, tables, figures of probes {title: file} and remarks."""
-    lines = [f"# {' / '.join(_cell(each.label) for each in comparison.variants)}", ""]
+    """Verdict, ``figure`` if there is one, tables, figures of probes as {title: file}, and remarks."""
+    lines = [f"# Comparison of {', '.join(_cell(each.label) for each in comparison.variants)}", ""]
     lines += [f"{_cell(sentence)}\n" for sentence in comparison.sentences]
     if figure is not None:
         lines += [f"![loss and accuracy against steps, mean and 95% interval over seeds]({figure})", ""]
@@ -154,16 +145,15 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """``text`` in Markdown. Names from a run's folder must not become links, pictures or HTML."""
+    """``text`` escaped for Markdown. Names from a run's folder must not become links, pictures or HTML."""
     return re.sub(r"[\\`|]|<(?=[\w/!])|](?=\()", r"\\\g<0>", text).replace("\n", " ")
 
 
 def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Comparison:
-    """Write comparison.png, .svg, .json and .md and the figures of probes into ``folder``.
+    """Write comparison.png, .svg, .json and .md and the figures of probes into ``folder``, each file atomically.
 
-    Returns the comparison with a note on every figure that one reading cannot fill. Each file is written atomically.
-    Figures of probes that an earlier comparison.md here shows and this one does not are deleted: they belong to other
-    runs. Other pictures are left alone.
+    Returns the comparison with a note on every figure of a probe that was left out. Figures that an earlier
+    comparison.md in the folder shows and this one does not are deleted, because they belong to other runs.
     """
     from bnexp.report.figures.curves import draw_curves
     from bnexp.report.figures.probes import TITLES, draw_probes

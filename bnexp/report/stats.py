@@ -6,11 +6,11 @@ An undefined quantity is ``None``, never NaN and never a warning:
 no value (n = 0)            everything is None
 a value is not finite       everything is None: leaving it out would hide that it happened
 one value (n = 1)           the mean is that value; no interval, no p
-no spread (zero variance)   the mean; no interval, no p: nothing is known about the noise
+no spread (zero variance)   the mean; no interval, no p: the noise is unknown
 ==========================  ===============================================================
 
-Intervals and p-values are Student's (1908): they take the mean over seeds to be about normal. The t distribution
-comes from scipy.special, because scipy.stats takes twice as long to import and is no faster for it.
+Intervals and p-values are Student's (1908), which assume that the mean over seeds is about normal. The t distribution
+comes from scipy.special, because scipy.stats takes twice as long to import.
 """
 
 import math
@@ -36,7 +36,7 @@ class Mean:
 class Difference:
     """A difference of two means, its 95% interval and the two-sided p of the t-test.
 
-    ``n`` is the number of pairs or, where nothing is paired, the number of values on the side that has fewer.
+    ``n`` is the number of pairs or, if unpaired, the smaller of the two numbers of values.
     """
 
     n: int
@@ -47,7 +47,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval exists and lies on one side of zero, which is the same as p < 0.05."""
+        """Whether there is an interval and it lies on one side of zero, which means p < 0.05."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -19,23 +19,29 @@ from bnexp.report.variants import Variant, into_variants
 from bnexp.report.verdict import Comparison, show_p
 from bnexp.store.untrusted import printable
 
-SEEDS_CAPTION = "mean and 95% interval over seeds"
+TableContent = tuple[str, list[str], list[list[str]], str]  # title, head, rows, caption
+
+SEEDS_CAPTION = "mean and 95% interval over the n finished seeds"
 PAIRED_CAPTION = "differences paired by seed, p by the paired t-test"
+DIVERGED_CAPTION = "; {}: runs whose loss became infinite or NaN, not in the means"
 UNPAIRED = "*"  # marks a difference
-SPEED_CAPTION = "baseline's steps to its best / variant's steps to the same value, geometric mean over seeds"
+SPEED_CAPTION = (
+    "speed-up: the baseline's steps to its best / the variant's steps to the same value, geometric mean over the seeds "
+    "that reach it"
+)
 # Curves of a split; the first that a run has: evaluated on the whole set, or averaged over the steps of the epoch.
 EPOCH_SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "test": ("test",)}
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print the tables, the remarks and the verdict."""
-    width = max(14, *(len(variant.label) + 2 for variant in comparison.variants))  # of the first column
+    width = max(16, *(len(variant.label) + 2 for variant in comparison.variants))  # of the first column
     is_narrow = console.width < 100
     for title, head, rows, caption in comparison_tables(comparison):
-        table = _empty_table(title, caption, gap=0 if is_narrow else 1)
-        for name in head:
-            justify = "left" if name in ("", "evidence") else "right"
-            table.add_column(name, justify=justify, no_wrap=name != "evidence")
+        table = new_table(title, *head, caption=caption, gap=0 if is_narrow else 1)
+        for column in table.columns[:-1]:  # the evidence, in words, may be broken
+            column.no_wrap, column.overflow = True, "ellipsis"
+        table.columns[-1].justify = "left"
         for name, *cells in rows:
             style = {"better": "green", "worse": "red"}.get(cells[-1], "") if any(cells) else "bold"
             row = [name, *cells] if any(cells) else [textwrap.fill(name, width), *cells]
@@ -49,30 +55,30 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(f"\n{sentence}", markup=False, highlight=False, style="bold")
 
 
-def comparison_tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """Title, head, rows and caption of each table; a row with nothing but a first cell opens a metric."""
+def comparison_tables(comparison: Comparison) -> list[TableContent]:
+    """The tables that have rows; a row with nothing but a first cell is the heading of a metric."""
     return [table for table in (_difference_table(comparison), _speed_table(comparison)) if table[2]]
 
 
-def _difference_table(comparison: Comparison) -> tuple[str, list[str], list[list[str]], str]:
-    any_lost = any(variant.diverged for variant in comparison.variants)
-    head = ["", "n", *["div."] * any_lost, "mean", "difference", "p", "evidence"]
+def _difference_table(comparison: Comparison) -> TableContent:
+    any_diverged = any(variant.diverged for variant in comparison.variants)
+    head = ["", "n", *["diverged"] * any_diverged, "mean", "difference", "p", "evidence"]
     rows = []
     for metric in METRICS:
         means = {variant.label: comparison.means[variant.label][metric.key] for variant in comparison.variants}
         if not any(mean.n for mean in means.values()):
             continue
-        rows.append([_head(metric), *[""] * (len(head) - 1)])
+        rows.append([metric.heading, *[""] * (len(head) - 1)])
         for variant, mean in zip(comparison.variants, means.values(), strict=True):
-            cells = [f"  {variant.label}", str(mean.n), *_lost(variant, any_lost), mean_cell(metric, mean)]
+            cells = [f"  {variant.label}", str(mean.n), *_diverged_cell(variant, any_diverged), mean_cell(metric, mean)]
             rows.append(cells + _difference_cells(metric, comparison.against.get(variant.label)))
     is_unpaired = any(against.design == "unpaired" for against in comparison.against.values())
     caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}" + f"; {UNPAIRED} unpaired, p by Welch's t-test" * is_unpaired
-    caption += "; div.: runs that diverged" * any_lost
+    caption += DIVERGED_CAPTION.format("diverged") * any_diverged
     return f"Variants against {comparison.baseline.label}", head, rows, caption
 
 
-def _speed_table(comparison: Comparison) -> tuple[str, list[str], list[list[str]], str]:
+def _speed_table(comparison: Comparison) -> TableContent:
     base, rows = comparison.baseline.label, []
     for metric in TARGETS:
         speeds = {f"  {label}": against.speedups[metric.tag] for label, against in comparison.against.items()}
@@ -82,7 +88,7 @@ def _speed_table(comparison: Comparison) -> tuple[str, list[str], list[list[str]
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """The notes of the comparison, then the runs that were left out, and why."""
+    """The notes of the comparison, then the runs that were left out, with the reasons."""
     left_out = [f"left out, {each.status}: {printable(each.path)} ({each.reason})" for each in comparison.left_out]
     count = [f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out."] if left_out else []
     return comparison.notes + count + left_out
@@ -118,27 +124,29 @@ def _speed_cells(speed: SpeedUp) -> list[str]:
     elif speed.reached > 1:
         evidence = "the same in each seed, so no interval"
     if speed.reached < speed.n:
-        evidence = f"never reached in {speed.n - speed.reached}" + (f"; {evidence}" if speed.reached else "")
+        evidence = f"not reached in {speed.n - speed.reached}" + (f"; {evidence}" if speed.reached else "")
     return [f"{speed.reached} of {speed.n}", ratio, evidence]
 
 
-def _head(metric: Metric) -> str:
-    return f"{metric.title}, %" if metric.is_accuracy else metric.title
+def _diverged_cell(variant: Variant, any_diverged: bool) -> list[str]:
+    """The cell in the column of diverged runs; no cell if there is no such column."""
+    share = f"{len(variant.diverged)}/{len(variant.all_runs)}"
+    return [share if variant.diverged else ""] * any_diverged
 
 
-def _lost(variant: Variant, any_lost: bool) -> list[str]:
-    """The cell of diverged runs; no cell if no variant has any."""
-    share = f"{len(variant.diverged)}/{len(variant.runs + variant.diverged)}"
-    return [share if variant.diverged else ""] * any_lost
-
-
-def _empty_table(title: str, caption: str | None = None, gap: int = 1) -> Table:
-    left = {"title_justify": "left", "caption_justify": "left"}
-    return Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), **left)
+def new_table(title: str, *columns: str, caption: str | None = None, gap: int = 1) -> Table:
+    """An empty table, the first column aligned to the left and the others to the right."""
+    table = Table(
+        title=escape(title), caption=caption, title_justify="left", caption_justify="left", show_edge=False,
+        box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), min_width=len(title),
+    )  # fmt: skip
+    for i, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
+    return table
 
 
 def show_sweep(folder: Path) -> None:
-    """Print the results of the sweep in ``folder`` so far, and how to go on if it was interrupted."""
+    """Print the results of the sweep in ``folder`` so far, and how to continue it if it was interrupted."""
     records, problems = read_runs([folder])
     Console().print(sweep_table(records, problems))
     if any(each.status == "interrupted" for each in problems):
@@ -146,40 +154,38 @@ def show_sweep(folder: Path) -> None:
 
 
 def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Group:
-    """A row per variant, how runs were evaluated if unusually, and each run left out, with reason and place."""
+    """A table with a row per variant; below it a line per unusual evaluation and per run that is left out."""
     variants, superseded = into_variants(records)
-    any_lost = any(variant.diverged for variant in variants)
-    table = _empty_table("Sweep", SEEDS_CAPTION + "; div.: runs that diverged, not in the means" * any_lost)
+    any_diverged = any(variant.diverged for variant in variants)
     shown = [metric for metric in METRICS[:6] if any(metric.values(variant.runs) for variant in variants)]
-    table.add_column("variant", no_wrap=True)
-    for name in ["n", *["div."] * any_lost, *map(_head, shown), "s"]:
-        table.add_column(name.replace("accuracy,", "acc."), justify="right")
+    heads = [each.heading.replace("accuracy,", "acc.").replace("validation", "valid.") for each in shown]
+    caption = SEEDS_CAPTION + DIVERGED_CAPTION.format("div.") * any_diverged
+    table = new_table("Sweep", "variant", "n", *["div."] * any_diverged, *heads, "s", caption=caption)
     for variant in variants:
-        cells = [mean_cell(metric, metric.mean(variant.runs)) for metric in shown]
+        cells = [str(len(variant.runs)), *_diverged_cell(variant, any_diverged)]
+        cells += [mean_cell(metric, metric.mean(variant.runs)) for metric in shown]
         seconds = f"{fmean(run.status.get('seconds', 0.0) for run in variant.runs):.1f}" if variant.runs else "-"
-        table.add_row(escape(variant.label), str(len(variant.runs)), *_lost(variant, any_lost), *cells, seconds)
-    lines = [
-        Text(printable(f"{each.status}: {' '.join(each.overrides)}: {each.reason} ({each.path / 'status.json'})"))
-        for each in [*problems, *superseded]
-    ]
-    evaluations = [Text(line) for variant in variants for line in variant.evaluations]
-    return Group(*([table] if variants else []), *evaluations, *lines)
+        table.add_row(escape(variant.label), *cells, seconds)
+    lines = [line for variant in variants for line in variant.evaluations]
+    for each in [*problems, *superseded]:
+        place = each.path / "status.json"
+        lines.append(printable(f"{each.status}: {' '.join(each.overrides)}: {each.reason} ({place})"))
+    return Group(*([table] if variants else []), *map(Text, lines))
 
 
 def epoch_tables(variants: Sequence[Variant]) -> list[Table]:
     """A table of loss and accuracy for each split, means over seeds; the training table also has seconds."""
-    curves = {tag for variant in variants for run in variant.runs for tag in run.curves}
-    splits = {name: next((tag for tag in tags if f"loss/{tag}" in curves), None) for name, tags in EPOCH_SPLITS.items()}
-    return [_epoch_table(name, tag, variants) for name, tag in splits.items() if tag is not None]
+    tags = {tag for variant in variants for run in variant.runs for tag in run.curves}
+    found = {name: [split for split in splits if f"loss/{split}" in tags] for name, splits in EPOCH_SPLITS.items()}
+    return [_epoch_table(name, splits[0], variants) for name, splits in found.items() if splits]
 
 
-def _epoch_table(split: str, tag: str, variants: Sequence[Variant]) -> Table:
-    has_seconds = split == "training"
-    table = _empty_table(f"{split} set, mean over seeds")
-    for name in ["epoch", *(f"{each.label}: loss / accuracy{' / s' * has_seconds}" for each in variants)]:
-        table.add_column(escape(name), justify="right")
-    columns = [epoch_rows(variant.runs, tag) for variant in variants]
-    for epoch in sorted({epoch for column in columns for epoch in column}):
+def _epoch_table(name: str, split: str, variants: Sequence[Variant]) -> Table:
+    has_seconds = name == "training"
+    heads = [f"{each.label}: loss / accuracy{' / s' * has_seconds}" for each in variants]
+    table = new_table(f"{name} set, mean over seeds", "epoch", *heads)
+    columns = [epoch_rows(variant.runs, split) for variant in variants]
+    for epoch in sorted(set().union(*columns)):
         cells = []
         for column in columns:
             loss, accuracy, seconds = column.get(epoch, (None, None, None))
@@ -189,27 +195,27 @@ def _epoch_table(split: str, tag: str, variants: Sequence[Variant]) -> Table:
     return table
 
 
-def epoch_rows(runs: Sequence[RunRecord], split: str) -> dict[float, tuple[float, float, float]]:
+def epoch_rows(runs: Sequence[RunRecord], split: str) -> dict[float, tuple[float, ...]]:
     """{epoch: (loss, accuracy, seconds since the last row)}, means over ``runs``, at the evaluations that all have.
 
-    A curve with readings between the evaluations, the loss of training, is averaged from one to the next.
+    The training loss, which is read more often, is averaged over the readings since the last evaluation.
     """
     rows: list[dict[float, tuple[float, float, float]]] = []
     for run in runs:
-        curves = run.curves
-        ends = next((curves[f"loss/{tag}"][0] for tag in ("valid", "test", split) if f"loss/{tag}" in curves), [])
-        epoch, seconds = (dict(zip(*curves.get(key, ((), ())), strict=True)) for key in ("epoch", "seconds"))
+        evaluated = next((f"loss/{each}" for each in ("valid", "test", split) if f"loss/{each}" in run.curves), "")
+        tags = ("epoch", "seconds", f"loss/{split}", f"accuracy/{split}")
+        epochs, seconds, losses, accuracies = map(run.curve, tags)
         row, before = {}, 0
-        for end in ends:
-            loss, accuracy = (_between(curves.get(f"{kind}/{split}"), before, end) for kind in ("loss", "accuracy"))
-            if loss is not None and accuracy is not None and end in epoch.keys() & seconds.keys():
-                row[round(epoch[end], 3)] = (loss, accuracy, seconds[end] - seconds.get(before, 0.0))
-            before = end
+        for step in run.curve(evaluated):
+            loss, accuracy = (_mean_between(curve, before, step) for curve in (losses, accuracies))
+            if loss is not None and accuracy is not None and step in epochs.keys() & seconds.keys():
+                row[round(epochs[step], 3)] = (loss, accuracy, seconds[step] - seconds.get(before, 0.0))
+            before = step
         rows.append(row)
     common = set.intersection(*map(set, rows)) if rows else set()
     return {at: tuple(map(fmean, zip(*(row[at] for row in rows), strict=True))) for at in common}
 
 
-def _between(curve: tuple[Sequence[int], Sequence[float]] | None, after: int, upto: int) -> float | None:
-    values = [value for step, value in zip(*(curve or ((), ())), strict=True) if after < step <= upto]
+def _mean_between(curve: Mapping[int, float], after: int, upto: int) -> float | None:
+    values = [value for step, value in curve.items() if after < step <= upto]
     return fmean(values) if values else None

@@ -1,7 +1,7 @@
-"""Runs sorted into variants, and the question which of them may be paired.
+"""Sorts runs into variants, names the variants, and picks the best value of a setting for each.
 
-Runs belong to one variant if their configs agree in every setting that decides numbers: not the seed, the
-schedule of looking or the place. If a variant ran a seed twice, the later run counts.
+Runs of one variant agree in every setting that decides numbers; seed, schedule of looking and place may differ.
+If a variant ran a seed twice, the later run counts.
 """
 
 import difflib
@@ -9,8 +9,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from bnexp.errors import UserError
 from bnexp.report.records import TARGETS, Problem, RunRecord
@@ -23,7 +22,11 @@ DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch")  # bes
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs that agree in everything but the seed; ``parts`` are the settings that set it apart, ``label`` its name."""
+    """Runs that differ only in the seed.
+
+    ``parts`` are the settings in which it differs from other variants, ``label`` is its name, ``runs`` are the
+    finished runs. Each list is in the order of the seeds.
+    """
 
     label: str
     parts: dict
@@ -31,8 +34,12 @@ class Variant:
     diverged: list[RunRecord]
 
     @property
+    def all_runs(self) -> list[RunRecord]:
+        return self.runs + self.diverged
+
+    @property
     def first(self) -> RunRecord:
-        return (self.runs + self.diverged)[0]
+        return self.all_runs[0]
 
     @property
     def overrides(self) -> list[str]:
@@ -41,8 +48,8 @@ class Variant:
 
     @property
     def evaluations(self) -> list[str]:
-        """How its runs were evaluated, one sentence each, if not with running statistics."""
-        return [f"{self.label}: {each}." for each in {run.evaluation: 0 for run in self.runs + self.diverged} if each]
+        """Sentences on how its runs were evaluated, if not with running statistics."""
+        return [f"{self.label}: {words}." for words in dict.fromkeys(run.evaluation for run in self.all_runs) if words]
 
 
 def group_names(run: RunRecord) -> dict[str, str]:
@@ -73,7 +80,7 @@ def batch_settings(run: RunRecord) -> dict:
 
 
 def identity(run: RunRecord, ignore: str | None = None) -> str:
-    """A text that two runs share if and only if they are of the same variant."""
+    """A text that is the same for two runs if and only if they are of one variant, whatever their ``ignore``."""
     flat = {key: value for key, value in numbers(run.config).items() if key != ignore}
     return json.dumps(flat, sort_keys=True, default=str)
 
@@ -81,7 +88,7 @@ def identity(run: RunRecord, ignore: str | None = None) -> str:
 def into_variants(records: Sequence[RunRecord], ignore: str | None = None) -> tuple[list[Variant], list[Problem]]:
     """Return the variants in order of appearance, and the runs that a later run of the same seed replaces.
 
-    ``ignore`` is a setting in which runs of one variant may differ: the one whose best value was picked.
+    ``ignore`` is a setting in which the runs of one variant may differ: the one whose best value was picked.
     """
     groups: dict[str, dict[str, RunRecord]] = defaultdict(dict)
     superseded = []
@@ -102,13 +109,8 @@ def into_variants(records: Sequence[RunRecord], ignore: str | None = None) -> tu
     return variants, superseded
 
 
-def with_names(records: Sequence[RunRecord], names: Mapping[Path, str]) -> list[RunRecord]:
-    """The records with the names of their variants, given by folder."""
-    return [replace(record, name=names.get(record.path, record.name)) for record in records]
-
-
 def _given_or(labels: list[str], variants: Sequence[Sequence[RunRecord]]) -> list[str]:
-    """The labels, but the name that was given to all runs of a variant, if no other variant has it."""
+    """The names that the runs were given where a name is that of one whole variant, else the labels."""
     names = [{run.name for run in runs} for runs in variants]
     given = [min(each) if len(each) == 1 else "" for each in names]
     return [name if name and given.count(name) == 1 else label for name, label in zip(given, labels, strict=True)]
@@ -119,7 +121,7 @@ def _seed_order(run: RunRecord) -> tuple:
 
 
 def _distinguish(flats: list[dict], names: list[dict], ignore: str | None) -> list[dict]:
-    """What sets each variant apart: the names of groups that vary, then the other settings that vary.
+    """For each variant the settings by which it is named: the groups that vary, then the other settings that vary.
 
     An option of a group is compared only among variants with the same name of that group: `none` never has an eps.
     """
@@ -169,21 +171,22 @@ def find_key(records: Sequence[RunRecord], wanted: str) -> str:
         return fits[0]
     close = fits or difflib.get_close_matches(wanted, keys, n=1, cutoff=0.8)
     choices = dict.fromkeys([*close, *tried_settings(records)]) or keys
-    raise UserError(f"best over {wanted}: not one setting of these runs; choose among {', '.join(choices)}")
+    what = f"{len(fits)} settings of these runs end in it" if fits else "no setting of these runs"
+    raise UserError(f"best over {wanted}: {what}; choose among {', '.join(choices)}")
 
 
 def tried_settings(records: Sequence[RunRecord]) -> list[str]:
-    """The settings that have several values among the runs, without the classes of groups."""
+    """The settings that have several values among the runs, without ``_target_``."""
     columns = varying([numbers(run.config) for run in records])
     given = {key: {repr(value) for value in column if value is not None} for key, column in columns.items()}
     return [key for key, values in given.items() if len(values) > 1 and last_part(key) != "_target_"]
 
 
 def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], list[Problem], list[str]]:
-    """Keep the runs at the best value of ``key`` of each variant; also return the runs replaced later, and notes.
+    """Keep the runs at each variant's best value of ``key``; also return the superseded runs, and notes.
 
-    Best is the highest mean over seeds of the best validation accuracy, or the lowest mean of the loss if no accuracy
-    was read. A value at which a smaller share of the seeds diverged is better whatever its mean.
+    The best value has the smallest share of diverged runs and, among equal shares, the highest mean over seeds of the
+    best validation accuracy (without accuracies: the lowest mean of the best validation loss).
     """
     variants, superseded = into_variants(records)
     buckets: dict[str, list[Variant]] = defaultdict(list)
@@ -194,28 +197,28 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
 
     def rank(variant: Variant) -> tuple[float, float]:
         value = metric.mean(variant.runs).mean
-        share = len(variant.diverged) / len(variant.runs + variant.diverged)
+        share = len(variant.diverged) / len(variant.all_runs)
         return share, math.inf if value is None else -value if metric is accuracy else value
 
     best = [min(bucket, key=rank) for bucket in buckets.values()]
-    kept = [run for variant in best for run in variant.runs + variant.diverged]
+    kept = [run for variant in best for run in variant.all_runs]
     if all(len(bucket) == 1 for bucket in buckets.values()):
         others = ", ".join(each for each in tried_settings(records) if each != key) or "no other setting"
-        note = f"best over {key}: each variant has one value of it, so nothing is picked; what varies is {others}."
-        return kept, superseded, [note]
+        return kept, superseded, [f"best over {key}: each variant has one value of it; what varies is {others}."]
     labels = [variant.label for variant in into_variants(kept, ignore=key)[0]]
     notes = [_best_note(*each, key, metric.title) for each in zip(labels, best, buckets.values(), strict=True)]
     return kept, superseded, notes
 
 
 def _best_note(label: str, best: Variant, bucket: Sequence[Variant], key: str, title: str) -> str:
-    """Which value was picked for one variant, and what makes the choice doubtful."""
+    """A note on the value that was picked for one variant, and on what makes the choice doubtful."""
     value, *values = (numbers(variant.first.config).get(key) for variant in (best, *bucket))
     is_numeric = all(isinstance(each, int | float) for each in values)
     among = ", ".join(map(as_typed, sorted(values) if is_numeric else values))
-    note = f"{label} stands at its best {key}={as_typed(value)} of {among}, by mean {title}"
+    note = f"{label} is shown at {key}={as_typed(value)}, the best of {among} by mean {title}"
     if len(values) > 1 and is_numeric and value in (min(values), max(values)):
-        note += f"; the {'smallest' if value == min(values) else 'largest'} tried, so one beyond may be better"
-    if len({len(variant.runs + variant.diverged) for variant in bucket}) > 1:
-        note += "; the values were not tried with equally many seeds"
+        end, beyond = ("smallest", "smaller") if value == min(values) else ("largest", "larger")
+        note += f"; it is the {end} value tried, so a {beyond} one may be better"
+    if len({len(variant.all_runs) for variant in bucket}) > 1:
+        note += "; the values were tried with different numbers of seeds"
     return note + "."

@@ -13,7 +13,11 @@ from bnexp.store.settings import numbers
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants, the baseline first; the others ``against`` it by label; the verdict, and notes on its numbers."""
+    """Variants compared with the first of them, the baseline.
+
+    ``means`` is {label: {metric key: mean}}, ``against`` {label: Against} of the other variants. ``sentences`` are
+    the verdict, ``notes`` say how to read it. ``chosen`` is {label: value} of the setting ``best_over``.
+    """
 
     variants: list[Variant]
     means: dict[str, dict[str, stats.Mean]]
@@ -39,11 +43,11 @@ def compare_records(
     """Compare the variants among ``records`` with a baseline.
 
     The baseline is the variant named ("norm=none", or a label), else the first whose norm is none, else the first.
-    ``best_over`` is a setting: each variant is first put at its best value of it, by `pick_best`.
+    ``best_over`` is a setting: of each variant only the runs at its best value count, see `pick_best`.
     """
     if not records:
         left = "; ".join(f"{each.path} {each.status}: {each.reason}" for each in problems)
-        raise UserError(f"no finished run to compare{left and ', only ' + left}; let a run finish first")
+        raise UserError(f"no finished run to compare{left and f', only {left}'}; let a run finish first")
     notes: list[str] = []
     repeated: list[Problem] = []
     if best_over is not None:
@@ -63,7 +67,9 @@ def compare_records(
     notes += [note for variant in variants for note in _notes_on_runs(variant, is_base=variant is base)]
     notes += [note for variant in others for note in _notes_on_pairs(variant, base, against[variant.label])]
     if len(others) > 1:
-        notes.append(f"The p-values are not corrected for comparing {len(others)} variants at once.")
+        notes.append(
+            f"The p-values are not corrected for multiple comparisons: {len(others)} variants against {base.label}."
+        )
     sentences = [_sentence(variant, base, against[variant.label]) for variant in others]
     sentences = sentences or [f"One variant only, {base.label}: nothing to compare it with."]
     means = {variant.label: {metric.key: metric.mean(variant.runs) for metric in METRICS} for variant in variants}
@@ -82,7 +88,7 @@ def _find_baseline(variants: list[Variant], wanted: str | None, notes: list[str]
         known = ", ".join(f"`{variant.label}`" for variant in variants)
         raise UserError(f"baseline={wanted}: not among the variants, which are {known}; name one of them")
     if len(fits) > 1:
-        notes.append(f"baseline {wanted} fits {len(fits)} variants; {fits[0].label} is taken, the first.")
+        notes.append(f"baseline {wanted} fits {len(fits)} variants; the first, {fits[0].label}, is taken.")
     return fits[0]
 
 
@@ -104,19 +110,23 @@ def _equal(setting, text: str) -> bool:
 
 
 def _notes_on_runs(variant: Variant, is_base: bool) -> list[str]:
-    """What a reader of this variant's means must know."""
-    label, runs, notes = variant.label, variant.runs + variant.diverged, variant.evaluations
+    """Notes on a variant's means."""
+    notes = variant.evaluations
     if variant.diverged:
-        role = "sets no best to reach" if is_base else "counts as never reaching the baseline's best"
-        others = f"means and differences are over the others, and a diverged run {role}"
-        notes.append(f"{label}: {len(variant.diverged)} of {len(runs)} runs diverged; {others}.")
-    if len(runs) == 1:
-        notes.append(f"{label}: one seed, so no interval and no p.")
+        role = "sets no best value to reach" if is_base else "counts as not reaching the baseline's best"
+        others = f"Means and differences leave diverged runs out; in the steps to the best, a diverged run {role}"
+        notes.append(f"{_diverged_words(variant)}. {others}.")
+    if len(variant.all_runs) == 1:
+        notes.append(f"{variant.label}: one seed, so no interval and no p.")
     return notes
 
 
+def _diverged_words(variant: Variant) -> str:
+    return f"{variant.label}: {len(variant.diverged)} of {len(variant.all_runs)} runs diverged"
+
+
 def _notes_on_pairs(variant: Variant, base: Variant, against: Against) -> list[str]:
-    """What a reader of this variant's differences must know."""
+    """Notes on the differences between a variant and the baseline."""
     notes, both, unlike = [], f"{variant.label} and {base.label}", _settings(against.unlike)
     if len(against.differs) > 1:
         settings = _settings(against.differs)
@@ -126,11 +136,10 @@ def _notes_on_pairs(variant: Variant, base: Variant, against: Against) -> list[s
     if against.design == "unpaired":
         consequence = "the differences are not paired by seed, and steps to a best are not compared"
         notes.append(f"{both} saw different batches ({unlike}): {consequence}.")
-    partners = {repr(run.seed) for run in base.runs + base.diverged}
-    alone = [str(run.seed) for run in variant.runs + variant.diverged if repr(run.seed) not in partners]
+    partners = {repr(run.seed) for run in base.all_runs}
+    alone = ", ".join(str(run.seed) for run in variant.all_runs if repr(run.seed) not in partners)
     if alone and against.design == "paired":
-        seeds = f"seed {', '.join(alone)}"
-        notes.append(f"{variant.label}: {seeds} without partner in {base.label}; in means, not in differences.")
+        notes.append(f"{variant.label}: {base.label} has no run of seed {alone}, which counts in means only.")
     return notes
 
 
@@ -150,16 +159,15 @@ def _sentence(variant: Variant, base: Variant, against: Against) -> str:
     speeds = [(metric, against.speedups[metric.tag]) for metric in TARGETS]
     reached = "; it ".join(_speed_words(metric, speed, base.label) for metric, speed in speeds if speed.n)
     words += f". It {reached}" if reached else ""
-    if variant.diverged:
-        words += f". {len(variant.diverged)} of its {len(variant.runs + variant.diverged)} runs diverged"
-    return words + "."
+    return ". ".join([words, *(_diverged_words(each) for each in (variant, base) if each.diverged)]) + "."
 
 
 def _opening(variant: Variant, base: Variant, design: str, n: int) -> str:
     if design == "other data":
         return f"{variant.label} and {base.label} saw different images, so they are not compared"
     if n == 0:
-        return f"{variant.label} and {base.label} share no finished {'seed' if design == 'paired' else 'measurement'}"
+        why = "no seed finished in both" if design == "paired" else "no metric was measured in both"
+        return f"{variant.label} against {base.label}: no difference can be given, because {why}"
     over = f"unpaired, {len(variant.runs)} against {len(base.runs)} runs"
     if design == "paired":
         over = f"over {n} paired seeds" if n > 1 else "in one seed"
@@ -175,17 +183,17 @@ def _difference_words(metric: Metric, found: stats.Difference) -> str:
     direction = "higher" if found.difference > 0 else "lower"
     words = f"{metric.title} is {direction} by {metric.show(abs(found.difference))}{unit}"
     if found.low is None:
-        return words + (" in every seed, without any spread to judge it by" if found.n > 1 else "")
-    interval = f"95% interval {metric.show(found.low, '+')} to {metric.show(found.high, '+')}"
+        return words + (" in every seed, so there is no spread for an interval" if found.n > 1 else "")
+    interval = f"95% interval {metric.show(found.low, '+')} to {metric.show(found.high, '+')}{unit}"
     if not found.excludes_zero:
         return f"not enough evidence of a difference in {metric.title} ({interval})"
     return f"{words} ({interval}, p {show_p(found.p, '= ')})"
 
 
 def _speed_words(metric: Metric, speed: SpeedUp, base: str) -> str:
-    target = f"{base}'s best validation {'accuracy' if metric.is_accuracy else 'loss'}"
+    target = f"{base}'s {metric.title}"
     if not speed.reached:
-        return f"never reaches {target}" + (f" in {speed.n} seeds" if speed.n > 1 else "")
+        return f"does not reach {target}" + (f" in any of {speed.n} seeds" if speed.n > 1 else "")
     seeds = f" in {speed.reached} of {speed.n} seeds" if speed.n > 1 else ""
     if speed.ratio is None or speed.is_same_step:
         return f"reaches {target}{' at the same step' * speed.is_same_step}{seeds}"
@@ -193,8 +201,7 @@ def _speed_words(metric: Metric, speed: SpeedUp, base: str) -> str:
     if speed.low is None:
         return f"reaches {target}{seeds}{times}" + (" in each" if speed.reached > 1 else "")
     if speed.low <= 1 <= speed.high:
-        unclear = f"not evidently sooner or later (speed-up {speed.ratio:.2f}, not enough evidence)"
-        return f"reaches {target}{seeds}, but {unclear}"
+        return f"reaches {target}{seeds}, with not enough evidence of fewer or more steps (speed-up {speed.ratio:.2f})"
     low, high = sorted(map(_fold, (speed.low, speed.high)))
     return f"reaches {target}{seeds}{times} (95% interval {low:.2g} to {high:.2g})"
 

@@ -266,7 +266,7 @@ def test_a_diverging_variant_takes_its_place_in_the_verdict(bnexp, capsys):
     lost = verdict("compare")["variants"][1]
     assert (lost["n"], lost["num_diverged"]) == (0, 2)
     assert lost["speedups"]["loss/valid"] == {"n": 2, "reached": 0, "ratio": None, "low": None, "high": None}
-    assert "2 of its 2 runs diverged" in capsys.readouterr().out
+    assert "lr=1e+30: 2 of 2 runs diverged." in " ".join(capsys.readouterr().out.split())
 
 
 # ---------------------------------------------------------------- what is printed on the way

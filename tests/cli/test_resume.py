@@ -227,10 +227,10 @@ def test_a_run_that_nobody_holds_is_dead_one_that_is_held_runs_and_elsewhere_nob
     with taken(tmp_path / "b"):
         found = {each.path.name: (each.status, each.reason) for each in read_runs([tmp_path])[1]}
     assert found == {
-        "a": ("dead", f"died at step 7; bnexp resume {tmp_path / 'a'} goes on"),
+        "a": ("dead", f"died at step 7; bnexp resume {tmp_path / 'a'} continues it"),
         "b": ("running", "running at step 7"),
         "c": ("running", "running at step 7 on elsewhere, last heard of 10 minutes ago"),
-        "d": ("dead", f"died at step 7; bnexp resume {tmp_path / 'd'} goes on"),
+        "d": ("dead", f"died at step 7; bnexp resume {tmp_path / 'd'} continues it"),
     }
 
 

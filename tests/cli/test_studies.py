@@ -122,7 +122,7 @@ def test_a_run_that_fails_ends_the_study_with_1(bnexp, tiny, tmp_path, monkeypat
 
     monkeypatch.setattr(Run, "step", fail)
     assert bnexp("study", tiny, "quick=true", "out=s") == 1
-    assert "came to its end" in json.loads((tmp_path / "s/study.json").read_text())["findings"][0]["problem"]
+    assert "has finished or diverged" in json.loads((tmp_path / "s/study.json").read_text())["findings"][0]["problem"]
 
 
 def test_alone_it_lists_every_study_with_its_source_and_time(bnexp, capsys):

@@ -57,7 +57,7 @@ def test_seeds_that_have_no_partner_are_no_evidence():
 
 
 def test_no_run_and_no_reading_fail_and_say_so():
-    assert "came to its end" in judge(expect(above=0), {"a": []}).problem
+    assert "has finished or diverged" in judge(expect(above=0), {"a": []}).problem
     assert "too few readings of loss/test" in judge(expect(tag="loss/test", above=0), {"a": accuracies(0.9)}).problem
     assert "too few readings" in judge(expect(take="drift", above=-1), {"a": accuracies(0.9)}).problem
 
@@ -135,7 +135,7 @@ def test_a_diverged_run_has_no_last_value_but_a_largest():
         ({"above": 0, "take": "middle"}, "take=middle is not known"),
         ({"above": 0, "seeds": "most"}, "seeds=most is not known"),
         ({"above": 0, "minus": "b", "over": "b"}, "exclude each other"),
-        ({}, "could not fail"),
+        ({}, "cannot fail"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(given, complaint):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from bnexp.report.figures.probes import FEWEST, LANDSCAPE, TITLES, draw_probes
+from bnexp.report.figures.landscape import FEWEST, LANDSCAPE
+from bnexp.report.figures.probes import TITLES, draw_probes
 from bnexp.report.figures.style import NORM_COLORS, render_figure
 from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.report import make_report, write_comparison

@@ -92,7 +92,7 @@ def test_runs_that_are_over_are_read_and_the_others_are_named_with_their_reason(
     assert [(run.path.name, run.seed, run.diverged) for run in records] == [("a", 0, False), ("b", 1, True)]
     found = {each.path.name: (each.status, each.reason) for each in problems}
     assert found == {
-        "c": ("dead", f"died at step 7; bnexp resume {tmp_path / 'c'} goes on"),
+        "c": ("dead", f"died at step 7; bnexp resume {tmp_path / 'c'} continues it"),
         "d": ("interrupted", "interrupted at step 7"),
         "e": ("failed", "ValueError: too small"),
     }
@@ -316,7 +316,7 @@ def test_seeds_that_never_reach_it_or_diverged_are_counted(tmp_path):
     assert (speed.n, speed.reached, speed.low) == (3, 1, None)
     assert speed.ratio == pytest.approx(3)
     assert "It reaches none's best validation loss in 1 of 3 seeds, there 3 times" in comparison.sentences[0]
-    assert "never reached in 2" in printed(paths=[tmp_path])
+    assert "not reached in 2" in printed(paths=[tmp_path])
 
 
 def test_a_best_reached_at_the_same_step_is_said_once_and_has_no_row(tmp_path):
@@ -347,7 +347,7 @@ def test_diverged_runs_are_left_out_of_the_means_and_said(three):
     assert comparison.means["library"]["accuracy/test"].n == 3
     assert comparison.against["library"].differences["accuracy/test"].n == 3
     assert any(note.startswith("library: 1 of 4 runs diverged") for note in comparison.notes)
-    assert "1 of its 4 runs diverged" in comparison.sentences[0]
+    assert "library: 1 of 4 runs diverged." in comparison.sentences[0]
     assert "1/4" in printed(paths=[three])
 
 
@@ -357,7 +357,7 @@ def test_a_variant_that_always_diverged_has_its_row(three):
     comparison = compared(three)
     assert [each.label for each in comparison.variants] == ["none", "library", "scratch"]
     assert comparison.means["scratch"]["loss/test"].n == 0
-    assert "share no finished seed" in comparison.sentences[1]
+    assert "no difference can be given, because no seed finished in both" in comparison.sentences[1]
     assert "2/2" in printed(paths=[three])
 
 
@@ -366,7 +366,7 @@ def test_seeds_without_a_partner_are_said(three):
     comparison = compared(three)
     assert comparison.against["library"].differences["accuracy/test"].n == 3
     assert comparison.means["library"]["accuracy/test"].n == 4
-    assert any("seed 7 without partner in none" in note for note in comparison.notes)
+    assert any("library: none has no run of seed 7," in note for note in comparison.notes)
 
 
 def test_more_than_one_difference_is_said_with_what_differs(tmp_path):
@@ -381,7 +381,7 @@ def test_more_than_one_difference_is_said_with_what_differs(tmp_path):
     ]
     differs = comparison.against["library lr=0.5"].differs
     assert differs == {"norm": ("none", "library"), "optimizer.lr": (0.1, 0.5)}
-    assert any("not corrected for comparing 2 variants" in note for note in comparison.notes)
+    assert any("not corrected for multiple comparisons: 2 variants" in note for note in comparison.notes)
 
 
 @pytest.mark.parametrize("wanted", ["norm=library", "library", "library lr=0.1", "norm=library,lr=1e-1"])
@@ -433,8 +433,8 @@ def test_best_over_picks_by_validation_and_compares_on_test(tmp_path):
     assert comparison.against["library lr=1.0"].differences["accuracy/test"].difference == pytest.approx(0.1)
     assert list(comparison.against["library lr=1.0"].differs) == ["norm"]
     text = " ".join(comparison.notes)
-    assert "none stands at its best optimizer.lr=0.1 of 0.01, 0.1, 1.0" in text
-    assert text.count("one beyond may be better") == 1  # library's is the largest tried
+    assert "none is shown at optimizer.lr=0.1, the best of 0.01, 0.1, 1.0 by mean best validation accuracy" in text
+    assert text.count("a larger one may be better") == 1  # library's is the largest tried
 
 
 def test_best_over_falls_back_to_the_loss(tmp_path):
@@ -539,6 +539,15 @@ def test_no_name_and_no_number_of_the_tables_is_cut(three, width):
     for cell in ("library", "92.00", "±2.48", "0.1010", "±0.0025"):
         assert cell in table
     assert "…" not in text + table
+
+
+def test_a_sweeps_table_breaks_long_names_before_numbers(tmp_path):
+    sweep_rates(tmp_path, {0.1: (0.6, 0.6), 300000000.0: (0.9, 0.9)})
+    write_run(tmp_path / "d", "library", status="diverged", lr=300000000.0)
+    text = printed(sweep_table(*read_runs([tmp_path])), width=80)
+    assert "…" not in text
+    for number in ("60.00", "90.00", "0.3000", "10.0000"):
+        assert number in text
 
 
 def test_brackets_in_names_and_reasons_are_printed_as_they_are(tmp_path):

@@ -1,4 +1,4 @@
-"""One image as a model sees it: the image, the probabilities of the classes, and what layers put out for it."""
+"""The figure of one inspected image: the image, the probabilities of the classes, and the outputs of layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,15 @@ PAGE_WIDTH, NAMES_WIDTH = 7.2, 1.6  # inches: the page, and its left column
 PIXEL = 1 / 100  # inches that a pixel of a picture takes
 TEXT_LINE = 0.17  # inches
 MOST_BARS, LONGEST_NAME = 10, 20  # classes with a bar, and letters of their names
-TRUE, WRONG, OTHER, PAGE = "#009e73", "#d55e00", "#8c8c8c", "#f0f0f0"  # a grey page, on which white can be seen
+TRUE, WRONG, OTHER, PAGE = "#009e73", "#d55e00", "#8c8c8c", "#f0f0f0"  # the page is grey so that white can be seen
 FEATURES_CAPTION = (
-    "Every map is drawn from its smallest value (black) to its largest (white), units of a dense layer together.\n"
-    "Beside them: the smallest and the largest value in the layer. Norms end with their activation."
+    "Each map ranges from its smallest value (black) to its largest (white), the units of a dense layer together.\n"
+    "Beside them: the smallest and the largest value in the layer. The output of a norm includes its activation."
 )
 
 
 def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Figure":
-    """A page on image ``index`` of ``split``, from what :func:`bnexp.probes.features.look_at_images` yields, by tag."""
+    """A page on image ``index`` of ``split``, from the readings of `bnexp.probes.features.look_at_images` by tag."""
     with figure_style():
         from matplotlib.figure import Figure
 
@@ -57,14 +57,14 @@ def draw_image(index: int, split: str, readings: "Mapping[str, Reading]") -> "Fi
 
 
 def show_pixels(axes: "Axes", pixels: np.ndarray) -> None:
-    """A picture as it is, at the left edge of its place."""
+    """Draw ``pixels`` in the upper left corner of a panel, without axes."""
     axes.axis("off")
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_anchor("NW")
 
 
 def draw_bars(axes: "Axes", prediction: Sequence[Any], classes: Sequence[str]) -> None:
-    """A bar for each of the most probable classes, with the true and the predicted one marked."""
+    """Draw a bar for each of the most probable classes, the true and the predicted one marked."""
     _, true, predicted, *shares = prediction
     shares = np.array(shares)
     shown = sorted(np.argsort(-shares, kind="stable")[:MOST_BARS])

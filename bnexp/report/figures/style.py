@@ -1,7 +1,7 @@
-"""What all figures share: the page, how each variant looks, the line that names the runs, rendering to bytes.
+"""What all figures share: page and fonts, the look of each variant, the caption on the runs, rendering to bytes.
 
-A norm has the same colour and marker in every figure; dashes tell its other settings apart. The colours are those of
-Okabe & Ito (2008), which the colour-blind can tell apart; the markers also differ in black and white.
+A norm has the same colour and marker in every figure; its other settings differ in their dashes. The colours are those
+of Okabe & Ito (2008), which colour-blind readers can tell apart; the markers differ in black and white too.
 """
 
 import io
@@ -47,9 +47,9 @@ RC = {
 
 
 def variant_looks(variants: Sequence[Variant]) -> list[Look]:
-    """The look of every variant: colour and marker by its norm, dashes by its other settings; no two are equal.
+    """The look of every variant: colour and marker by norm, dashes by the other settings; no two are equal.
 
-    A norm with more than 5 settings repeats the dashes with the next marker: 35 looks have the same colour.
+    From the sixth setting of a norm on, the dashes repeat with the next marker, so 35 looks have the same colour.
     """
     settings: list[dict] = []
     looks: list[Look] = []
@@ -57,15 +57,15 @@ def variant_looks(variants: Sequence[Variant]) -> list[Look]:
         others = {key: value for key, value in variant.parts.items() if key != "norm"}
         if others not in settings:
             settings.append(others)
-        norm = group_names(variant.first).get("norm", "") if variant.runs + variant.diverged else ""
+        norm = group_names(variant.first).get("norm", "") if variant.all_runs else ""
         candidates = [norm_look(norm, settings.index(others) + k) for k in range(len(DASHES) * len(MARKERS))]
         looks.append(next((look for look in candidates if look not in looks), candidates[0]))
     return looks
 
 
 def norm_look(norm: str, setting: int) -> Look:
-    """The look of a norm at the setting with this number."""
-    number = zlib.crc32(norm.encode())  # `hash` differs from one process to the next
+    """The look of a norm with its other settings numbered ``setting``."""
+    number = zlib.crc32(norm.encode())  # `hash` differs between processes
     marker = list(NORM_COLORS).index(norm) if norm in NORM_COLORS else number
     return {
         "color": NORM_COLORS.get(norm, OTHER_COLORS[number % len(OTHER_COLORS)]),
@@ -75,26 +75,28 @@ def norm_look(norm: str, setting: int) -> Look:
 
 
 def describe_runs(variants: Sequence[Variant]) -> str:
-    """What all runs share: "mlp on mnist, adam lr 0.001, batch 64, 3 epochs; 3 seeds each"; "" without runs."""
-    runs = [run for variant in variants for run in variant.runs + variant.diverged]
+    """The settings that all runs share: "mlp on mnist, adam lr 0.001, batch 64, 3 epochs; 3 seeds each"."""
+    runs = [run for variant in variants for run in variant.all_runs]
+    if not runs:
+        return ""
     configs = [flatten(run.config) | group_names(run) for run in runs]
-    shared = {key: value for key, value in (configs[0] if configs else {}).items()
+    shared = {key: value for key, value in configs[0].items()
               if value is not None and all(config.get(key) == value for config in configs)}  # fmt: skip
     if "steps" in shared:
         shared.pop("epochs", None)
     text = "".join(form.format(as_typed(shared[key])) for key, form in CAPTION_FORMS.items() if key in shared)
     text = text.replace(", 1 epochs", ", 1 epoch")
-    for override in variants[0].overrides if runs else ():
+    for override in variants[0].overrides:
         is_named = override.lstrip("+").partition("=")[0] in CAPTION_FORMS
         if not is_named and all(override in variant.overrides for variant in variants):
             text += f", {printable(override)}"
-    counts = sorted({len(variant.runs + variant.diverged) for variant in variants})
-    seeds = " to ".join(map(str, dict.fromkeys([*counts[:1], *counts[-1:]])))
-    return f"{text.lstrip(', ')}; {seeds} seed{'s' * (counts != [1])} each".lstrip("; ") if runs else ""
+    counts = sorted({len(variant.all_runs) for variant in variants})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return f"{text.lstrip(', ')}; {seeds} seed{'s' * (counts != [1])} each".lstrip("; ")
 
 
 def new_figure(height: float) -> "Figure":
-    """An empty figure of ``height`` inches; legend and caption are added to the height."""
+    """An empty figure of ``height`` inches, to which legend and caption add theirs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -103,9 +105,9 @@ def new_figure(height: float) -> "Figure":
 
 
 def finish_figure(figure: "Figure", variants: Sequence[Variant], words: str) -> None:
-    """Name the runs of ``variants`` below the panels, continue with ``words``, and lay the figure out once for all.
+    """Write the caption, the settings of ``variants`` and then ``words``, and fix the layout of the figure.
 
-    A layout depends on the one before and on the format's resolution; one fixed layout gives the same bytes each time.
+    Without a fixed layout, two renderings of one figure would differ: a layout depends on the one before it.
     """
     lines = textwrap.wrap(describe_runs(variants), CAPTION_WIDTH, max_lines=2, placeholder=" …")
     lines += textwrap.wrap(words, CAPTION_WIDTH)
@@ -116,7 +118,7 @@ def finish_figure(figure: "Figure", variants: Sequence[Variant], words: str) -> 
 
 
 def add_legend(figure: "Figure", labels: Sequence[str], looks: Sequence[Look], title: str | None = None) -> None:
-    """Name the lines above the panels, in as many columns as fit, under a bold ``title``."""
+    """Add a legend above the panels, in as many columns as fit, under a bold ``title``."""
     from matplotlib.lines import Line2D
 
     labels = [label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…" for label in labels]
@@ -130,7 +132,7 @@ def add_legend(figure: "Figure", labels: Sequence[str], looks: Sequence[Look], t
 
 
 def set_log_ticks(axis: "Axis") -> None:
-    """Label a logarithmic axis with plain numbers: 1, 2 and 5 times the powers of ten, or the powers alone."""
+    """Label a logarithmic axis with plain numbers: powers of ten and, on a short axis, 2 and 5 times those."""
     from matplotlib.ticker import LogLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -146,7 +148,7 @@ def write_inside(axes: "Axes", words: str) -> None:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Set bnexp's style whatever the user's matplotlibrc says, and put matplotlib's settings back afterwards."""
+    """Within the context, matplotlib has bnexp's settings; those of the user are restored afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
