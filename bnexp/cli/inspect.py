@@ -25,7 +25,7 @@ from bnexp.probes.features import has_maps, look_at_images
 from bnexp.probes.layers import Layer, list_layers, tracking_norms
 from bnexp.probes.population import population_size, shadow
 from bnexp.probes.shapes import show_shape
-from bnexp.probes.statistics import norm_table, recomputed_model, score_table
+from bnexp.probes.statistics import norm_table, recomputed_model, score_by_statistics
 from bnexp.report import readings as report
 from bnexp.report.figures.features import draw_image
 from bnexp.report.figures.style import render_figure
@@ -201,7 +201,7 @@ def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[st
     split, model = getattr(run.dataset, name), shadow(run).eval()
     recomputed = recomputed_model(run, POPULATION_IMAGES)
     yield norm_table(model, recomputed)
-    yield score_table(run, split, model, recomputed)
+    yield score_by_statistics(run, split, model, recomputed)
     yield from Confusion(split=name, images=len(split)).look(run, None)
     layers = layers or choose_layers(list_layers(run.model, run.dataset.in_shape))
     yield from look_at_images(run, split, indices, layers)

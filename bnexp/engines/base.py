@@ -1,6 +1,6 @@
 """What an engine is: a function ``engine(run, **options)`` that returns the function which takes a step of ``run``.
 
-That is all an engine has to be. What else it may say of itself stands in :class:`Traits`.
+An engine that needs a certain device, or that can compute many runs as one, states it by :func:`with_traits`.
 """
 
 from collections.abc import Callable
@@ -12,36 +12,32 @@ import torch
 Function = TypeVar("Function", bound=Callable)
 
 
-def runs_anywhere(device: torch.device) -> None:
-    """Accept every device."""
-
-
 @dataclass(frozen=True)
 class Traits:
-    """What an engine says of itself, with the defaults for one that says nothing.
+    """The traits of an engine, with the defaults for one that states none.
 
-    ``require_device(device)`` raises :class:`UserError`, before any work, where the engine cannot run.
-    ``make_stack(runs, **options)`` makes the :class:`bnexp.engines.fold.Stack` that takes the common step of runs
-    computed as one (``replicas``); without it runs of this engine cannot be.
+    ``require_device(device)`` raises :class:`UserError`, before any work, if the engine cannot run on ``device``.
+    ``make_stack(runs, **options)`` returns the :class:`bnexp.engines.fold.Stack` that takes the common step of runs
+    computed as one (``replicas``). Runs of an engine without it cannot be computed as one.
     """
 
-    require_device: Callable[[torch.device], None] = runs_anywhere
+    require_device: Callable[[torch.device], None] = lambda device: None
     make_stack: Callable | None = None
 
 
 TRAITS: dict[Callable, Traits] = {}
 
 
-def says(**traits: Callable) -> Callable[[Function], Function]:
-    """Decorate an engine's function with its :class:`Traits`."""
+def with_traits(**traits: Callable) -> Callable[[Function], Function]:
+    """Decorate an engine with its :class:`Traits`."""
 
-    def note(function: Function) -> Function:
-        TRAITS[function] = Traits(**traits)
-        return function
+    def register(engine: Function) -> Function:
+        TRAITS[engine] = Traits(**traits)
+        return engine
 
-    return note
+    return register
 
 
 def traits_of(engine: Callable) -> Traits:
-    """What ``engine``, the function itself, says of itself."""
+    """The traits of ``engine``, the function itself."""
     return TRAITS.get(engine, Traits())

@@ -1,4 +1,4 @@
-"""Steps that are captured once as a CUDA graph and replayed, and counters that a captured step moves.
+"""Steps that are captured once as a CUDA graph and replayed, and counters that a captured step changes.
 
 :mod:`bnexp.engines.graph` defines the step of one run, :mod:`bnexp.engines.graph_fold` that of many.
 """
@@ -15,55 +15,49 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bnexp.errors import UserError
+from bnexp.train.device import forked_rng
 from bnexp.train.run import Run
 
 
-def check_warmup(warmup_steps: int) -> None:
-    """Raise :class:`UserError` unless ``warmup_steps`` is a whole number, 1 or more."""
-    if type(warmup_steps) is not int or warmup_steps < 1:
-        raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
-
-
 @cache
-def tell(reason: str) -> None:
-    """Say on stderr, once for each reason, why nothing is captured."""
+def warn_uncaptured(reason: str) -> None:
+    """Warn on stderr, once for each reason, that steps are not captured."""
     print(f"bnexp: warning: engine=graph: {reason}; going step by step as engine=eager does", file=sys.stderr)
 
 
-def why_not(optimizer: Optimizer) -> str | None:
-    """Why an optimizer is known not to be capturable, None if no reason is known."""
+def find_obstacle(optimizer: Optimizer) -> str | None:
+    """Why the steps of ``optimizer`` cannot be captured; None if no reason is known."""
     if all(group.get("fused") for group in optimizer.param_groups):
         return None
     name = type(optimizer).__name__
-    return f"of the optimizers only SGD, Adam and AdamW with optimizer.fused=true can be captured, this is {name}"
+    return f"only SGD, Adam and AdamW with optimizer.fused=true can be captured, this is {name}"
 
 
 class Counter:
-    """A number on the device that a captured step moves, and its value as the host counts it."""
+    """A number on the device that a captured step changes, and its value as the host counts it."""
 
     def __init__(self, device: torch.device) -> None:
         self.tensor = torch.zeros(1, dtype=torch.int64, device=device)
         self.known = 0
 
     def put(self, value: int) -> None:
-        """Set the number to ``value``, if it is another."""
+        """Set the number to ``value``."""
         if value != self.known:
             self.tensor.fill_(value)
             self.known = value
 
 
 class CudaGraphs:
-    """Captures by CUDA. A test on a CPU puts another recorder in its place."""
+    """Captures by CUDA. Tests on a CPU use a stand-in."""
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
-        """Run the block on a side stream, as captures do; waiting for the device is an error in it."""
+        """Run the block on a side stream, as captures do. Inside, waiting for the device is an error."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         before = torch.cuda.get_sync_debug_mode()
         stream.wait_stream(current)
         with torch.cuda.stream(stream), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the debug mode is a prototype
+            warnings.simplefilter("ignore")  # torch warns that the debug mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
             try:
                 yield
@@ -72,7 +66,7 @@ class CudaGraphs:
         current.wait_stream(stream)
 
     def capture(self, function: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record ``function()`` and return a function that repeats it; every replay moves ``generators`` on."""
+        """Record ``function()`` and return a function that replays it; every replay advances ``generators``."""
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
@@ -82,18 +76,18 @@ class CudaGraphs:
 
 
 class Replayed:
-    """Steps that are captured once for each batch size and replayed, bit for bit the uncaptured steps.
+    """Steps that are captured once for each batch size and replayed; bit for bit the uncaptured steps.
 
-    ``step(picked)`` takes the step of one run, or the common one of many at the same step, on the training images at
-    the indices ``picked`` (runs, B), with nothing from the host in it. It uses ``optimizer``, leaves gradients in the
-    tensors ``learned``, and changes the tensors ``moved`` beside the optimizer's.
+    ``step(picked)`` takes the step of one run, or the common step of many, on the training images at the indices
+    ``picked`` (runs, B). It must use nothing from the host. It uses ``optimizer``, leaves gradients in the tensors
+    ``learned``, and changes the tensors ``moved`` beside the optimizer's.
 
-    The first step of a process is taken uncaptured, because it makes the optimizer's state. Before the capture, at the
-    second step, some steps warm up what is made lazily (workspaces, algorithm choices, autograd's buffers); all that
-    they moved is put back. A short last batch has a graph of its own.
+    The first step of a process is not captured, because it makes the optimizer's state. Before the capture, at the
+    second step, ``warmup_steps`` steps make what torch makes lazily (workspaces, algorithm choices, autograd's
+    buffers); then everything that they changed is restored. A short last batch has a graph of its own.
 
-    The number of the step (``at``), where its batch begins in the epoch's order (``start``), the orders and the
-    learning rates of all steps are on the device. The time of captures is added to the runs' ``setup_seconds``.
+    The number of the step (``at``), the start of its batch in the epoch's order (``start``), the orders and the
+    learning rates of all steps are on the device. The seconds of captures are added to the runs' ``setup_seconds``.
     """
 
     def __init__(
@@ -124,8 +118,8 @@ class Replayed:
         self.has_stepped = self.has_failed = False
 
     def take(self) -> Any:
-        """Take the next step of the runs; return what ``step`` does, which the next step may overwrite."""
-        ((start, end),) = {batches.advance() for batches in self.batches}  # one place, as the runs are at one step
+        """Take the next step of the runs; return the result of ``step``, which the next step may overwrite."""
+        ((start, end),) = {batches.advance() for batches in self.batches}  # equal, because the runs are at one step
         for i, batches in enumerate(self.batches):
             if self.drawn[i] is not batches.order:
                 self.orders[i].copy_(batches.order)
@@ -138,7 +132,7 @@ class Replayed:
         else:
             replay, gradients, result = self.replays[size]
             for p, gradient in gradients:
-                p.grad = gradient  # this graph writes it there, and probes read it
+                p.grad = gradient  # the tensor that this graph writes; probes read it
             replay()
         self.has_stepped = True
         self.start.known += size
@@ -146,7 +140,7 @@ class Replayed:
         return result
 
     def device_step(self, size: int) -> Any:
-        """The step of ``size`` images as it is captured: it also sets the learning rates and counts itself."""
+        """The step that is captured: on ``size`` images, with the learning rates and the counters."""
         picked = self.orders.index_select(1, self.start.tensor + self.places[:size])
         torch._foreach_copy_(self.set_rates, list(self.rates.index_select(0, self.at.tensor).squeeze(0).unbind()))
         result = self.step(picked)
@@ -155,7 +149,7 @@ class Replayed:
         return result
 
     def capture(self, size: int) -> bool:
-        """Capture a step of ``size`` images and leave everything as it was; False, told once, if that fails."""
+        """Capture a step of ``size`` images, which changes nothing; return False, with a warning, if that fails."""
         if self.has_failed:
             return False
         began = perf_counter()
@@ -166,14 +160,14 @@ class Replayed:
                 with self.undone(), self.graphs.warming_up():
                     self.device_step(size)
             for group in switched:
-                group["capturable"] = True  # the kernel is the same
+                group["capturable"] = True  # torch asks for it; the fused kernel is the same
             for p in self.learned:
                 p.grad = None
             with self.undone():
                 replay = self.graphs.capture(lambda: results.append(self.device_step(size)), self.generators)
         except RuntimeError as error:
             self.has_failed = True
-            tell(f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
+            warn_uncaptured(f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
             return False
         finally:
             for group in switched:
@@ -185,14 +179,13 @@ class Replayed:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Put back all that a step in the block moves: weights, buffers, optimizer state, generators, counters."""
+        """Restore what a step in the block changes: weights, buffers, optimizer state, generators, counters."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         moved = [*self.moved, *state, *self.set_rates, self.start.tensor, self.at.tensor]
         kept = [(tensor, tensor.detach().clone()) for tensor in moved if isinstance(tensor, Tensor)]
         drawn = [(generator, generator.get_state()) for generator in self.generators]
-        device = self.runs[0].device
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with forked_rng(self.runs[0].device):
                 yield
         finally:
             for generator, state in drawn:

@@ -1,4 +1,4 @@
-"""The compile engine: forward, loss and backward by code that torch.compile makes for this very model."""
+"""The compile engine: forward, loss and backward by code that torch.compile makes for the model."""
 
 import logging
 import os
@@ -11,16 +11,16 @@ from types import FunctionType, MethodType
 
 import torch
 
-from bnexp.engines.base import says
+from bnexp.engines.base import with_traits
 from bnexp.errors import UserError
 from bnexp.train.run import Run
 
-MOST_MODELS = 2**20  # whose shared code one process compiles; torch's own limit is 8
+MOST_MODELS = 2**20  # the most models for which a process compiles code that they share; torch's own limit is 8
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise :class:`UserError` without the compiler that torch.compile calls: of C++ for a CPU, of C for a GPU."""
-    if device.type == "cuda":  # by Triton, which looks for it so
+    """Raise :class:`UserError` without the compiler that torch.compile calls: C++ for a CPU, C for a GPU."""
+    if device.type == "cuda":  # Triton looks for it in this way
         needed, variable, usual = "a C compiler", "CC", "gcc"
         is_there = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     else:
@@ -38,25 +38,25 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
-@says(require_device=require_compiler)
+@with_traits(require_device=require_compiler)
 def compiled(run: Run) -> Callable[[], None]:
-    """Return the eager step with ``run.loss`` compiled: as one graph, or in pieces (told on stderr), or not at all
-    (told too).
+    """Return the eager step with ``run.loss`` compiled.
 
-    Forward pass, loss and their gradient are compiled. The optimizer is one fused kernel anyway; batches and evaluation
-    stay eager. Sums are taken in another order than eager's: in float32 losses agree to about 1e-6 in the first steps,
-    and training amplifies that. torch keeps compiled code on the disk (TORCHINDUCTOR_CACHE_DIR), so the same model and
-    batch size start sooner the next time. The time of the first step is added to ``run.setup_seconds``.
+    It is compiled as one graph; if that fails, in pieces, and if that fails, not at all, with a warning on stderr.
+    The optimizer is one fused kernel anyway; batches and evaluation stay eager. Sums are taken in another order than by
+    the eager engine: in float32, losses agree to about 1e-6 in the first steps, and training amplifies the difference.
+    torch keeps compiled code on the disk (TORCHINDUCTOR_CACHE_DIR), so that the same model and batch size start sooner
+    the next time. The seconds of the first step are added to ``run.setup_seconds``.
     """
-    for name in ("torch.utils.cpp_extension", "torch._dynamo"):  # their notes: that there is no CUDA; graph breaks
+    for name in ("torch.utils.cpp_extension", "torch._dynamo"):  # they log a missing CUDA and graph breaks
         logging.getLogger(name).setLevel(logging.ERROR)
-    written = run.loss
+    uncompiled = run.loss
 
     def take() -> None:
         batches = run.batches.state_dict()
         buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
         for is_whole in (True, False):
-            run.loss = torch.compile(with_own_code(written), fullgraph=is_whole, dynamic=False)
+            run.loss = torch.compile(with_own_code(uncompiled), fullgraph=is_whole, dynamic=False)
             try:
                 return run.eager_step()
             except torch._dynamo.exc.TorchDynamoException as error:  # before any weight has moved
@@ -70,16 +70,16 @@ def compiled(run: Run) -> Callable[[], None]:
                     buffer.copy_(kept)
                 if is_last:
                     break
-                # Pieces are compiled by the code that models share: torch counts them over the whole process.
+                # Pieces belong to code that all models share, for which torch counts compilations in the process.
                 torch._dynamo.config.recompile_limit = MOST_MODELS
                 torch._dynamo.config.accumulated_recompile_limit = MOST_MODELS
-        run.loss = written
+        run.loss = uncompiled
         run.eager_step()
 
     def first_step() -> None:
         began = perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's about itself
+            warnings.simplefilter("ignore")  # the compiler warns about its own internals
             take()
         run.setup_seconds += perf_counter() - began
         run.take_step = run.eager_step
@@ -88,7 +88,7 @@ def compiled(run: Run) -> Callable[[], None]:
 
 
 def with_own_code(method: Callable) -> Callable:
-    """The same method of the same object with a code object of its own: torch compiles at most 8 models for one."""
+    """A copy of ``method`` with a code object of its own, because torch compiles one for 8 models at most."""
     function = method.__func__
     code = function.__code__.replace()
     own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

@@ -1,10 +1,11 @@
-"""Many runs of one small model computed as one: their tensors are stacked, and one step moves all of them.
+"""Many runs of one small model computed as one: their tensors are stacked, and one step moves all weights.
 
-A small model keeps no device busy: starting its many short operations takes longer than computing them. In a fold each
-operation is started once for all runs (``torch.vmap``) and computes as many times the numbers.
+A small model does not keep a device busy, because starting its short operations takes longer than computing them. In a
+fold an operation is started once for all runs (``torch.vmap``).
 
-On one CPU core that pays for dense networks and not for convolutions, which become grouped ones: 8 MLPs with batch
-norm train about 1.5 times as fast as in turn, 32 of them 2 to 2.6 times, 8 LeNets 0.7 (batches of 64) to 1 time (16).
+On one CPU core this is faster for dense networks and not for convolutions, which become grouped convolutions: compared
+with the same runs one after the other, 8 MLPs with batch norm train about 1.5 times as fast, 32 of them 2 to 2.6 times,
+8 LeNets 0.7 times (batches of 64) to 1 time (16).
 """
 
 import copy
@@ -23,17 +24,17 @@ from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate, without_compiler
 from bnexp.train.run import Run
 
-# These compute element by element, so one call on stacked weights does what one call per run does.
+# Optimizers that compute element by element: one call on stacked weights does the same as one call for each run.
 ELEMENTWISE = {kind for plain in (SGD, Adam, AdamW) for kind in (plain, without_compiler(plain))}
 
 
 class Fold:
-    """Takes the steps of several runs as one, for runs that differ in nothing but the seed and the optimizer's numbers.
+    """Computes as one the steps of runs that differ only in the seed and in numbers of the optimizer.
 
-    Each run keeps its own batches, learning rate, statistics, meter, evaluation and checkpoints. Its numbers are those
-    that it has alone, up to rounding: sums are taken in another order. A run that diverges harms no other.
+    Each run keeps its own batches, learning rate, statistics, meter, evaluation and checkpoints. Its numbers are the
+    same as alone, up to rounding: sums are taken in another order. A run that diverges does not change the others.
 
-    ``make_stack(runs)`` makes the :class:`Stack` of the runs that step together.
+    ``make_stack(runs)`` returns the :class:`Stack` of the runs that step together.
     """
 
     def __init__(self, make_stack: "Callable[[Sequence[Run]], Stack] | None" = None) -> None:
@@ -41,8 +42,10 @@ class Fold:
         self.stack: Stack | None = None
 
     def step(self, runs: Sequence[Run]) -> None:
-        """Take the next step of ``runs``, all at the same step. Runs of the step before that are not among them are
-        let go, and nothing moves them any more; a single run takes an eager step."""
+        """Take the next step of ``runs``, which are all at the same step. A single run takes an eager step.
+
+        Runs that were in the last call and are not in this one get their own tensors back.
+        """
         if self.stack is not None and set(self.stack.runs) != set(runs):
             self.release()
         if len(runs) == 1:
@@ -54,22 +57,22 @@ class Fold:
         self.stack.step()
 
     def release(self) -> None:
-        """Make every run's tensors its own again, as they have to be before another state is loaded into them."""
+        """Give every run its own tensors back. This must come before a state is loaded into a run."""
         if self.stack is not None:
             self.stack.release()
             self.stack = None
 
 
 class Stack:
-    """The tensors of runs at the same step, stacked: one (runs, ...) for each; every run's own are views into it.
+    """The tensors of runs at the same step, stacked: (runs, ...). A run's own tensors become views into them.
 
-    So each run can be evaluated, looked at and written down as ever.
+    So every run can be evaluated, probed and saved as if it were alone.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = sorted(runs, key=lambda run: options_of(run.optimizer))
         models = [run.model for run in self.runs]
-        self.model = copy.deepcopy(models[0]).to("meta").train()  # of which only the code is used
+        self.model = copy.deepcopy(models[0]).to("meta").train()  # only its code is used
         self.named = [dict(model.named_parameters()) for model in models]
         self.parameters = stacked(self.named)
         self.buffers = stacked([dict(model.named_buffers()) for model in models])
@@ -84,8 +87,7 @@ class Stack:
             run.num_steps += 1
 
     def take(self) -> list[tuple[Tensor, ...]]:
-        """Move all weights by a step; return each run's loss (), logits (B, classes), labels (B,) and whether its
-        gradient was not finite (), as its meter takes them."""
+        """Move all weights by a step; return for every run the arguments of its :meth:`Meter.add`."""
         images, labels = draw_batches([run.batches for run in self.runs])
         for run in self.runs:
             set_learning_rate(run.optimizer, run.schedule(run.num_steps, run.total_steps))
@@ -93,8 +95,10 @@ class Stack:
         return list(zip(loss, logits, labels, found, strict=True))
 
     def descend(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward and into the weights; return losses (runs,), logits (runs, B, classes) and 1 for every run whose
-        gradient was not finite, else 0 (runs,). The host does not wait for the device."""
+        """Forward, backward and update; return losses (runs,), logits (runs, B, classes) and non-finite flags (runs,).
+
+        A flag is 1 if the run's gradient was not finite, else 0. The host does not wait for the device.
+        """
         for p in self.parameters.values():
             p.grad = None
         loss, logits = torch.vmap(self.loss)(self.parameters, self.buffers, images, labels)
@@ -103,7 +107,7 @@ class Stack:
         for name, gradient in gradients.items():
             for own, part in zip(self.named, gradient, strict=True):
                 own[name].grad = part
-        largest = [g.reshape(len(g), -1).abs().amax(1) for g in gradients.values()]  # not a number if any is not
+        largest = [g.reshape(len(g), -1).abs().amax(1) for g in gradients.values()]  # NaN if one number is NaN
         found = 1 - torch.stack(largest).isfinite().all(0).float()
         if self.joint is not None:
             self.joint.step(gradients)
@@ -113,12 +117,12 @@ class Stack:
         return loss.detach(), logits.detach(), found
 
     def loss(self, parameters: dict, buffers: dict, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`Run.loss` of one run with these parameters and buffers; updates the buffers."""
+        """:meth:`Run.loss` with these parameters and buffers of one run; updates the buffers."""
         logits = self.runs[0].forward(images, lambda x: functional_call(self.model, parameters | buffers, (x,)))
         return F.cross_entropy(logits, labels), logits
 
     def release(self) -> None:
-        """Make every run's tensors its own again."""
+        """Give every run its own tensors back."""
         for run in self.runs:
             for tensor in itertools.chain(run.model.parameters(), run.model.buffers()):
                 tensor.data = tensor.data.clone()
@@ -127,10 +131,9 @@ class Stack:
 
 
 class Joint:
-    """One optimizer in place of the runs' own. Weights of runs with equal options are moved by one call.
+    """One optimizer in place of those of all runs, which hold views into its state.
 
-    Runs with other options, another learning rate say, are groups of their own in it. The runs' own optimizers hold
-    views into its state.
+    Runs with equal options, learning rates included, share its parameter groups and are moved by one call.
     """
 
     def __init__(
@@ -138,8 +141,8 @@ class Joint:
     ) -> None:
         self.optimizers, self.named = optimizers, named
         self.parts: list[tuple[Tensor, str, slice]] = []  # rows of a stacked weight, its name, which rows
-        self.sources: list[dict] = []  # for each group in here, one of the groups that it stands for
-        self.is_shared = False  # whether the runs' own optimizers have the views
+        self.sources: list[dict] = []  # for every group here, a group of a run's optimizer that it replaces
+        self.is_shared = False  # whether the runs' optimizers hold the views
         groups, end = [], 0
         for _, alike in itertools.groupby(optimizers, key=options_of):
             rows = slice(end, end := end + len(list(alike)))
@@ -152,7 +155,7 @@ class Joint:
         self.optimizer = type(optimizers[0])(groups)
         for part, name, rows in self.parts:
             shares = [optimizers[i].state.get(named[i][name]) for i in range(rows.start, rows.stop)]
-            if all(shares):  # the number of steps is the same for all of them
+            if all(shares):  # "step" is the same in all of them
                 self.optimizer.state[part] = {
                     key: value.clone() if key == "step" else torch.stack([share[key] for share in shares])
                     for key, value in shares[0].items()
@@ -161,7 +164,7 @@ class Joint:
             self.share()
 
     def step(self, gradients: dict[str, Tensor]) -> None:
-        """Move all weights, by the learning rates that the runs' own optimizers are set to."""
+        """Move all weights by the learning rates of the runs' optimizers."""
         for part, name, rows in self.parts:
             part.grad = gradients[name][rows] if name in gradients else None
         for group, source in zip(self.optimizer.param_groups, self.sources, strict=True):
@@ -171,7 +174,7 @@ class Joint:
             self.share()
 
     def share(self) -> None:
-        """Give every run's own optimizer the views into the state."""
+        """Put views into the state of this optimizer into those of the runs."""
         self.is_shared = True
         for part, name, rows in self.parts:
             if state := self.optimizer.state.get(part):
@@ -181,7 +184,7 @@ class Joint:
 
 
 def options_of(optimizer: Optimizer) -> str:
-    """A text that two optimizers of one class and schedule share if and only if they move equal weights equally."""
+    """A text that is equal for two optimizers of a class if they move equal weights equally."""
     groups = optimizer.param_groups
     return repr([{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups])
 
@@ -199,7 +202,7 @@ def stacked(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def draw_batches(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
     """The next batch of every run: images (runs, B, ...) and labels (runs, B)."""
-    places = [slice(*each.advance()) for each in batches]  # first, because this may begin an epoch with a new order
+    places = [slice(*each.advance()) for each in batches]  # this may begin an epoch, which changes each.order
     return gather(batches, torch.stack([each.order[place] for each, place in zip(batches, places, strict=True)]))
 
 
@@ -213,10 +216,9 @@ def gather(batches: Sequence[Batches], picked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_foldable(model: nn.Module, images: Sequence[int], device: torch.device) -> None:
-    """Raise :class:`UserError` unless two runs of ``model`` can take a step as one.
+    """Raise :class:`UserError` unless two runs of ``model`` can be computed as one.
 
-    A step is tried on ``device`` with zeros for weights, buffers and a batch of the shape ``images``; only the code
-    of ``model`` is used.
+    A forward and backward pass is tried on ``device`` with zeros for weights, buffers and a batch of shape ``images``.
     """
     zeros = [
         {name: torch.zeros(2, *tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in named}
@@ -228,7 +230,7 @@ def check_foldable(model: nn.Module, images: Sequence[int], device: torch.device
         after = dict(before)
         logits = functional_call(model, after, (images,))
         if new := [name for name in after if after[name] is not before[name]]:
-            raise UserError(f"its forward pass puts a new tensor in the place of {new[0]}, which would be lost")
+            raise UserError(f"its forward pass replaces the tensor {new[0]} by a new one, which would be lost")
         return logits
 
     try:

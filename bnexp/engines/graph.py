@@ -1,17 +1,17 @@
-"""The graph engine: a whole step is captured once as a CUDA graph and replayed, so that the host hardly does anything.
+"""The graph engine: a whole step is captured once as a CUDA graph and replayed.
 
-A captured step gathers and augments the batch, runs forward and backward, sets the learning rate and moves the weights
-and the meter. The host counts steps, shuffles once an epoch and reads the meter. Evaluation has graphs of its own.
+A captured step gathers and augments the batch, runs forward and backward, sets the learning rate, moves the weights and
+writes into the meter. The host counts steps, shuffles once an epoch and reads the meter. Evaluation has other graphs.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
-from bnexp.engines.base import says
-from bnexp.engines.capture import Counter, CudaGraphs, Replayed, check_warmup, tell, why_not
+from bnexp.engines.base import with_traits
+from bnexp.engines.capture import Counter, CudaGraphs, Replayed, find_obstacle, warn_uncaptured
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
 from bnexp.train.meter import Meter
@@ -19,28 +19,29 @@ from bnexp.train.run import Run
 
 
 def require_gpu(device: torch.device) -> None:
-    """Raise :class:`UserError` where there are no CUDA graphs."""
+    """Raise :class:`UserError` unless ``device`` is a GPU."""
     if device.type != "cuda":
         raise UserError(f"engine=graph: a CUDA graph needs a GPU, and this is device={device}; use engine=eager")
 
 
-@says(require_device=require_gpu, make_stack=CapturedStack)
+@with_traits(require_device=require_gpu, make_stack=CapturedStack)
 def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
-    """Return the step of :class:`Captured`, or where a step cannot be captured the eager one; stderr says why."""
-    check_warmup(warmup_steps)
-    reason = why_not(run.optimizer)
+    """Return the step of :class:`Captured`; if it cannot be captured, the eager step, with a warning on stderr."""
+    if type(warmup_steps) is not int or warmup_steps < 1:
+        raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
+    reason = find_obstacle(run.optimizer)
     if run.scaler.is_enabled():
-        reason = "the loss scaler of precision=fp16 asks the device at every step; precision=bf16 needs none"
+        reason = "the loss scaler of precision=fp16 waits for the device at every step; precision=bf16 needs none"
     if reason:
-        tell(reason)
+        warn_uncaptured(reason)
         return run.eager_step
     return Captured(run, CudaGraphs(), warmup_steps).step
 
 
 class StaticMeter(Meter):
-    """A meter whose last entries stand in buffers at fixed addresses, where a captured step writes them.
+    """A meter with buffers at fixed addresses, into which a captured step writes.
 
-    The host counts these entries (:meth:`count`). Every reading first moves them to the lists of :class:`Meter`.
+    The host counts their entries (:meth:`count`). :meth:`settle` moves them to the lists of :class:`Meter`.
     """
 
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
@@ -57,28 +58,28 @@ class StaticMeter(Meter):
         self.next.put(0)
 
     def record(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
-        """Write what :meth:`Meter.add` takes into the next place; on the device alone."""
+        """:meth:`Meter.add` into the buffers, by operations of the device alone."""
         values = {"losses": loss, "hits": (logits.argmax(1) == labels).sum(), "found": found}
         for name, value in values.items():
             self.buffers[name].index_copy_(0, self.next.tensor, value.view(1))
         self.next.tensor.add_(1)
 
     def count(self, size: int) -> None:
-        """Count a recorded step of ``size`` images."""
+        """Count a step of ``size`` images that was recorded."""
         self.sizes.append(size)
         self.next.known += 1
         if self.next.known == len(self.buffers["losses"]):
             self.settle()
 
     def settle(self) -> None:
-        """Move the entries from the buffers to the lists, without waiting for the device."""
+        """Move the entries of the buffers to the lists. The host does not wait for the device."""
         for name, buffer in self.buffers.items():
             getattr(self, name).extend(buffer[: self.next.known].clone().unbind())
         self.next.put(0)
 
 
 class Captured:
-    """The steps of one run by replay, bit for bit the eager engine's on the same device."""
+    """The steps of one run by replay; bit for bit those of the eager engine on the same device."""
 
     def __init__(self, run: Run, graphs: CudaGraphs, warmup_steps: int) -> None:
         self.run, self.graphs, self.warmup_steps = run, graphs, warmup_steps
@@ -88,11 +89,11 @@ class Captured:
 
     def step(self) -> None:
         if self.replayed is None:
-            self.replayed = self.take_hold()
+            self.replayed = self.prepare()
         self.meter.count(self.replayed.take())
 
-    def take_hold(self) -> Replayed:
-        """Give the run the meter and the evaluation of captured steps. A run in a fold never does this."""
+    def prepare(self) -> Replayed:
+        """Replace the run's meter and evaluation by captured ones. Runs that are computed as one keep theirs."""
         run = self.run
         self.meter.load_state_dict(run.meter.state_dict())
         run.meter, run.tally = self.meter, self.tally
@@ -101,7 +102,7 @@ class Captured:
         return Replayed([run], self.device_step, run.optimizer, run.parameters, moved, self.graphs, self.warmup_steps)
 
     def device_step(self, picked: Tensor) -> int:
-        """The step on the images at ``picked`` (1, B); returns B."""
+        """Take the step on the images at ``picked`` (1, B); return B."""
         run = self.run
         images, labels = run.batches.gather(picked[0])
         loss, logits = run.loss(images, labels)
@@ -109,17 +110,17 @@ class Captured:
         self.meter.record(loss.detach(), logits.detach(), labels, found)
         return len(labels)
 
-    def tally(self, split: Split) -> tuple[Tensor, Tensor]:
-        """:meth:`Run.tally_of` of the run's model in evaluation mode, by one graph for each split."""
+    def tally(self, split: Split, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """:meth:`Run.tally_of` for the run's own ``model`` in evaluation mode, by one graph for each split."""
         run = self.run
         if self.replayed.has_failed:
-            return run.tally_of(split, run.model)
+            return run.tally_of(split, model)
         if id(split) not in self.tallies:
             sums: list[Tensor] = []
-            run.chunks(split, run.model)  # keeps an order on the device, which a capture could not bring there
+            run.chunks(split, model)  # puts the order of the images on the device, which a capture cannot do
             with self.graphs.warming_up():
-                run.tally_of(split, run.model)
-            replay = self.graphs.capture(lambda: sums.extend(run.tally_of(split, run.model)), [])
+                run.tally_of(split, model)
+            replay = self.graphs.capture(lambda: sums.extend(run.tally_of(split, model)), [])
             self.tallies[id(split)] = split, replay, sums
         _, replay, sums = self.tallies[id(split)]
         replay()

@@ -1,25 +1,25 @@
-"""The common step of many runs computed as one (:mod:`bnexp.engines.fold`), captured as a CUDA graph."""
+"""The common step of runs computed as one (:mod:`bnexp.engines.fold`), captured as a CUDA graph."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from bnexp.engines.capture import CudaGraphs, Replayed, tell, why_not
+from bnexp.engines.capture import CudaGraphs, Replayed, find_obstacle, warn_uncaptured
 from bnexp.engines.fold import Stack, gather
 from bnexp.train.run import Run
 
 
 class CapturedStack(Stack):
-    """A stack whose step is captured; where it cannot be, the step is eager and stderr says why.
+    """A stack whose step is captured; if it cannot be captured, it is eager, with a warning on stderr.
 
-    Evaluation is eager. When a run leaves, the step of the others is captured anew.
+    Evaluation is eager. When a run ends, the step of the others is captured again.
     """
 
     def __init__(self, runs: Sequence[Run], warmup_steps: int = 3, graphs: CudaGraphs | None = None) -> None:
         super().__init__(runs)
         self.replayed = None
-        if reason := why_not(self.runs[0].optimizer):
-            tell(reason)
+        if reason := find_obstacle(self.runs[0].optimizer):
+            warn_uncaptured(reason)
             return
         learned = [*self.parameters.values(), *(p for run in self.runs for p in run.parameters)]
         moved = [*self.parameters.values(), *self.buffers.values()]

@@ -1,4 +1,4 @@
-"""What reaches the activations: are they kept where they respond, or driven into saturation?"""
+"""The inputs of activations: their distribution, and the share that saturates the activation."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,10 @@ from bnexp.store.readings import Histogram, Reading, Scalar
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
-MOST_VALUES = 2**15  # of a layer; percentiles of so many are off by some tenths of a percentile
+MOST_VALUES = 2**15  # values of a layer; percentiles of so many are off by some tenths of a percentile
 PERCENTILES = (15, 50, 85)  # those of Ioffe & Szegedy 2015 (arXiv:1502.03167), figure 1
-# An activation is saturated where it hardly responds any more: where its derivative is below 5% of its largest value.
-# With s'(x) = sech^2(x / 2) / 4 and tanh'(x) = sech^2(x) that is |x| > 2 arcosh(sqrt 20) and |x| > arcosh(sqrt 20).
+# Sigmoid and tanh are saturated where the derivative is below 5% of its largest value. With s'(x) = sech^2(x / 2) / 4
+# and tanh'(x) = sech^2(x) that is |x| > 2 arcosh(sqrt 20) and |x| > arcosh(sqrt 20).
 EDGE = math.acosh(math.sqrt(20))
 SATURATED = {
     "sigmoid": lambda x: x.abs() > 2 * EDGE,
@@ -26,19 +26,18 @@ SATURATED = {
 
 
 class Activations(Probe):
-    """The inputs of the activations, normalize(x) + residual, of ``images`` validation images in training mode.
+    """The inputs of the activations, normalize(x) + residual, for ``images`` validation images in training mode.
 
-    Of every layer ``activation/<layer>``, a histogram with ``bins`` equal bins between the smallest and the largest
-    value, the percentiles ``/p15``, ``/p50`` and ``/p85`` as Ioffe & Szegedy draw them, and ``/saturation``, the share
-    of inputs at which the activation hardly responds: sigmoid and tanh where the derivative is below 5% of its largest
-    value, relu at or below 0 (after Glorot & Bengio 2010, "Understanding the difficulty of training deep feedforward
-    neural networks", section 3, who follow saturation layer by layer).
+    For every layer: ``activation/<layer>``, a histogram with ``bins`` equal bins between the smallest and the largest
+    value; the percentiles ``/p15``, ``/p50`` and ``/p85`` of Ioffe & Szegedy; and ``/saturation``, the share of inputs
+    at which sigmoid or tanh has a derivative below 5% of its largest value, or relu's input is 0 or below (after Glorot
+    & Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks", section 3).
 
-    ``layers`` are names of norms, by default all that end with an activation other than the identity. ``unit``
-    looks at one unit or channel of each instead of all of them, as the paper does at a typical sigmoid.
+    ``layers`` are names of norms, by default all with an activation other than the identity. ``unit`` chooses one unit
+    or channel of every layer, as Ioffe & Szegedy do, instead of all.
 
-    Batch statistics are those of the images together. Of a layer with more than 2^15 values so many are picked at
-    equal distances. Values that are not finite are left out of the histogram; the scalars are NaN if one is NaN.
+    The images are one batch. In a layer with more than 2^15 values, so many are picked at equal distances. Values that
+    are not finite are left out of the histogram; the scalars are NaN if one value is NaN.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Activations(Probe):
             return ACTIVATIONS[activations[name]](output)
 
         for site in sites.values():
-            site.activation = "identity"  # so that its output is what the activation would have got
+            site.activation = "identity"  # its output is then the input of the activation, which see() applies
         with tapped(sites, see):
             run.forward(run.dataset.prepare(some_images(run, self.images).images), model)
         if values:
@@ -90,7 +89,7 @@ class Activations(Probe):
 def sample(x: Tensor) -> Tensor:
     """At most MOST_VALUES values of ``x``, (n,) in float32, at equal distances.
 
-    The distance shares no factor with the number of values, so that no row, column or channel is preferred.
+    The distance has no factor in common with the number of values, so that no row, column or channel is preferred.
     """
     x = x.flatten()
     distance = -(-len(x) // MOST_VALUES)
@@ -110,7 +109,7 @@ def describe(tag: str, values: Tensor, activation: str, bins: int) -> Iterator[R
     finite = values[values.isfinite()].double()
     if len(finite):
         low, high = (float(end) for end in finite.aminmax())
-        if low == high:  # one value: as wide as can be told apart from it, and at least 1
+        if low == high:  # one value: bins at least 1 wide together, and wide enough for floating point
             low, high = low - max(0.5, abs(low) / 8), high + max(0.5, abs(high) / 8)
         edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
         counts, _ = torch.histogram(finite, edges)

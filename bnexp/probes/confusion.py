@@ -1,4 +1,4 @@
-"""Which classes a model takes for which."""
+"""The confusion matrix: the classes that a model predicts for the images of every class."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
-from bnexp.probes.population import evaluation_batches, evenly_spaced, shadow
+from bnexp.probes.population import evenly_spaced, shadow
 from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
@@ -15,12 +15,11 @@ SPLIT_CHOICES = ("train", "valid", "test")
 
 
 class Confusion(Probe):
-    """The confusion matrix of at most ``images`` images of ``split``, in evaluation mode, as the table
-    ``confusion/<split>``: a row per true class, a column per predicted class, numbers of images.
+    """The table ``confusion/<split>``: how many images of a true class (row) are predicted to be of a class (column).
 
-    ``recall/<split>_lowest`` is the smallest recall in [0, 1], the share of a class's images that are recognized, over
-    all classes with images: 0 as long as one class is never recognized, however high the accuracy. The images are
-    always the same; training images where ``split`` has none.
+    ``recall/<split>_lowest`` is the smallest recall over all classes with images, where the recall is the share of a
+    class's images that are classified right, in [0, 1]. The model is in evaluation mode. The images are at most
+    ``images`` of ``split``, or training images if it has none, and the same every time.
     """
 
     def __init__(self, every: int = 2000, split: str = "valid", images: int = 2000) -> None:
@@ -42,10 +41,10 @@ class Confusion(Probe):
 
 @torch.no_grad()
 def count_confusions(run: Run, split: Split, model: nn.Module) -> Tensor:
-    """How many images of which class (rows) ``model`` takes for which (columns), (classes, classes), on the CPU."""
+    """Numbers of images by true class (rows) and class predicted by ``model``, (classes, classes), on the CPU."""
     num_classes = len(run.dataset.class_names)
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=run.device)
-    for picked in evaluation_batches(run, split, model):
-        predicted = run.forward(run.dataset.prepare(split.images[picked]), model).argmax(1)
-        counts += torch.bincount(split.labels[picked] * num_classes + predicted, minlength=num_classes**2)
+    for places in run.chunks(split, model):
+        predicted = run.forward(run.dataset.prepare(split.images[places]), model).argmax(1)
+        counts += torch.bincount(split.labels[places] * num_classes + predicted, minlength=num_classes**2)
     return counts.view(num_classes, num_classes).cpu()

@@ -1,4 +1,4 @@
-"""What the layers make of single images, as pictures."""
+"""Feature maps: the outputs of layers for single images, as pictures."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,24 +7,24 @@ from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
 from bnexp.probes.layers import named_layers, smallest_batch, tapped
-from bnexp.probes.population import evaluation_batches, evenly_spaced, shadow
+from bnexp.probes.population import evenly_spaced, shadow
 from bnexp.store.readings import Image, Reading, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
-SIDE, GAP = 64, 2  # pixels that a map has at least, and between maps
-ACROSS, MOST_MAPS = 8, 16  # maps of a layer in a row, and in all
+SIDE, GAP = 64, 2  # the least side of a map, and the gap between maps, in pixels
+ACROSS, MOST_MAPS = 8, 16  # maps in a row, and maps of a layer at most
 UNITS_ACROSS, MOST_UNITS = 40, 240  # the same for the units of a layer without maps
-UNIT, PAPER = 12, 240  # pixels of a unit's square, and the grey where no unit is left: not the white of a unit
+UNIT, PAPER = 12, 240  # the side of a unit's square in pixels, and the grey of empty squares
 
 
 class Features(Probe):
-    """A picture ``features/<layer>`` of each of the first ``layers`` layers that put out maps of more than one pixel.
+    """A picture ``features/<layer>`` for each of the first ``layers`` layers whose output is maps of several pixels.
 
-    A row per image and a column per channel, the first ``channels`` of them, of ``images`` validation images (always
-    the same; training images where too few are set aside) in evaluation mode. Every map (H, W) is scaled to its own
-    smallest and largest value, from black to white, and enlarged by repeating pixels until it has 64 or more. A map of
-    one value, and pixels that are not a number, are black.
+    A picture has a row for each of ``images`` validation images and a column for each of the first ``channels``
+    channels, in evaluation mode. The images are the same every time; training images if there are too few validation
+    images. Every map (H, W) is scaled by its own smallest (black) and largest value (white), and enlarged by repeating
+    pixels to 64 or more. A map of one value and pixels that are NaN are black.
     """
 
     def __init__(self, every: int = 1000, layers: int = 8, images: int = 4, channels: int = 4) -> None:
@@ -47,10 +47,8 @@ class Features(Probe):
 def outputs_of(
     run: Run, model: nn.Module, images: Tensor, places: Sequence[int], layers: Sequence[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and the output of every layer, of ``layers`` only if given, for the images at ``places``.
+    """Logits and layers' outputs (all, or those of ``layers``) for the images at ``places`` of one batch ``images``."""
 
-    All ``images`` pass the model together.
-    """
     modules = {name: each for name, each in named_layers(model).items() if layers is None or name in layers}
     outputs: dict[str, Tensor] = {}
 
@@ -64,23 +62,24 @@ def outputs_of(
 
 
 def has_maps(shape: Sequence[int]) -> bool:
-    """Whether the output of a layer, of this shape for one image, is maps (C, H, W) of more than one pixel."""
+    """Whether an output of this shape, for one image, is maps (C, H, W) of several pixels."""
     return len(shape) == 3 and shape[1] * shape[2] > 1
 
 
 def look_at_images(run: Run, split: Split, indices: Sequence[int], layers: Sequence[str]) -> Iterator[Reading]:
-    """What the run's model, in evaluation mode, makes of the images ``indices`` of ``split``.
+    """Readings of the run's model, in evaluation mode, on the images ``indices`` of ``split``.
 
     The table ``predictions``: image, true and predicted class, and the probability of every class. The table
-    ``outputs``: of every image and layer the shape of the output, how many maps or units of it are pictured, and its
+    ``outputs``: for every image and layer the shape of the output, the number of maps or units in the picture, and the
     smallest and largest value. Pictures of every image i: ``image-i`` itself, ``image-i/<layer>`` the first maps or
     units, and ``liveliest-i/<layer>`` the map with the largest standard deviation.
 
-    An image is evaluated among those that it is scored among, so that its prediction is the one that was counted.
+    An image is evaluated in the same chunk as by :meth:`Run.evaluate`, so that its prediction is the same.
     """
     model, classes = shadow(run).eval(), run.dataset.class_names
     seen: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-    for picked in evaluation_batches(run, split, model):
+    every = torch.arange(len(split), device=run.device)
+    for picked in (every[chunk] for chunk in run.chunks(split, model)):
         if places := [place for place, index in enumerate(picked.tolist()) if index in indices]:
             logits, outputs = outputs_of(run, model, split.images[picked], places, layers)
             for i, index in enumerate(picked[places].tolist()):
@@ -103,9 +102,9 @@ def look_at_images(run: Run, split: Split, indices: Sequence[int], layers: Seque
 
 
 def picture_output(output: Tensor) -> tuple[Tensor, int]:
-    """Pixels (height, width) of the first maps of an output in rows, or of its first units as squares; how many.
+    """A picture (height, width) of the first maps of an output, or of its first units as squares, and their number.
 
-    Every map has a scale of grey of its own, units have one together.
+    Every map is scaled by its own values, units by those of all units.
     """
     if has_maps(output.shape):
         maps = to_grey(output[None, :MOST_MAPS])[0]
@@ -131,7 +130,7 @@ def in_rows(pieces: Tensor, across: int, empty: int) -> Tensor:
 
 
 def tile_maps(maps: Tensor) -> Tensor:
-    """uint8 maps (rows, columns, H, W) side by side on white, (height, width), enlarged to be seen."""
+    """One picture (height, width) of uint8 maps (rows, columns, H, W), enlarged, with white gaps."""
     factor = -(-SIDE // min(maps.shape[2:]))
     maps = maps.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     framed = nn.functional.pad(maps, (GAP, 0, GAP, 0), value=255)  # (rows, columns, GAP + H, GAP + W)

@@ -1,15 +1,17 @@
-"""How far the gradient can be trusted: the loss and the gradient at some distance along it."""
+"""The loss landscape along the gradient: loss and gradient at some distances from the weights."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from bnexp.data.dataset import Split
-from bnexp.probes.population import norm_of, shadow, some_images
+from bnexp.probes.population import shadow, some_images
 from bnexp.store.readings import Reading, Scalar
-from bnexp.train.probe import Probe, same_chance
+from bnexp.train.device import forked_rng
+from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
 
@@ -27,16 +29,16 @@ class Landscape(Probe):
         landscape/smoothness      = max_k |g_k - g| / |w_k - w|           figure 4c, the effective beta-smoothness
         landscape/gradient_change_relative = max_k |g_k - g| / |g|
 
-    **Comparing networks.** Do it at equal ``landscape/loss``: a network that sits on a plateau has a smooth view. The
-    first four depend on the scale of the weights, which a normalized network is free to choose: if c w computes what
-    w does, its gradient is 1 / c and its smoothness 1 / c^2 of that of w (van Laarhoven 2017, arXiv:1706.05350;
-    Dinh et al. 2017, arXiv:1703.04933). The relative change has no unit, neither of the weights nor of the loss.
-    Since |w_k - w| = k lr |g| it is the largest k lr beta_k, the smoothness beta_k met at k in units of the steps
-    that the optimizer takes: plain gradient descent is stable along g while lr beta < 2 (Cohen et al. 2021,
-    arXiv:2103.00065). Each variant at its own best learning rate, this is the number to compare.
+    **Comparing networks.** Compare at equal ``landscape/loss``, because a network on a plateau has a smooth
+    neighbourhood. All numbers but the relative change depend on the scale of the weights, which is arbitrary in a
+    normalized network: if c w computes the same as w, its gradient is 1 / c and its smoothness 1 / c^2 of that of w
+    (van Laarhoven 2017, arXiv:1706.05350; Dinh et al. 2017, arXiv:1703.04933). The relative change has no unit. Since
+    |w_k - w| = k lr |g|, it is the largest k lr beta_k, where beta_k is the smoothness at k; plain gradient descent is
+    stable along g while lr beta < 2 (Cohen et al. 2021, arXiv:2103.00065). It is the number to compare, with every
+    variant at its own best learning rate.
 
-    Under Adam and its kin lr is not the length of a step per unit of gradient; then ``steps`` are distances to look at
-    and nothing more. Running statistics, and what dropout draws, are the same at every k.
+    With Adam and similar optimizers lr is not the length of a step per unit of gradient; ``steps`` are then only
+    distances. Running statistics and the draws of dropout are the same at every k.
     """
 
     def __init__(self, every: int = 1000, images: int = 64, steps: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> None:
@@ -49,19 +51,21 @@ class Landscape(Probe):
     def look(self, run: Run, before: object) -> Iterator[Reading]:
         model, batch = shadow(run), some_images(run, self.images, of="train")
         loss, gradient = loss_and_gradient(run, model, batch)
-        rates = learning_rates(run)
-        start = [p.detach().clone() for p in model.parameters()]
+        rate_of = {id(p): float(group["lr"]) for group in run.optimizer.param_groups for p in group["params"]}
+        rates = [rate_of.get(id(p), 0.0) for p in run.model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        start = [p.detach().clone() for p in trained]
         losses, changes, distances = [], [], []
         for step in self.steps:
             with torch.no_grad():
-                for p, w, g, rate in zip(model.parameters(), start, gradient, rates, strict=True):
+                for p, w, g, rate in zip(trained, start, gradient, rates, strict=True):
                     p.copy_(w - step * rate * g)
-                distances.append(norm_of(p - w for p, w in zip(model.parameters(), start, strict=True)))
+                distances.append(get_total_norm([p - w for p, w in zip(trained, start, strict=True)]))
             there, changed = loss_and_gradient(run, model, batch)
             losses.append(there)
-            changes.append(norm_of(a - b for a, b in zip(changed, gradient, strict=True)))
+            changes.append(get_total_norm([a - b for a, b in zip(changed, gradient, strict=True)]))
         losses, changes, distances = map(torch.stack, (losses, changes, distances))
-        length = norm_of(gradient)
+        length = get_total_norm(gradient)
         readings = {
             "loss": loss,
             "loss_range": losses.max() - losses.min(),
@@ -74,25 +78,18 @@ class Landscape(Probe):
             yield Scalar(f"landscape/{name}", value)
 
 
-def loss_and_gradient(run: Run, model: nn.Module, batch: Split) -> tuple[Tensor, list[Tensor]]:
-    """The mean loss of the batch and its gradient by every parameter, zeros where there is none.
+def loss_and_gradient(run: Run, model: nn.Module, batch: Split) -> tuple[Tensor, Sequence[Tensor]]:
+    """The mean loss of the batch and its gradient by every trained parameter; the model's buffers do not change.
 
-    Leaves the model's buffers as they are. fp16 needs its loss scaled, or small gradients would vanish.
+    With fp16 the loss is scaled, because small gradients would become 0.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     scale = run.scaler.get_scale()
     trained = [p for p in model.parameters() if p.requires_grad]
-    with same_chance(run):
+    with forked_rng(run.device):
         loss = F.cross_entropy(run.forward(run.dataset.prepare(batch.images), model), batch.labels)
-    found = torch.autograd.grad(loss * scale, trained, allow_unused=True)
-    gradients = iter(torch.zeros_like(p) if g is None else g / scale for p, g in zip(trained, found, strict=True))
+    gradient = torch.autograd.grad(loss * scale, trained, materialize_grads=True)  # zeros where there is none
     with torch.no_grad():
         for buffer, kept in buffers:
             buffer.copy_(kept)
-    return loss.detach(), [next(gradients) if p.requires_grad else torch.zeros_like(p) for p in model.parameters()]
-
-
-def learning_rates(run: Run) -> list[float]:
-    """That of every parameter, 0 for those that are not trained."""
-    rates = {id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]}
-    return [float(rates.get(id(p), 0.0)) for p in run.model.parameters()]
+    return loss.detach(), [g / scale for g in gradient]

@@ -1,4 +1,4 @@
-"""The layers of a model: names, shapes and parameters, and what goes in and comes out of them in a forward pass."""
+"""The layers of a model: names, shapes and parameters, and their inputs and outputs in a forward pass."""
 
 import copy
 import math
@@ -12,21 +12,13 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of
 
-LARGEST_BLOCK = 1024  # that a norm is expected to need
+LARGEST_BLOCK = 1024  # the largest block of examples that a norm is expected to need
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module normalizes, by what its contract says."""
-    return contract_of(module).normalizes
-
-
 def describe_norm(module: nn.Module, num_dims: int) -> str:
-    """``BatchNorm over N, H, W`` for an input with ``num_dims`` dimensions, the class alone if it averages nothing.
-
-    Empty for a module that is no norm.
-    """
-    if not is_norm(module):
+    """``BatchNorm over N, H, W`` for an input with ``num_dims`` dimensions; empty for a module that is no norm."""
+    if not contract_of(module).normalizes:
         return ""
     name, over = type(module).__name__, contract_of(module).reduces_over(num_dims)
     return f"{name} over {over}" if over else name
@@ -38,7 +30,7 @@ def tracking_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def takes_batch(modules: Iterable[nn.Module], batch_size: int) -> bool:
-    """Whether the norms among ``modules`` that split a batch can split one of this size."""
+    """Whether all norms among ``modules`` accept a batch of this size."""
     try:
         for module in modules:
             contract_of(module).check_batch_size(batch_size)
@@ -48,10 +40,10 @@ def takes_batch(modules: Iterable[nn.Module], batch_size: int) -> bool:
 
 
 def smallest_batch(model: nn.Module) -> int:
-    """The smallest number of images, 2 or more, that ``model`` takes in evaluation mode.
+    """The smallest number of images, 2 or more, that ``model`` accepts in evaluation mode.
 
-    A norm without running statistics normalizes by those of the batch: one image can leave it one value per channel,
-    and a norm that splits batches takes multiples of its block only.
+    A norm without running statistics uses batch statistics. One image may then have one value per channel, and a norm
+    that normalizes in blocks accepts only multiples of its block.
     """
     tracking = set(tracking_norms(model).values())
     others = [module for module in model.modules() if module not in tracking]
@@ -61,15 +53,15 @@ def smallest_batch(model: nn.Module) -> int:
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of ``model`` by name, in the order of definition.
 
-    Layers are norms, each with all that is inside it, other modules without children, and other modules with
-    parameters of their own. So every parameter belongs to a layer.
+    Layers are norms (with the modules inside them), other modules without children, and other modules that own
+    parameters. So every parameter belongs to a layer.
     """
     found: dict[str, nn.Module] = {}
     inside_norms: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside_norms):
             continue
-        if is_norm(module):
+        if contract_of(module).normalizes:
             inside_norms += (f"{name}.",)
         elif list(module.children()) and not list(module.parameters(recurse=False)):
             continue
@@ -84,9 +76,9 @@ def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def tapped(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Inside, every call of one of ``modules`` calls ``see(name, input, output)``; input is the first argument.
+    """Inside, every call of one of ``modules`` calls ``see(name, input, output)`` with its first argument as input.
 
-    What ``see`` returns, unless None, takes the output's place.
+    The result of ``see``, unless None, replaces the output.
     """
 
     def hook(name: str) -> Callable:
@@ -101,10 +93,10 @@ def tapped(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
 
 
 class Layer(NamedTuple):
-    """One layer and what it does to one image: shapes are without the batch.
+    """One layer; shapes are those of one image, and multiply-adds are counted per image.
 
-    ``num_parameters`` counts the parameters that no earlier layer has; ``norm`` is :func:`describe_norm`'s.
-    Shapes are empty for a layer that images do not pass, and where the input or output is no tensor.
+    ``num_parameters`` leaves out parameters of earlier layers; ``norm`` is the text of :func:`describe_norm`.
+    Shapes are empty for a layer that the forward pass does not call, and for an input or output that is no tensor.
     """
 
     name: str
@@ -116,10 +108,10 @@ class Layer(NamedTuple):
 
 
 def list_layers(model: nn.Module, in_shape: Sequence[int], device: torch.device | str = "meta") -> list[Layer]:
-    """The layers of ``model`` in the order in which images leave them, in evaluation mode, then those not passed.
+    """The layers of ``model`` in the order in which a forward pass leaves them, then those that it does not call.
 
-    A copy of the model runs on a batch of :func:`smallest_batch` images. Multiply-adds are those of convolutions and
-    dense layers; everything else costs little beside them.
+    A copy of the model in evaluation mode runs on :func:`smallest_batch` images. Multiply-adds are those of
+    convolutions and dense layers; everything else costs little beside them.
     """
     layers, found = named_layers(model), {}
     num_parameters = count_parameters(layers)
@@ -135,18 +127,19 @@ def list_layers(model: nn.Module, in_shape: Sequence[int], device: torch.device 
     with torch.no_grad(), tapped(named_layers(shadow), see):
         shadow(torch.zeros(smallest_batch(model), *in_shape, device=device))
     unseen = [
-        Layer(name, (), (), num_parameters[name], type(layer).__name__ if is_norm(layer) else "", 0)
-        for name, layer in layers.items() if name not in found and (num_parameters[name] or is_norm(layer))
-    ]  # fmt: skip
+        Layer(name, (), (), num_parameters[name], type(layer).__name__ if contract_of(layer).normalizes else "", 0)
+        for name, layer in layers.items()
+        if name not in found and (num_parameters[name] or contract_of(layer).normalizes)
+    ]
     return [*found.values(), *unseen]
 
 
 def count_parameters(layers: Mapping[str, nn.Module]) -> dict[str, int]:
-    """How many numbers the parameters of every layer hold; a shared parameter counts where it comes first."""
+    """The number of parameters of every layer; a shared parameter counts for the first layer that has it."""
     counted: set[nn.Parameter] = set()
     numbers = {}
     for name, layer in layers.items():
-        own = set(layer.parameters(recurse=is_norm(layer))) - counted
+        own = set(layer.parameters(recurse=contract_of(layer).normalizes)) - counted
         numbers[name] = sum(parameter.numel() for parameter in own)
         counted |= own
     return numbers

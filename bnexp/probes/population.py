@@ -1,10 +1,10 @@
-"""The statistics that evaluation ought to use: those of many training images under the present weights.
+"""Population statistics: those of many training images under the present weights; and images for probes.
 
-Running statistics are an average over past batches, under the weights that the model had then.
+Running statistics are averages over past batches, under the weights that the model had then.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,16 @@ def recompute_statistics(
         running_var  = sum(n_b (var_b + (mean_b - running_mean)^2)) / (n - 1)
 
     the cumulative averages of Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (arXiv:2105.07576). They hold
-    for batches of the size that the model is trained with, because deeper layers see inputs that were normalized by
-    the batch statistics of earlier ones.
+    for batches of the size that the model is trained with, because earlier layers normalize the inputs of deeper ones
+    by batch statistics.
 
-    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Only running means and
-    variances change; without batches, or without norms that keep them, nothing does.
+    ``forward(images, model)`` is a forward pass, such as :meth:`bnexp.train.run.Run.forward`. Nothing else of the
+    model changes.
     """
     norms = tracking_norms(model)
     if not norms:
         return
-    sums: dict[str, Tensor] = {}  # of 1, x and x^2 over all values of a channel, (3, C) in float64
+    sums: dict[str, Tensor] = {}  # sums of 1, x and x^2 over the values of a channel, (3, C) in float64
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -51,7 +51,7 @@ def recompute_statistics(
         with tapped(norms, see):
             for images in batches:
                 forward(images, model)
-                for buffer, kept in buffers:  # batch renormalization trains on its running statistics
+                for buffer, kept in buffers:  # batch renormalization uses its running statistics in training
                     buffer.copy_(kept)
     finally:
         for module, mode in modes.items():
@@ -64,15 +64,15 @@ def recompute_statistics(
 
 
 def population_size(run: Run, num_images: int) -> int:
-    """The images in as many whole batches of the run's size as ``num_images`` training images make; one at least."""
+    """``num_images``, at most all training images, rounded down to whole batches of the run's size; one at least."""
     batch_size = min(run.batches.batch_size, len(run.dataset.train))
     return max(1, min(num_images, len(run.dataset.train)) // batch_size) * batch_size
 
 
 def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
-    """:func:`population_size` prepared training images in batches of the run's size.
+    """:func:`population_size` prepared training images in batches of the run's size, augmented as in training.
 
-    Always the same ones, augmented as the run's are, from all over the training set in every batch.
+    The images are the same every time. Those of a batch are at equal distances in the training set.
     """
     num_images = population_size(run, num_images)
     images = evenly_spaced(run.dataset.train, num_images).images
@@ -82,28 +82,22 @@ def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
         yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
 
 
-def evaluation_batches(run: Run, split: Split, model: nn.Module) -> Sequence[Tensor]:
-    """The indices of the images of ``split`` that :meth:`Run.evaluate` shows ``model`` together, batch by batch."""
-    places = torch.arange(len(split), device=run.device)
-    return [places[chunk] for chunk in run.chunks(split, model)]
-
-
 def shadow(run: Run) -> nn.Module:
-    """A copy of the run's model, in training mode: whatever is done with it, the run stays as it is."""
+    """A copy of the run's model, in training mode."""
     return copy.deepcopy(run.model).train()
 
 
 def evenly_spaced(split: Split, num_images: int) -> Split:
-    """``num_images`` images at equal distances: always the same, and of every class even if classes come in turn."""
+    """``num_images`` images at equal distances: always the same, and of all classes even if sorted by class."""
     num_images = min(num_images, len(split))
     return split.take(torch.arange(num_images, device=split.labels.device) * len(split) // max(num_images, 1))
 
 
 def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
-    """Images for one batch in training mode, always the same: validation images, or those ``of="train"``.
+    """Images of the split ``of`` for one batch in training mode, always the same.
 
-    ``num_images`` of them, or as many as there are. Where a norm refuses a batch of that size, or one image is too
-    few for it, as many whole batches of the run as fit. Training images where no validation images will do.
+    ``num_images`` of them, at most all; if a norm refuses a batch of that size, or it is one image, whole batches of
+    the run's size. Training images if the split has too few.
     """
     batch_size = min(run.batches.batch_size, len(run.dataset.train))
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
@@ -111,9 +105,3 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
             if 1 < size <= len(split) and takes_batch(run.model.modules(), size):
                 return evenly_spaced(split, size)
     return evenly_spaced(run.dataset.train, batch_size)
-
-
-def norm_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm of all numbers together, on their device; 0 if there are none."""
-    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

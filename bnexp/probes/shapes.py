@@ -1,4 +1,4 @@
-"""A table of what goes into the first layers and what comes out, to check that the network is the intended one."""
+"""A table of the input and output shapes of the first layers, to check that the network is the intended one."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,10 @@ HEAD = ("layer", "input", "output")
 
 
 class Shapes(Probe):
-    """The table ``shapes``: name, input and output shape (of one image) of the first ``layers`` layers that images
-    leave; after the run's first step and never again, because shapes do not change."""
+    """The table ``shapes``: name, input shape and output shape (for one image) of the first ``layers`` layers.
+
+    It is written after the run's first step only, because shapes do not change.
+    """
 
     def __init__(self, layers: int = 8) -> None:
         self.layers = self.at_least("layers", layers, 1, "rows of the table")

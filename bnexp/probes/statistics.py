@@ -1,4 +1,4 @@
-"""Are the running statistics those of the training images, and is every channel of a norm still alive?"""
+"""Running statistics against those of the training images, and channels of norms that are dead."""
 
 import copy
 from collections.abc import Iterator
@@ -8,50 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
-from bnexp.probes.layers import is_norm, tracking_norms
+from bnexp.norms.base import contract_of
+from bnexp.probes.layers import tracking_norms
 from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, training_batches
 from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
 
-SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| says next to nothing
-SMALL_VARIANCE = 1e-8  # an input with less is a constant: a thousandth of the usual eps
-GAPS = ("mean_gap", "variance_gap", "gamma_min", "dead")  # of a norm to its recomputed self
-NORM_HEAD = (
-    "layer",
-    "channels",
-    "running_mean",
-    "running_var",
-    "population_mean",
-    "population_var",
-    "gamma",
-    "beta",
-    *GAPS,
-)
-
+SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| is dead
+SMALL_VARIANCE = 1e-8  # a channel with a smaller variance, a thousandth of the usual eps, has a constant input
+GAPS = ("mean_gap", "variance_gap", "gamma_min", "dead")  # see Statistics
+RANGES = ("running_mean", "running_var", "population_mean", "population_var", "gamma", "beta")  # over channels
+NORM_HEAD = ("layer", "channels", *RANGES, *GAPS)
 TENSORS = {"running_mean": "running_mean", "running_var": "running_var", "weight": "gamma", "bias": "beta"}
 
 
 class Statistics(Probe):
-    """Per norm with running statistics, against those of about ``images`` training images, recomputed
-    (:func:`~bnexp.probes.population.recompute_statistics`, Wu & Johnson 2021, arXiv:2105.07576):
+    """Compares the running statistics of every norm with those recomputed from about ``images`` training images:
 
         statistics/<layer>/mean_gap     = sqrt(mean_c((running_mean - mean)^2 / (var + eps)))     in standard deviations
         statistics/<layer>/variance_gap = mean_c |ln((running_var + eps) / (var + eps))|
         statistics/<layer>/gamma_min    = min_c |gamma|
         statistics/<layer>/dead         = number of channels c with |gamma| < 1e-3 or var < 1e-8
 
-    mean and var are the recomputed ones of every channel c, eps the norm's own, because the norm divides by
-    sqrt(var + eps). Without gamma (``norm.affine=false``) it counts as 1.
+    mean and var are the recomputed statistics of channel c (:func:`~bnexp.probes.population.recompute_statistics`, Wu &
+    Johnson 2021, arXiv:2105.07576), eps is the norm's, and gamma is 1 with ``norm.affine=false``.
 
     ``accuracy/valid_running`` and ``accuracy/valid_recomputed`` are accuracies in evaluation mode over the same
-    validation images, at most ``images``, with the one and the other. A model whose norms keep no running statistics
-    yields nothing.
+    validation images, at most ``images``, with running and with recomputed statistics. A model whose norms keep no
+    running statistics has no readings.
     """
 
     def __init__(self, every: int = 2000, images: int = 1024) -> None:
         super().__init__(every)
-        self.images = self.at_least("images", images, 2, "images that stand for the population")
+        self.images = self.at_least("images", images, 2, "training images for the statistics")
 
     @torch.no_grad()
     def look(self, run: Run, before: object) -> Iterator[Reading]:
@@ -76,7 +66,7 @@ def recomputed_model(run: Run, num_images: int) -> nn.Module:
 
 
 def compare_statistics(norm: nn.Module, recomputed: nn.Module) -> dict[str, Tensor]:
-    """The numbers of :class:`Statistics` for one norm and the same norm recomputed, in float64, on the device."""
+    """The numbers of :class:`Statistics` for a norm and the same norm ``recomputed``, in float64, on the device."""
     mean, var = recomputed.running_mean.double(), recomputed.running_var.double()
     gap, ratio = norm.running_mean - mean, (norm.running_var + norm.eps) / (var + norm.eps)
     gamma = torch.ones_like(var) if norm.weight is None else norm.weight.double().abs()
@@ -90,15 +80,15 @@ def compare_statistics(norm: nn.Module, recomputed: nn.Module) -> dict[str, Tens
 
 @torch.no_grad()
 def norm_table(model: nn.Module, recomputed: nn.Module) -> Table:
-    """The table ``norms``: a row per norm that has statistics, gamma or beta, beside its recomputed statistics.
+    """The table ``norms``: a row for every norm that has statistics, gamma or beta.
 
-    Statistics and parameters are (smallest, largest) over channels, NaN if one is; the gaps and ``dead`` are those of
-    :class:`Statistics`; None for what the norm does not have.
+    Statistics, gamma and beta are (smallest, largest) over channels, NaN if one is NaN. The gaps and ``dead`` are those
+    of :class:`Statistics`. A cell is None if the norm does not have the number.
     """
     others, rows = tracking_norms(recomputed), []
     for name, norm in model.named_modules():
         tensors = {TENSORS[key]: value for key, value in norm.state_dict().items() if key in TENSORS}
-        if not tensors or not (name in others or is_norm(norm)):
+        if not tensors or not (name in others or contract_of(norm).normalizes):
             continue
         row = {"layer": name, "channels": len(next(iter(tensors.values())))}
         if name in others:
@@ -111,11 +101,11 @@ def norm_table(model: nn.Module, recomputed: nn.Module) -> Table:
 
 
 @torch.no_grad()
-def score_table(run: Run, split: Split, model: nn.Module, recomputed: nn.Module) -> Table:
-    """The table ``scores``: mean loss (nats) and accuracy over ``split`` with the statistics of the first column.
+def score_by_statistics(run: Run, split: Split, model: nn.Module, recomputed: nn.Module) -> Table:
+    """The table ``scores``: mean loss (nats) and accuracy over ``split``, a row for every kind of statistics.
 
-    ``running``: as evaluated in training. Only where norms keep running statistics also ``recomputed``, and
-    ``batch``: every batch of the run's size by its own.
+    ``running`` is :meth:`Run.evaluate`. Models with running statistics also have ``recomputed``, and ``batch``, in
+    which batches of the run's size are normalized by their own statistics.
     """
     scores = {"running": run.evaluate(split, model)}
     if tracking_norms(model):
@@ -126,10 +116,10 @@ def score_table(run: Run, split: Split, model: nn.Module, recomputed: nn.Module)
 
 
 def score_by_batch(run: Run, split: Split, model: nn.Module, batches: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy where every one of ``batches`` is normalized by its own statistics, as in training.
+    """Mean loss (nats) and accuracy when the images at ``batches`` (batches, B) are normalized by batch statistics.
 
-    The norms with running statistics are in training mode and nothing else is: dropout, say, stays off. Every batch
-    finds the buffers of ``model``, because some norms train on them.
+    Norms with running statistics are in training mode; everything else, dropout for example, is in evaluation mode.
+    The buffers are restored after every batch, because some norms use them in training.
     """
     model = copy.deepcopy(model).eval()
     for norm in tracking_norms(model).values():
@@ -144,10 +134,10 @@ def score_by_batch(run: Run, split: Split, model: nn.Module, batches: Tensor) ->
 
 
 def shuffled_batches(num_images: int, batch_size: int) -> Tensor:
-    """Indices (batches, batch_size) of all images, shuffled, because files may be sorted by class; always the same.
+    """Indices (batches, batch_size) of all images, shuffled (files may be sorted by class) and always the same.
 
-    Every image is once among the first ``num_images``. The last batch is filled up from the beginning: a short one
-    would have other statistics, and some norms refuse it.
+    Every image is once among the first ``num_images`` indices. The last batch is filled with images of the first,
+    because a short batch would have other statistics, and some norms refuse it.
     """
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     num_batches = -(-num_images // batch_size)

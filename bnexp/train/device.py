@@ -1,34 +1,31 @@
-"""The limits of a device: its memory, and operations that it cannot repeat bit for bit."""
+"""What depends on the device: its memory, operations that it cannot repeat bit for bit, torch's own generators."""
 
 import os
 import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 import torch
 
 from bnexp.errors import OutOfMemory
 
 NOT_REPEATABLE = "does not have a deterministic implementation"  # in torch's warning, after the operation's name
-SAID: set[str] = set()  # the operations that this process has named
 
 
 @contextmanager
 def memory_explained(device: torch.device, what: str, batch_size: int) -> Iterator[None]:
-    """Raise an error about memory as :func:`explain_memory` words it."""
+    """Inside, an error about memory is raised as :func:`explain_memory` words it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = explain_memory(error, device, what, batch_size)
-        if told is error:
-            raise
-        raise told from error
+        raise explain_memory(error, device, what, batch_size)  # noqa: B904 (it has its cause)
 
 
 def explain_memory(error: Exception, device: torch.device, what: str, batch_size: int) -> Exception:
-    """:class:`OutOfMemory` for a failed allocation by ``what``: how much was in use, what helps. Else ``error``."""
+    """Return ``error``, or the :class:`OutOfMemory` for it if it is a failed allocation by ``what``."""
     is_on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if not is_on_host and not isinstance(error, torch.OutOfMemoryError | MemoryError):
         return error
@@ -40,21 +37,21 @@ def explain_memory(error: Exception, device: torch.device, what: str, batch_size
 
 
 def peak(device: torch.device) -> float:
-    """GiB that torch had in use on the GPU at most, or that the process had in memory at most on a CPU."""
+    """The largest memory use so far, in GiB: of torch on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def prefer_repeatable(is_preferred: bool) -> None:
-    """Set whether torch prefers operations that give the same bits every time to faster ones."""
+    """Set whether torch prefers operations that give the same bits every time over faster ones."""
     if is_preferred:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
     torch.use_deterministic_algorithms(is_preferred, warn_only=True)
 
 
 def naming_exceptions(function: Callable[[], None]) -> None:
-    """Call ``function``; say on stderr, once each, which of its operations cannot be repeated bit for bit."""
+    """Call ``function`` and name on stderr the operations that torch warns it cannot repeat bit for bit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function()
@@ -62,9 +59,17 @@ def naming_exceptions(function: Callable[[], None]) -> None:
         operation, found, _ = str(warning.message).partition(NOT_REPEATABLE)
         if not found:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif operation not in SAID:
-            SAID.add(operation)
-            print(
-                f"bnexp: warning: deterministic=true: torch cannot repeat {operation.strip()} bit for bit; the rest is",
-                file=sys.stderr,
-            )
+        else:
+            name_not_repeatable(operation.strip())
+
+
+@cache
+def name_not_repeatable(operation: str) -> None:
+    """Warn on stderr, once for each operation in a process."""
+    told = f"deterministic=true: torch cannot repeat {operation} bit for bit; all other operations are repeated"
+    print(f"bnexp: warning: {told}", file=sys.stderr)
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager:
+    """A block after which torch's own generators are as before it: what is drawn inside changes no later draw."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])

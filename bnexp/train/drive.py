@@ -17,47 +17,47 @@ from bnexp.train.run import Run
 def drive(loop: Loop, progress: NullProgress) -> str:
     """Train to the end and return how it ended: ``finished`` or ``diverged``. Raise the error of a run that failed.
 
-    A signal to stop waits for the end of the step; then a checkpoint is saved and KeyboardInterrupt raised. It does
-    not wait long for an evaluation or a probe: the checkpoint is then of the step before.
+    After a signal to stop, the step is finished, a checkpoint saved and KeyboardInterrupt raised. An evaluation or a
+    probe that takes long is broken off; the checkpoint is then that of the step before.
     """
     try:
         with deferred_signals() as asked:
             try:
-                progress.start(loop.run)
+                progress.start(loop)
                 while loop.is_running:
-                    metrics = loop.step()
+                    loop.step()
                     if loop.is_running:
-                        progress.update(loop.run, metrics)
+                        progress.update(loop)
                         if asked:
                             raise Interrupted
             except BaseException as reason:
                 if loop.is_running:
-                    # Progress that cannot be shown, on a closed terminal say, leaves the time for a checkpoint.
+                    # A checkpoint is saved too if progress cannot be shown, on a closed terminal for example.
                     loop.stop(reason if isinstance(reason, KeyboardInterrupt) else Interrupted())
                 if loop.error is None:
                     raise
                 raise loop.error from loop.error.__cause__  # the checkpoint could not be written
         if loop.error is not None:
             raise loop.error
-        if asked:  # while the run came to its end; others may come after it
+        if asked:  # during the run's end; a sweep must not go on with the next run
             raise Interrupted
     finally:
-        progress.end(loop.run, loop.status)
+        progress.end(loop)
     return loop.status
 
 
 @dataclass(frozen=True)
 class Group:
-    """Loops whose runs step together: ``step_runs(runs)`` takes the next step of runs that are at the same step.
+    """Loops whose runs step together.
 
-    Without it every run takes its own.
+    ``step_runs(runs)`` takes the next step of runs that are at the same step; without it they step one by one.
     """
 
     loops: Sequence[Loop]
     step_runs: Callable[[Sequence[Run]], None] | None = None
 
     def step(self, num_steps: int) -> None:
-        """Take the next step of the runs that have taken ``num_steps``, then look at each of them."""
+        """Take the next step of the runs that have taken ``num_steps``, and record it."""
         loops = [loop for loop in self.loops if loop.is_running and loop.run.num_steps == num_steps]
         if self.step_runs is None:
             for loop in loops:
@@ -67,7 +67,7 @@ class Group:
         tell_not_recorded(loops)
 
     def step_together(self, loops: Sequence[Loop]) -> None:
-        """:meth:`Loop.step` of all ``loops``; each is given the same share of the seconds of the common step."""
+        """Do :meth:`Loop.step` for all ``loops``. The seconds of the common step are divided equally among them."""
         for loop in loops:
             attempt(loop, loop.begin)
         loops = [loop for loop in loops if loop.is_running]
@@ -85,7 +85,7 @@ class Group:
 
 
 def attempt(loop: Loop, function: Callable[[], object]) -> None:
-    """Call ``function``; what it raises fails ``loop``."""
+    """Call ``function``; if it raises an error, ``loop`` ends as failed."""
     try:
         function()
     except Exception as error:
@@ -93,23 +93,23 @@ def attempt(loop: Loop, function: Callable[[], object]) -> None:
 
 
 def lockstep(groups: Sequence[Group]) -> Iterator[int]:
-    """Step all runs to their ends; yield the number of steps that every run still on its way has taken.
+    """Step all runs to their ends; yield the number of steps taken, after every step.
 
-    Runs that are behind, because they continue from an earlier checkpoint, go first. A signal to stop ends every run
-    with a checkpoint and raises KeyboardInterrupt.
+    Runs that continue from an earlier checkpoint than the others catch up first. After a signal to stop, every run
+    saves a checkpoint and KeyboardInterrupt is raised.
     """
     loops = [loop for group in groups for loop in group.loops]
     with deferred_signals() as asked:
         try:
             while running := [loop for loop in loops if loop.is_running]:
                 num_steps = min(loop.run.num_steps for loop in running)
-                with suppress(OutOfPatience):  # the others are stopped below too, with the time for a checkpoint
+                with suppress(OutOfPatience):  # Interrupted, raised below, lets every run save a checkpoint
                     for group in groups:
                         if not (asked and perf_counter() - asked[0] > HURRY):
                             group.step(num_steps)
                 if asked:
                     raise Interrupted
-                if any(loop.run.num_steps > num_steps for loop in running):  # after its last step a run only ends
+                if any(loop.run.num_steps > num_steps for loop in running):  # not in the turn in which runs only end
                     yield num_steps + 1
         except BaseException as reason:
             raise stop_all(loops, reason) from None
@@ -118,7 +118,7 @@ def lockstep(groups: Sequence[Group]) -> Iterator[int]:
 
 
 def stop_all(loops: Sequence[Loop], reason: BaseException) -> BaseException:
-    """Stop every loop on its way for ``reason``; return it, or what was raised meanwhile: a second Ctrl-C, say."""
+    """Stop every running loop for ``reason``. Return it, or the last error while stopping (a second Ctrl-C)."""
     for loop in loops:
         if loop.is_running:
             try:
@@ -130,7 +130,7 @@ def stop_all(loops: Sequence[Loop], reason: BaseException) -> BaseException:
 
 
 def tell_not_recorded(loops: Sequence[Loop]) -> None:
-    """Say on stderr which runs could not be written down."""
+    """Print on stderr why runs could not be recorded."""
     for loop in loops:
         if isinstance(loop.error, StorageError):
             print(f"bnexp: error: {loop.error}", file=sys.stderr)

@@ -1,22 +1,22 @@
-"""Requests to stop: signals wait for the end of the step, but not for ever."""
+"""Signals that stop a run: a step is finished first, unless it takes too long."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-PATIENCE = 2.0  # seconds after a signal until a step or a look is broken off; a checkpoint may take longer
+PATIENCE = 2.0  # seconds after a signal until a step is broken off; a checkpoint may take longer
 HURRY = 1.0  # seconds after a signal from which no step is begun
-# Ctrl-C, kill, a closed terminal, and the warning that schedulers send before the time of a job is over.
+# Ctrl-C, kill, a closed terminal, and the warning of a scheduler that a job's time is nearly over.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A request to stop, carried out between two steps, where a checkpoint can be saved."""
+    """Raised between two steps after a signal to stop: a checkpoint of this step can be saved."""
 
 
 class OutOfPatience(KeyboardInterrupt):
-    """A request to stop that broke off a step or a look, because it was not over in time."""
+    """Raised inside a step that was not over in time after a signal to stop."""
 
 
 _is_patient = False
@@ -24,9 +24,10 @@ _is_patient = False
 
 @contextmanager
 def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
-    """Note in the list when one of SIGNALS comes, in place of breaking off a step; a second Ctrl-C breaks off at once.
+    """Yield a list to which the time of the first of SIGNALS is added, instead of breaking off a step.
 
-    ``PATIENCE`` plus ``longer`` seconds later :class:`OutOfPatience` is raised, but never inside :func:`patience`.
+    :class:`OutOfPatience` is raised ``PATIENCE + longer`` seconds after it, but never inside :func:`patience`, and
+    KeyboardInterrupt at a second Ctrl-C.
     """
     asked: list[float] = []
 
@@ -44,7 +45,7 @@ def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
     heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup
     try:
         before = {each: signal.signal(each, ask) for each in (signal.SIGALRM, *heard)}
-    except ValueError:  # not the main thread: signals keep their handlers
+    except ValueError:  # not the main thread, in which alone Python sets handlers
         yield asked
         return
     try:
@@ -57,7 +58,7 @@ def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Put :class:`OutOfPatience` off until the block is over: a checkpoint may be on its way to a slow disk."""
+    """Raise no :class:`OutOfPatience` inside: a checkpoint may be on its way to a slow disk."""
     global _is_patient
     before, _is_patient = _is_patient, True
     try:
@@ -67,5 +68,5 @@ def patience() -> Iterator[None]:
 
 
 def take_time() -> None:
-    """Raise no :class:`OutOfPatience` from here on; only a second Ctrl-C breaks off what follows."""
+    """Raise no :class:`OutOfPatience` from here on. A second Ctrl-C still raises KeyboardInterrupt."""
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,5 +1,6 @@
-"""One run on its way: a step at a time, looked at when that is due, and written down however it ends."""
+"""The loop of one run: steps, evaluations, probes and checkpoints when they are due, and the record of its end."""
 
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,21 +11,21 @@ import torch
 from bnexp.errors import StorageError, UserError
 from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
-from bnexp.train.device import explain_memory, naming_exceptions, prefer_repeatable
+from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
 from bnexp.train.interrupt import Interrupted, OutOfPatience, take_time
 from bnexp.train.meter import Measured
-from bnexp.train.probe import Probe, same_chance
+from bnexp.train.probe import Probe
 from bnexp.train.recorder import Recorder
-from bnexp.train.run import Run, first_non_finite
+from bnexp.train.run import Run
 
-LONG = 0.1  # seconds; a look that takes longer may have to be broken off when the run is to stop
+LONG = 0.1  # seconds; a step with evaluations and probes that takes longer may be broken off by a signal to stop
 
 
 @dataclass(frozen=True)
 class Plan:
-    """When a run is looked at, in steps. The weights of the run do not depend on it.
+    """When a run is evaluated, probed and saved, in steps. The weights of the run do not depend on it.
 
-    ``checkpoint_seconds`` is the time between two checkpoints; it counts where ``checkpoint_every`` is None.
+    If ``checkpoint_every`` is None, checkpoints are ``checkpoint_seconds`` apart.
     """
 
     log_every: int
@@ -36,7 +37,7 @@ class Plan:
     checkpoint_seconds: float | None = None
 
     def wants_checkpoint(self, step: int, seconds_since: float) -> bool:
-        """Whether a checkpoint is due after ``step``, ``seconds_since`` the last one."""
+        """Whether a checkpoint is due after ``step``, ``seconds_since`` the last one was saved."""
         if self.checkpoint_every is None:
             return seconds_since >= self.checkpoint_seconds
         return step % self.checkpoint_every == 0
@@ -48,13 +49,13 @@ class Plan:
 
 
 class Loop:
-    """A run, the plan by which it is looked at, and the recorder that writes it down.
+    """Steps a run, evaluates and probes it by a plan, and records the readings and how it ends.
 
     Call :meth:`step` until :attr:`is_running` is False, or :meth:`stop` to end it earlier. ``status`` is then
-    ``finished``, ``diverged``, ``interrupted`` or ``failed``. A failure is not raised, so that one run of many stops
-    no other: it is kept in ``error``, as :class:`StorageError` if the run could not be written down.
+    ``finished``, ``diverged``, ``interrupted`` or ``failed``. An error is not raised, because other runs may be in
+    lockstep with this one: it is kept in ``error``, as :class:`StorageError` if the run could not be recorded.
 
-    ``latest`` holds the last value of every tag. ``run.seconds`` counts the time spent in here.
+    ``latest`` holds the last value of every tag. ``run.seconds`` counts the time spent in the loop.
     """
 
     def __init__(self, run: Run, plan: Plan, recorder: Recorder) -> None:
@@ -63,29 +64,24 @@ class Loop:
         self.error: Exception | None = None
         self.latest: dict[str, float] = {}
         self.last_finite_loss: float | None = None
-        self.is_between_steps = True  # the last step was looked at and written down, the next is not begun
+        self.is_between_steps = True  # the last step is recorded, the next is not begun
         self.saved_at = perf_counter()
-        self.busy = 0.0  # seconds in steps since the last reading of the meter
-        self.quick: set[tuple[str, ...]] = {()}  # the looks that were seen to take less than LONG
-        self.due: list[Probe] = []
-        self.before: list[object] = []  # what each probe that is due saw before the step
+        self.busy = 0.0  # seconds spent in steps since the meter was last read
+        self.quick: set[tuple[str, ...]] = {()}  # sets of evaluations and probes that have taken less than LONG
+        self.due: list[tuple[Probe, object]] = []  # the probes that look after this step, with their before()
 
     @property
     def is_running(self) -> bool:
         return self.status is None
 
-    def step(self) -> dict[str, float]:
-        """Take a step of the run, look at it and write it down; end the run if no step is left.
-
-        Returns the readings of this step by tag, mostly none.
-        """
+    def step(self) -> None:
+        """Take a step of the run and record it; end the run if no step is left."""
         try:
             self.begin()
             if self.is_running:
-                return self.conclude(timed(self.run.step, self.run.deterministic))
+                self.conclude(timed(self.run.step, self.run.deterministic))
         except Exception as error:
             self.fail(error)
-        return {}
 
     def begin(self) -> None:
         """Prepare the process, the recorder and the probes for a step, or end as finished if no step is left."""
@@ -93,17 +89,17 @@ class Loop:
         if run.num_steps >= run.total_steps:
             self.end("finished")
             return
-        is_quick = self.plan.looks(run.num_steps + 1, run.total_steps) in self.quick
+        when = run.num_steps + 1, run.total_steps
+        is_quick = self.plan.looks(*when) in self.quick
         self.recorder.remember(None if is_quick else run)
         self.is_between_steps = False
         began = perf_counter()
-        take_turn(run)
-        self.due = [probe for probe in self.plan.probes if probe.is_due(run.num_steps + 1, run.total_steps)]
-        self.before = [probe.before(run) for probe in self.due]
+        configure_process(run)
+        self.due = [(probe, probe.before(run)) for probe in self.plan.probes if probe.is_due(*when)]
         run.seconds += perf_counter() - began
 
-    def conclude(self, seconds: float) -> dict[str, float]:
-        """Look at the run after a step that took ``seconds``, write down what is due, and return those readings."""
+    def conclude(self, seconds: float) -> None:
+        """After a step that took ``seconds``: evaluate, probe, record and save what is due."""
         run, plan = self.run, self.plan
         began = perf_counter()
         origin = began - seconds - run.seconds
@@ -114,13 +110,14 @@ class Loop:
         if step % plan.log_every == 0 or is_last or (saves and not run.meter.is_finite()):
             readings += self.read_meter(began, origin)
             if not self.is_running:
-                return {}
+                return
         if step % plan.eval_every == 0 or is_last:
             readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
         if self.due:
-            readings += read_probes(run, self.due, self.before)
+            readings += read_probes(run, self.due)
         run.seconds = perf_counter() - origin
-        metrics = self.recorder.write(run, readings) if readings else {}
+        if readings:
+            self.latest |= self.recorder.write(run, readings)
         if saves:
             self.recorder.save(run)
             self.saved_at = perf_counter()
@@ -128,20 +125,19 @@ class Loop:
         run.seconds = now - origin
         if seconds + now - began < LONG:
             self.quick.add(plan.looks(step, run.total_steps))
-        self.latest |= metrics
         self.is_between_steps = True
-        return metrics
 
     def read_meter(self, began: float, origin: float) -> list[Scalar]:
-        """The readings of the steps since the last reading; ends as diverged if one of their losses is not finite.
+        """The readings of the steps since the meter was last read. Ends as diverged if a loss is not finite.
 
-        ``began`` is when this look began, ``origin`` when ``run.seconds`` was 0.
+        ``began`` is the time at which the last step ended, ``origin`` that at which ``run.seconds`` was 0.
         """
         run = self.run
         measured = run.meter.read()
         busy, self.busy = self.busy + perf_counter() - began, 0.0
         run.num_bad_gradients += measured.num_bad
-        if (bad := first_non_finite(measured.losses)) is not None:
+        bad = next((i for i, loss in enumerate(measured.losses) if not math.isfinite(loss)), None)
+        if bad is not None:
             run.seconds = perf_counter() - origin
             before = measured.losses[bad - 1] if bad else self.last_finite_loss
             first_bad_step = run.num_steps - len(measured.losses) + bad + 1
@@ -157,7 +153,7 @@ class Loop:
     def stop(self, reason: BaseException) -> None:
         """End as interrupted. Unless ``reason`` is a second Ctrl-C, save a checkpoint first.
 
-        The checkpoint is of this step, or of the step before if this one was broken off. An :class:`OSError` ends up
+        The checkpoint is of this step, or of the step before if this one was broken off. An :class:`OSError` is kept
         in ``error``.
         """
         self.status = "interrupted"
@@ -189,7 +185,7 @@ class Loop:
             self.error = self.not_recorded(error)
 
     def not_recorded(self, error: OSError) -> StorageError:
-        """The error for a run that had begun and could not be written down."""
+        """The error for a run that had begun and could not be recorded."""
         why = not_written(error, self.recorder.folder)
         told = StorageError(f"the run stopped at step {self.run.num_steps} because {why}")
         told.__cause__ = error
@@ -197,7 +193,7 @@ class Loop:
 
 
 def timed(step: Callable[[], None], deterministic: bool) -> float:
-    """Seconds that ``step()`` takes; with ``deterministic`` it says which operations cannot be repeated."""
+    """Call ``step()`` and return the seconds that it took. ``deterministic`` names what torch cannot repeat."""
     began = perf_counter()
     if deterministic:
         naming_exceptions(step)
@@ -206,8 +202,8 @@ def timed(step: Callable[[], None], deterministic: bool) -> float:
     return perf_counter() - began
 
 
-def take_turn(run: Run) -> None:
-    """Set the process to the run's threads and determinism: another run may have stepped before."""
+def configure_process(run: Run) -> None:
+    """Set torch's threads and determinism to those of ``run``, because another run may have stepped before."""
     if torch.get_num_threads() != run.threads:
         torch.set_num_threads(run.threads)
     if torch.are_deterministic_algorithms_enabled() != run.deterministic:
@@ -217,8 +213,7 @@ def take_turn(run: Run) -> None:
 def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
     """The readings of the steps ``measured``, which took ``busy`` seconds.
 
-    A step in which the engine was prepared (compiled, captured) is not part of ``time/step``: its preparation is
-    ``time/setup``.
+    The seconds in which the engine compiled or captured are ``time/setup``; ``time/step`` leaves that step out.
     """
     readings = [
         Scalar("loss/train", measured.loss),
@@ -236,16 +231,16 @@ def progress_of(run: Run, measured: Measured, busy: float) -> list[Scalar]:
     return readings
 
 
-def read_probes(run: Run, probes: Sequence[Probe], before: Sequence[object]) -> list[Reading]:
-    """The readings of ``probes``, and the seconds that they took."""
+def read_probes(run: Run, due: Sequence[tuple[Probe, object]]) -> list[Reading]:
+    """The readings of probes, each given with the result of its ``before``, and the seconds that they took."""
     began = perf_counter()
-    with same_chance(run):
-        readings = [reading for probe, seen in zip(probes, before, strict=True) for reading in probe.look(run, seen)]
+    with forked_rng(run.device):
+        readings = [reading for probe, before in due for reading in probe.look(run, before)]
     return [*readings, Scalar("time/probes", perf_counter() - began)]
 
 
 def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:
-    """Loss and accuracy on the validation split and those asked for, unless empty."""
+    """Loss and accuracy on the validation split and, if set, the training and the test split; empty ones left out."""
     splits = {"valid": run.dataset.valid}
     if eval_train:
         splits["train_eval"] = run.dataset.train

@@ -1,4 +1,4 @@
-"""The losses and hits of a run's steps, kept on the device until they are read."""
+"""Losses and numbers of right classifications of a run's steps, kept on the device until they are read."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ COUNT_AT = 32  # steps whose logits are kept before their hits are counted
 
 @dataclass(frozen=True)
 class Measured:
-    """Consecutive steps: their losses (nats), the images classified right, their batch sizes, and how many were bad."""
+    """Consecutive steps: their losses (nats), batch sizes, images classified right, and the number of bad steps."""
 
     losses: list[float]
     hits: int
@@ -19,17 +19,13 @@ class Measured:
     num_bad: int
 
     @property
-    def num_images(self) -> int:
-        return sum(self.sizes)
-
-    @property
     def loss(self) -> float:
         """The mean over images."""
-        return sum(loss * size for loss, size in zip(self.losses, self.sizes, strict=True)) / self.num_images
+        return sum(loss * size for loss, size in zip(self.losses, self.sizes, strict=True)) / sum(self.sizes)
 
     @property
     def accuracy(self) -> float:
-        return self.hits / self.num_images
+        return self.hits / sum(self.sizes)
 
 
 class Meter:
@@ -46,7 +42,7 @@ class Meter:
         self.sizes: list[int] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, found: Tensor) -> None:
-        """One step's loss (), logits (B, classes) and labels (B,); ``found`` is 1 if its gradient was not finite."""
+        """Add a step's loss (), logits (B, classes) and labels (B,); ``found`` is 1 if its gradient was not finite."""
         self.losses.append(loss)
         self.uncounted.append((logits, labels))
         self.found.append(found)
@@ -55,14 +51,14 @@ class Meter:
             self.settle()
 
     def settle(self) -> None:
-        """Count the hits of several steps at once: two operations a step would slow small models down."""
+        """Count the hits of several steps at once, because two operations a step would slow small models down."""
         if self.uncounted:
             logits, labels = map(torch.cat, zip(*self.uncounted, strict=True))
             self.hits.append((logits.argmax(1) == labels).sum())
             self.uncounted = []
 
     def read(self) -> Measured:
-        """Return what was measured and clear it. Here alone in training the host waits for the device."""
+        """Return the steps since the last reading and clear them. The host waits for the device, here only."""
         self.settle()
         losses = torch.stack(self.losses).tolist()
         found = torch.stack(self.found).tolist()
@@ -72,7 +68,7 @@ class Meter:
         return measured
 
     def is_finite(self) -> bool:
-        """Whether all losses since the last reading are finite; waits for the device."""
+        """Whether all losses since the last reading are finite. The host waits for the device."""
         self.settle()
         return not self.losses or bool(torch.stack(self.losses).isfinite().all())
 

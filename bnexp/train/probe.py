@@ -1,10 +1,8 @@
 """What a probe is: it looks at a run on its own schedule, yields readings, and never changes the run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 
-import torch
 from torch import nn
 
 from bnexp.errors import UserError
@@ -15,10 +13,10 @@ from bnexp.train.run import Run
 class Probe(ABC):
     """Looks at a run after every ``every``-th step and after the last one.
 
-    A probe keeps nothing from one look to the next, so a run that continues from a checkpoint yields the same readings.
-    It draws nothing from the generators that a run draws from and computes on a copy of the model
-    (:func:`bnexp.probes.population.shadow`), so weights, running statistics and gradients keep every bit. Of weights
-    that are infinite or NaN the readings are not finite either.
+    A probe keeps no state from one look to the next, so that a run that continues from a checkpoint yields the same
+    readings. It draws no numbers from the run's generators and computes on a copy of the model
+    (:func:`bnexp.probes.population.shadow`), so that weights, running statistics and gradients keep every bit. If
+    weights are infinite or NaN, the readings are not finite either.
     """
 
     def __init__(self, every: int) -> None:
@@ -34,31 +32,24 @@ class Probe(ABC):
         """The error ``probe.NAME.option=value: why``."""
         return UserError(f"probe.{type(self).__name__.lower()}.{option}={value}: {why}")
 
-    def check_layers(self, wanted: Sequence[str], known: Collection[str], kind: str) -> None:
-        """Raise :class:`UserError` for names of layers that are not among ``known``."""
-        for name in wanted:
+    def check_layers(self, given: Sequence[str], known: Collection[str], kind: str) -> None:
+        """Raise :class:`UserError` for a name in ``given`` that is not in ``known``, the model's layers of a kind."""
+        for name in given:
             if name not in known:
-                there = f"there are {', '.join(known)}" if known else "there are none"
-                raise self.refusal("layers", list(wanted), f"{name} is no {kind} of this model; {there}")
+                choices = f"there are {', '.join(known)}" if known else "there are none; leave out this probe"
+                raise self.refusal("layers", list(given), f"{name} is no {kind} of this model; {choices}")
 
     def is_due(self, step: int, total_steps: int) -> bool:
-        """Whether the run is looked at after ``step`` steps."""
+        """Whether the probe looks at the run after ``step`` steps."""
         return step % self.every == 0 or step == total_steps
 
-    def check(self, model: nn.Module) -> None:  # noqa: B027 (most probes find what they look at in every model)
-        """Raise :class:`UserError` if ``model``, perhaps on torch's meta device, lacks what the probe looks at."""
+    def check(self, model: nn.Module) -> None:  # noqa: B027 (most probes work on every model)
+        """Raise :class:`UserError` if the probe cannot look at ``model``, which may be on torch's meta device."""
 
     def before(self, run: Run) -> object:
-        """Called before the step that is looked at; the result is passed to :meth:`look`."""
+        """Called before a step after which the probe looks; the result is passed to :meth:`look`."""
         return None
 
     @abstractmethod
     def look(self, run: Run, before: object) -> Iterable[Reading]:
         """The readings after the step."""
-
-
-@contextmanager
-def same_chance(run: Run) -> Iterator[None]:
-    """Put torch's own generators back after the block, so that its draws (dropout, say) change no later ones."""
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        yield

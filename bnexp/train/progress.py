@@ -1,6 +1,6 @@
-"""What a person sees of a run, or of a comparison, while it trains."""
+"""Progress on stdout: of one run, and of the runs of a comparison."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 
 from rich.console import Console
@@ -8,22 +8,23 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bnexp.train.run import Run
+from bnexp.train.loop import Loop
 
 SHOWN_SPLITS = ("train", "train_eval", "valid", "test")
+SHOW_EVERY = 0.2  # seconds between two changes of a terminal
 
 
 class NullProgress:
-    """Shows nothing."""
+    """Shows nothing; the base of what shows one run."""
 
-    def start(self, run: Run) -> None:
-        pass
+    def start(self, loop: Loop) -> None:
+        """Called before the first step."""
 
-    def update(self, run: Run, metrics: dict[str, float]) -> None:
-        pass
+    def update(self, loop: Loop) -> None:
+        """Called after every step but the last."""
 
-    def end(self, run: Run, status: str) -> None:
-        pass
+    def end(self, loop: Loop) -> None:
+        """Called once when the run has ended, however it ended."""
 
 
 class PlainProgress(NullProgress):
@@ -31,27 +32,22 @@ class PlainProgress(NullProgress):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.latest: dict[str, float] = {}
 
-    def update(self, run: Run, metrics: dict[str, float]) -> None:
-        self.latest |= metrics
-        is_epoch_end = run.num_steps % run.batches.steps_per_epoch == 0
-        if is_epoch_end or run.num_steps == run.total_steps:
-            print(f"{self.name}  {progress_line(run, self.latest)}", flush=True)
+    def update(self, loop: Loop) -> None:
+        run = loop.run
+        if run.num_steps % run.batches.steps_per_epoch == 0 or run.num_steps == run.total_steps:
+            print(f"{self.name}  {progress_line(loop)}", flush=True)
 
-    def end(self, run: Run, status: str) -> None:
-        if status != "finished":
-            print(f"{self.name}  {status} at step {run.num_steps}", flush=True)
+    def end(self, loop: Loop) -> None:
+        if loop.status != "finished":
+            print(f"{self.name}  {loop.status} at step {loop.run.num_steps}", flush=True)
 
 
 class LiveProgress(NullProgress):
-    """A bar that moves and a table at the end, for a terminal."""
+    """A progress bar, and at the end a table or, in a sweep, which prints one for all runs, a line."""
 
     def __init__(self, name: str, console: Console, in_sweep: bool) -> None:
-        self.name = name
-        self.in_sweep = in_sweep
-        self.console = console
-        self.latest: dict[str, float] = {}
+        self.name, self.console, self.in_sweep = name, console, in_sweep
         self.shown_at = 0.0
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=16), TaskProgressColumn(),
@@ -59,38 +55,33 @@ class LiveProgress(NullProgress):
             console=console, refresh_per_second=3, transient=True,
         )  # fmt: skip
 
-    def start(self, run: Run) -> None:
-        self.task = self.bar.add_task(self.name, total=run.total_steps, completed=run.num_steps, state="")
+    def start(self, loop: Loop) -> None:
+        self.task = self.bar.add_task(self.name, total=loop.run.total_steps, completed=loop.run.num_steps, state="")
         self.bar.start()
 
-    def update(self, run: Run, metrics: dict[str, float]) -> None:
-        self.latest |= metrics
-        now = perf_counter()
-        if metrics or now - self.shown_at > 0.2:
-            self.shown_at = now
-            self.bar.update(self.task, completed=run.num_steps, state=progress_line(run, self.latest))
+    def update(self, loop: Loop) -> None:
+        if perf_counter() - self.shown_at > SHOW_EVERY:
+            self.shown_at = perf_counter()
+            self.bar.update(self.task, completed=loop.run.num_steps, state=progress_line(loop))
 
-    def end(self, run: Run, status: str) -> None:
+    def end(self, loop: Loop) -> None:
         self.bar.stop()
-        if self.in_sweep:  # a sweep prints one table at its end
-            self.console.print(f"{self.name}  {status}  {progress_line(run, self.latest)}", highlight=False)
+        run, latest = loop.run, loop.latest
+        if self.in_sweep:
+            self.console.print(f"{self.name}  {loop.status}  {progress_line(loop)}", highlight=False)
             return
-        self.console.print(f"{self.name}: {status} after {run.num_steps:,} steps, {run.seconds:.1f} s", highlight=False)
-        table = Table()
-        for column in ("", "loss", "accuracy"):
-            table.add_column(column, justify="right" if column else "left")
-        for split in SHOWN_SPLITS:
-            if (loss := self.latest.get(f"loss/{split}")) is not None:
-                table.add_row(split, f"{loss:.4f}", f"{self.latest[f'accuracy/{split}']:.2%}")
-        self.console.print(table)
+        told = f"{self.name}: {loop.status} after {run.num_steps:,} steps, {run.seconds:.1f} s"
+        self.console.print(told, highlight=False)
+        splits = [split for split in SHOWN_SPLITS if f"loss/{split}" in latest]
+        rows = [[split, f"{latest[f'loss/{split}']:.4f}", f"{latest[f'accuracy/{split}']:.2%}"] for split in splits]
+        self.console.print(table_of(("", "loss", "accuracy"), rows))
 
 
 class LiveTable:
     """A table that is redrawn on a terminal; elsewhere it is printed as a line at every milestone."""
 
     def __init__(self, columns: Sequence[str], *, quiet: bool) -> None:
-        self.columns = columns
-        self.quiet = quiet
+        self.columns, self.quiet = columns, quiet
         self.live = Live(refresh_per_second=5, transient=True)
         self.is_drawn = self.live.console.is_terminal and not quiet
         self.began = self.shown_at = perf_counter()
@@ -105,29 +96,35 @@ class LiveTable:
         self.live.stop()
 
     def update(self, step: int, total: int, is_milestone: bool, rows: Callable[[], list[list[str]]]) -> None:
-        """Show ``rows()`` at ``step`` of ``total``: at a milestone and, on a terminal, every 0.2 s."""
+        """Show ``rows()`` at ``step`` of ``total``: at a milestone and, on a terminal, every ``SHOW_EVERY`` seconds."""
         now = perf_counter()
         self.first_step = step if self.first_step is None else self.first_step
-        if self.quiet or not (is_milestone or (self.is_drawn and now - self.shown_at > 0.2)):
+        if self.quiet or not (is_milestone or (self.is_drawn and now - self.shown_at > SHOW_EVERY)):
             return
         self.shown_at = now
         speed = (step - self.first_step) / (now - self.began)
         left = f", {(total - step) / speed:,.0f} s left" if speed and step < total else ""
         title = f"step {step:,}/{total:,}{left}"
-        if not self.is_drawn:
+        if self.is_drawn:
+            self.live.update(table_of(self.columns, rows(), title))
+        else:
             shown = ";  ".join(" ".join(cell for cell in row if cell) for row in rows())
             print(f"{title}:  {shown}", flush=True)
-            return
-        table = Table(title=title, title_justify="left")
-        for column in self.columns:
-            table.add_column(column, justify="right" if column else "left")
-        for row in rows():
-            table.add_row(*row)
-        self.live.update(table)
 
 
-def progress_line(run: Run, latest: dict[str, float]) -> str:
-    """Where the run is, in one line."""
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A table of ``rows`` for a terminal; every column that has a heading is one of numbers."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def progress_line(loop: Loop) -> str:
+    """Epoch, step, speed, and the last losses and accuracies, in one line."""
+    run, latest = loop.run, loop.latest
     num_epochs = run.total_steps / run.batches.steps_per_epoch
     parts = [f"epoch {run.epoch:.3g}/{num_epochs:.3g}", f"step {run.num_steps}/{run.total_steps}"]
     if "throughput/images_per_s" in latest:
@@ -140,7 +137,7 @@ def progress_line(run: Run, latest: dict[str, float]) -> str:
 
 def make_progress(name: str, *, quiet: bool, in_sweep: bool = False) -> NullProgress:
     """The progress for stdout: a bar on a terminal, lines elsewhere, nothing if ``quiet``."""
-    console = Console()
     if quiet:
         return NullProgress()
+    console = Console()
     return LiveProgress(name, console, in_sweep) if console.is_terminal else PlainProgress(name)

@@ -1,4 +1,4 @@
-"""Where a run is recorded: its readings, its status and its checkpoints."""
+"""The recorder of a run: writes its readings, its status and its checkpoints."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from bnexp.store.writer import NullWriter, Writer
 from bnexp.train.interrupt import patience
 from bnexp.train.run import Run
 
-KEEP = ("last", "best", "all")  # which checkpoints stay beside the last two
+KEEP = ("last", "best", "all")  # checkpoints that are kept beside the last two
 
 
 class Recorder:
     """Writes readings, status and checkpoints into one folder, or nowhere (``folder=None``).
 
-    ``keep=best`` keeps the best weights too, in best.pt; ``keep=all`` every checkpoint, as checkpoint-STEP.pt.
-    ``best`` is the best :func:`merit` that a continued run has reached before.
+    ``keep=best`` also keeps the best weights, in best.pt, and ``keep=all`` every checkpoint, as checkpoint-STEP.pt.
+    ``best`` is the best :func:`merit` that a continued run has reached so far.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class Recorder:
         self.folder = folder
         self.keep = keep
         self.best = best
-        self.remembered: dict | None = None  # the run's state before a step whose look may take long
+        self.remembered: dict | None = None  # the run's state before a step that may be broken off
         self.saved: int | None = None  # the step of the last checkpoint
 
     def write(self, run: Run, readings: list[Reading]) -> dict[str, float]:
-        """Write down the readings of this step; return the scalar ones by tag."""
+        """Write the readings of this step; return the scalar ones by tag."""
         metrics = self.writer.write(run.num_steps, run.epoch, run.seconds, readings)
         self._update(run, metrics=metrics)
         if self.folder is not None and self.keep == "best":
@@ -48,23 +48,23 @@ class Recorder:
         return metrics
 
     def save(self, run: Run) -> None:
-        """Write a checkpoint, unless there is one of this step."""
+        """Write a checkpoint, unless the last one is of this step."""
         if self.folder is not None and self.saved != run.num_steps:
-            self._update(run)  # the status must hold every reading before the checkpoint that comes after them
+            self._update(run)  # a checkpoint must not be newer than the status and its last readings
             self._save(run.state_dict())
 
     def remember(self, run: Run | None) -> None:
-        """Keep a copy of the state of ``run`` for :meth:`save_remembered`; with None forget it."""
+        """Copy the state of ``run`` for :meth:`save_remembered`; None drops the copy."""
         is_wanted = run is not None and self.folder is not None and run.num_steps != self.saved
         self.remembered = copied_to_host(run.state_dict()) if is_wanted else None
 
     def save_remembered(self) -> None:
-        """Write a checkpoint of the remembered state, if there is one."""
+        """Write a checkpoint of the copied state, if there is one."""
         if self.remembered:
             self._save(self.remembered)
 
     def end(self, run: Run, status: str, **fields: object) -> None:
-        """Write down how the run ended; a result is written only once all its readings are."""
+        """Write how the run ended. It counts as finished or diverged only if all its readings could be written."""
         try:
             self.writer.close(success=status != "failed")
         except OSError:
@@ -77,12 +77,12 @@ class Recorder:
         step = state["num_steps"]
         also = [self.folder / f"checkpoint-{step}.pt"] if self.keep == "all" else []
         with patience():
-            self.writer.sync()  # readings reach the disk before the checkpoint that comes after them
+            self.writer.sync()  # readings must be on the disk before a checkpoint of a later step
             checkpoint.save(state, self.folder, *also)
         self.saved = step
 
     def _save_best(self, run: Run, metrics: Mapping[str, float]) -> None:
-        """Keep these weights if they are the best so far, before a checkpoint that comes after this reading."""
+        """Write best.pt if these weights are the best so far."""
         if (found := merit(metrics, len(run.dataset.valid) > 0)) > self.best:
             checkpoint.write(run.state_dict(), self.folder / checkpoint.BEST)
             self.best = found
@@ -95,8 +95,10 @@ class Recorder:
 
 
 def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
-    """How good a reading is, more is better: the accuracy on validation images or, where there are none, the
-    negated training loss since the reading before. -inf where the reading has no such number."""
+    """How good a reading is: the validation accuracy or, without validation images, the negated training loss.
+
+    More is better; -inf for a reading without such a number.
+    """
     value = metrics.get("accuracy/valid" if has_valid else "loss/train")
     if not isinstance(value, int | float) or not abs(value) < math.inf:
         return -math.inf
@@ -104,7 +106,7 @@ def merit(metrics: Mapping[str, float | None], has_valid: bool) -> float:
 
 
 def copied_to_host(state: object) -> object:
-    """``state`` with every tensor in it copied to the host, which has room where a GPU may have none."""
+    """``state`` with every tensor in it copied to the host: a GPU may have no memory left for a copy."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

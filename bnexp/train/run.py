@@ -1,6 +1,5 @@
-"""A run: one variant with one seed. It steps, evaluates, and continues from a state that was saved."""
+"""A run: one variant with one seed. It steps, evaluates, and continues from a saved state."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 
@@ -16,14 +15,14 @@ from bnexp.optim import set_learning_rate
 from bnexp.train.meter import Meter
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-EVALUATION_BATCH = 512  # images that are evaluated together, at most
+EVALUATION_BATCH = 512  # the most images that are evaluated together
 
 
 class Run:
-    """A model, an optimizer and a stream of batches, advanced a step at a time.
+    """A model, an optimizer and a stream of batches.
 
     ``schedule(step, total_steps)`` returns the factor of the learning rate. ``precision`` is fp32, bf16 or fp16
-    (autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step; without one it is
+    (autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step, by default
     :meth:`eager_step`. Only the batches draw random numbers.
     """
 
@@ -54,10 +53,11 @@ class Run:
         self.meter = Meter()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.num_steps = 0
-        self.num_bad_gradients = 0  # steps read so far whose loss was finite and whose gradient was not
-        self.seconds = 0.0  # spent on this run; counted by its loop
-        self.setup_seconds = 0.0  # that the engine took to get ready and that no reading holds yet
+        self.num_bad_gradients = 0  # steps so far with a finite loss and a gradient that is not; counted by the loop
+        self.seconds = 0.0  # spent on this run; counted by the loop
+        self.setup_seconds = 0.0  # in which the engine compiled or captured; not yet in a reading
         self.has_moved = False  # whether a step has moved the weights since the run was made or loaded
+        self.tally = self.tally_of  # evaluates the run's own model; an engine may replace it by a faster function
         self.take_step = engine(self) if engine else self.eager_step
 
     @property
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        """Passes over the training set, with the fraction of the current one."""
+        """Passes over the training set so far, a fraction included."""
         return self.num_steps / self.batches.steps_per_epoch
 
     @property
@@ -79,7 +79,7 @@ class Run:
         return self.optimizer.param_groups[0]["base_lr"] * self.schedule(self.num_steps - 1, self.total_steps)
 
     def step(self) -> None:
-        """Take a step by the engine: one batch forward, backward and into the weights."""
+        """Take a step by the engine: forward, backward and update of the weights by one batch."""
         self.take_step()
         self.num_steps += 1
 
@@ -97,7 +97,7 @@ class Run:
         return F.cross_entropy(logits, labels), logits
 
     def descend(self, loss: Tensor) -> Tensor:
-        """Backward and into the weights; return 1 on the device if the gradient was not finite, else 0."""
+        """Backward, and move the weights; return 1 on the device if the gradient was not finite, else 0."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():
             self.scaler.scale(loss).backward()
@@ -105,7 +105,7 @@ class Run:
             if self.has_moved or not found:
                 self.scaler.step(self.optimizer)  # skips the step if the gradient is not finite
                 self.has_moved = True
-            else:  # skipping its first step, a fused SGD would leave its momentum to chance: uninitialized memory
+            else:  # a fused SGD that skips its very first step keeps uninitialized memory as its momentum
                 self.scaler.unscale_(self.optimizer)
             self.scaler.update()
         else:
@@ -121,19 +121,15 @@ class Run:
         """
         if model is None:
             self.model.eval()
-            loss, hits = self.tally(split)
+            loss, hits = self.tally(split, self.model)
             self.model.train()
         else:
             loss, hits = self.tally_of(split, model)
         return float(loss) / len(split), int(hits) / len(split)
 
-    def tally(self, split: Split) -> tuple[Tensor, Tensor]:
-        """:meth:`tally_of` the run's model. An engine may replace this by a faster function."""
-        return self.tally_of(split, self.model)
-
     @torch.no_grad()
     def tally_of(self, split: Split, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """The sum of the losses (nats) and the number of images classified right over ``split``, on the device."""
+        """The sum of the losses (nats) over ``split`` and the number of images classified right, on the device."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
         for places in self.chunks(split, model):
@@ -144,11 +140,11 @@ class Run:
         return loss, hits
 
     def chunks(self, split: Split, model: nn.Module) -> Sequence[slice | Tensor]:
-        """The places in ``split`` of the images that are evaluated together, chunk after chunk.
+        """Indices into ``split``, a chunk for the images that are evaluated together.
 
-        They come as they are stored, unless a norm of ``model`` uses statistics of the batch: what an image is taken
-        for then depends on its neighbours, which files sorted by class would make alike. Then they are shuffled,
-        always in the same way, and the chunks are of equal size, to one image.
+        Images come in stored order unless a norm of ``model`` uses batch statistics. Then a prediction depends on the
+        other images of its chunk, which would be of one class if files are sorted by class; so the images are
+        shuffled, always in the same way, and the sizes of the chunks differ by one image at most.
         """
         if uses_batch_statistics(model):
             order = shuffled(len(split), self.device)
@@ -174,7 +170,7 @@ class Run:
             return model(images).float()
 
     def state_dict(self) -> dict:
-        """Everything that the next step depends on, and the measurements that are not yet read."""
+        """Everything that the next step depends on, and the contents of the meter."""
         model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
         for key, value in model.items():
             model[key] = whole(value)
@@ -203,26 +199,21 @@ class Run:
 
 
 def whole(value: object) -> object:
-    """``value``, or a copy of a tensor that is a part of a larger one, as in a fold: torch saves all of the larger."""
+    """``value``, copied if it is a view into a larger tensor, as in a fold: torch would save the larger one."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return value
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether a norm of ``model``, in the mode that it is in, normalizes by statistics of the batch."""
+    """Whether a norm of ``model``, in its present mode, normalizes by batch statistics."""
     return any(contract_of(module).uses_batch_statistics() for module in model.modules())
 
 
 @cache
 def shuffled(num_images: int, device: torch.device) -> Tensor:
-    """The places (num_images,) of all images in a random order, always the same, on every device."""
+    """A random permutation of ``num_images`` indices, the same every time and on every device."""
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def first_non_finite(losses: list[float]) -> int | None:
-    """The index of the first loss that is infinite or not a number, None if all are finite."""
-    return next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
 
 
 def find_non_finite(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -38,9 +38,10 @@ from bnexp.engines.fold import Fold
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.store.run_folder import Status
 from bnexp.store.writer import NullWriter, Writer
+from bnexp.train.device import forked_rng
 from bnexp.train.drive import drive
 from bnexp.train.loop import Loop, Plan
-from bnexp.train.probe import Probe, same_chance
+from bnexp.train.probe import Probe
 from bnexp.train.progress import LiveProgress, NullProgress
 from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
@@ -227,7 +228,7 @@ def look_rows(make_run: MakeRun, case: LoopCase, names: Sequence[str], rounds: i
     run, plan = make_run([*case.overrides, f"probe=[{','.join(names)}]"])
 
     def look(probe: Probe) -> float:
-        with same_chance(run):
+        with forked_rng(run.device):
             began = perf_counter()
             before = probe.before(run)
             seconds = perf_counter() - began

@@ -12,7 +12,7 @@ from bnexp.config import build
 from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.engines.base import traits_of
-from bnexp.engines.capture import tell
+from bnexp.engines.capture import warn_uncaptured
 from bnexp.engines.compile import compiled
 from bnexp.engines.graph import Captured, captured
 from bnexp.errors import UserError
@@ -26,7 +26,7 @@ FUSED_ONLY = {"fused"}  # waits for Triton's interpreter, and computes as librar
 @pytest.fixture(autouse=True)
 def nothing_told():
     """What was told is told again."""
-    tell.cache_clear()
+    warn_uncaptured.cache_clear()
 
 
 def make(*overrides):

@@ -20,7 +20,7 @@ from bnexp.config import build
 from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.engines import fold
-from bnexp.engines.capture import tell
+from bnexp.engines.capture import warn_uncaptured
 from bnexp.engines.fold import Fold, Stack
 from bnexp.engines.graph_fold import CapturedStack
 from bnexp.errors import UserError
@@ -401,11 +401,11 @@ def test_a_captured_fold_goes_on_from_where_it_was_put_away():
 
 
 def test_a_fold_that_cannot_be_captured_says_why_once_and_goes_on(capsys):
-    tell.cache_clear()
+    warn_uncaptured.cache_clear()
     eager, replayed, plain, capturing, tape = captured_and_not(*MLP, "optimizer=adam", "optimizer.fused=false")
     for one, two in zip(as_one(plain, eager, 4), as_one(capturing, replayed, 4), strict=True):
         assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
-    assert capsys.readouterr().err.count("engine=graph: of the optimizers only") == 1 and tape.num_captures == 0
+    assert capsys.readouterr().err.count("engine=graph: only SGD, Adam and AdamW") == 1 and tape.num_captures == 0
 
 
 @pytest.mark.gpu
@@ -492,7 +492,7 @@ class Branching(nn.Linear):
 @pytest.mark.parametrize(
     "layer, reason",
     [
-        (Assigning(64), "puts a new tensor in the place of 1.running_mean, which would be lost"),
+        (Assigning(64), "replaces the tensor 1.running_mean by a new one, which would be lost"),
         (Branching(64, 64), "data-dependent control flow"),
         (nn.Dropout(), "randomness"),
         (nn.Linear(64, 64), None),

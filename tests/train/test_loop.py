@@ -447,13 +447,13 @@ class Asks(NullProgress):
     def __init__(self, at, number=signal.SIGINT, times=1):
         self.at, self.number, self.times, self.ended = at, number, times, None
 
-    def update(self, run, metrics):
-        if run.num_steps == self.at:
+    def update(self, loop):
+        if loop.run.num_steps == self.at:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
 
-    def end(self, run, status):
-        self.ended = status
+    def end(self, loop):
+        self.ended = loop.status
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -490,8 +490,8 @@ def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(tmp_path):
 
 def test_progress_that_cannot_be_shown_leaves_a_checkpoint(tmp_path):
     class Closed(NullProgress):
-        def update(self, run, metrics):
-            if run.num_steps == 3:
+        def update(self, loop):
+            if loop.run.num_steps == 3:
                 raise OSError(5, "Input/output error")
 
     run, plan = built("steps=9", "data.limit=128")
