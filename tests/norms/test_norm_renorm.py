@@ -88,7 +88,7 @@ def check_clipping(norm):
     """r stays between 1 / r_max and r_max, d between -d_max and d_max."""
     # Deviations of the batch are 2, its mean is 10; the averages make r 20, 0.02, 1 and d 100, 0, -4 without limits.
     x = 10 + 2 * torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None].expand(2, 3)
-    options = {"eps": 0.0, "mean": (0.0, 10.0, 18.0), "var": (0.01, 1e4, 4.0)}
+    options = {"eps": 1e-30, "mean": (0.0, 10.0, 18.0), "var": (0.01, 1e4, 4.0)}  # 1e-30 vanishes beside 0.01
     r, d = underway(norm, **OPEN, **options).correction(*statistics(x))
     close(r, torch.tensor([20, 0.02, 1]).double(), "r", rtol=1e-6, atol=0)  # 0.01 is not a float32 number
     close(d, torch.tensor([100, 0, -4]).double(), "d", rtol=1e-6, atol=0)
