@@ -85,7 +85,13 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
     decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
     optimizer = part(cfg, "optimizer", without=OURS)
-    return make_optimizer(partial(without_compiler(optimizer.func), **optimizer.keywords), model, **decays)
+    options = {key: _as_floats(value) for key, value in optimizer.keywords.items()}
+    return make_optimizer(partial(without_compiler(optimizer.func), **options), model, **decays)
+
+
+def _as_floats(value: Any) -> Any:
+    """A list with its whole numbers as floats, any other value as it is: torch refuses ``betas=[0,0.999]``."""
+    return [float(n) if type(n) is int else n for n in value] if isinstance(value, list) else value
 
 
 def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
