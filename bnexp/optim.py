@@ -18,10 +18,10 @@ from bnexp.errors import UserError
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: float) -> list[dict]:
-    """Weights (two or more dimensions) in one group, norm parameters and biases (one dimension) in the other.
+    """Weights (two or more dimensions) in one group; biases and the parameters of norms (one dimension) in another.
 
-    The next layer can undo the decay of a norm's scale or of a bias, so it regularizes nothing. The second group
-    therefore has a decay of its own, 0 by default.
+    The next layer can undo the decay of a norm's scale or of a bias, so decay would not regularize them. The second
+    group therefore has its own setting, ``norm_weight_decay``.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -37,9 +37,9 @@ def make_optimizer(
     weight_decay: float = 0.0,
     norm_weight_decay: float = 0.0,
 ) -> Optimizer:
-    """``optimizer`` over the model's two groups, each of which keeps its learning rate as ``base_lr``.
+    """Build ``optimizer`` over the model's two groups; ``base_lr`` of a group is its learning rate before the schedule.
 
-    :class:`UserError` for options that torch refuses, and for numbers that torch takes but no training can use.
+    :class:`UserError` for options that torch refuses, and for numbers that torch accepts but no training can use.
     """
     for name, decay in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
         if decay < 0:
@@ -58,7 +58,7 @@ def make_optimizer(
     return built
 
 
-# Methods of Optimizer that torch wraps so as not to be compiled, and whose wrappers import the compiler.
+# Methods of Optimizer that torch excludes from compilation by a wrapper that imports the compiler.
 NOT_COMPILED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
@@ -66,8 +66,8 @@ NOT_COMPILED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 def without_compiler(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     """A subclass of the torch optimizer ``kind`` that does not import torch's compiler, which takes a second.
 
-    Its methods skip torch's wrappers as long as nothing else has imported the compiler, which gives the same bits.
-    ``kind`` itself is returned if torch has not wrapped its methods in that way.
+    Its methods skip torch's wrappers until something else imports the compiler; the numbers are bitwise the same.
+    Returns ``kind`` itself if it is no optimizer of torch or its methods are not wrapped in this way.
     """
     step = getattr(kind, "step", None)
     if step is None or not kind.__module__.startswith("torch.optim."):
@@ -80,7 +80,7 @@ def without_compiler(kind: Callable[..., Optimizer]) -> Callable[..., Optimizer]
 
 
 def _skip_wrapper(name: str, method: Callable) -> Callable:
-    """``method`` of an optimizer once torch's compiler is imported, until then the function that it wraps."""
+    """A method that calls ``method`` once torch's compiler is imported, and before that the function it wraps."""
 
     @wraps(method)
     def call(self: Optimizer, *args, **kwargs):
@@ -95,7 +95,7 @@ def _skip_wrapper(name: str, method: Callable) -> Callable:
 def place_learning_rates(optimizer: Optimizer, device: torch.device) -> None:
     """Replace the learning rates of a fused optimizer by float32 tensors () on ``device``, where its kernel reads them.
 
-    A captured step can then change them, and an eager one on the same device rounds them alike.
+    A schedule can then change the rate of a captured step, and an eager step on the device rounds it in the same way.
     """
     for group in optimizer.param_groups:
         if group.get("fused"):
@@ -141,12 +141,7 @@ def cosine(step: int, total_steps: int, *, warmup_steps: int = 0, final: float =
 
 
 def step(
-    step: int,
-    total_steps: int,
-    *,
-    warmup_steps: int = 0,
-    milestones: Sequence[float] = (0.5, 0.75),
-    gamma: float = 0.1,
+    step: int, total_steps: int, *, warmup_steps: int = 0, milestones: Sequence[float] = (0.5, 0.75), gamma: float = 0.1
 ) -> float:
     """1 times ``gamma`` at every milestone, a fraction of the whole run, after a linear warm-up."""
     _not_negative(gamma=gamma)
@@ -157,12 +152,7 @@ def step(
 
 
 def onecycle(
-    step: int,
-    total_steps: int,
-    *,
-    warmup_steps: int | None = None,
-    start: float = 0.04,
-    final: float = 4e-6,
+    step: int, total_steps: int, *, warmup_steps: int | None = None, start: float = 0.04, final: float = 4e-6
 ) -> float:
     """Up from ``start`` to 1 and down to ``final`` by half cosines (Smith & Topin 2019, arXiv:1708.07120).
 

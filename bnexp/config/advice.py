@@ -1,6 +1,6 @@
-"""Warnings before training: settings of norms that cannot work well.
+"""Warnings before training about settings of norms that cannot work well.
 
-None is an error. Each sentence names the setting, how bad it is in a number, and what to do.
+They are no errors. A sentence names the setting, the size of the problem as a number, and what to do.
 """
 
 import math
@@ -10,28 +10,28 @@ from torch import nn
 
 from bnexp.norms.base import BatchNormBase
 
-MOST_LEFT = 0.05  # of the running statistics' initial value at the end of training
-FEWEST_EXAMPLES = 8  # per statistic; they know a variance to about 53%
-MOST_MOMENTUM = 0.5  # above it a batch weighs more than all before it
+MOST_LEFT = 0.05  # weight of the initial value in the running statistics at the end of training
+FEWEST_EXAMPLES = 8  # per statistic: the relative standard error of a variance is then 53%
+MOST_MOMENTUM = 0.5  # above it, a batch weighs more than all batches before it together
 USUAL_MOMENTUM = 0.1
-LONGEST = 10**9  # steps; no longer training is proposed
+LONGEST = 10**9  # steps; longer training is never proposed
 
 
 def advice(model: nn.Module, *, num_steps: int, batch_size: int) -> list[str]:
     """One sentence per problem of training ``model`` for ``num_steps`` batches of ``batch_size`` images.
 
     * Running statistics keep more than 5% of their initial value (:meth:`~bnexp.norms.base.Norm.share_left`), which
-      comes from no data, so that evaluation normalizes by something else than training. The default momentum has
-      forgotten it after 29 steps.
-    * Statistics are of fewer than 8 examples (``batch_size``, or ``virtual_batch`` where the norm has blocks). The
+      does not come from data, so that evaluation and training normalize by different numbers. With the default
+      momentum less is left after 29 steps.
+    * A statistic is over fewer than 8 examples (``batch_size``, or ``virtual_batch`` if the norm has blocks). The
       variance of n independent normal values has the relative standard error sqrt(2 / (n - 1)), 82% for n = 4. The
-      pixels of an image add values but are not independent of each other. Norms made for small batches correct for
-      that; a batch of one image is an error and refused before.
-    * A weight of the new batch above 1/2 looks like the weight of the old average: 0.9 in TensorFlow is 0.1 in torch
-      and here.
+      pixels of an image add values, but dependent ones. Norms made for small batches correct for the error; a batch
+      of one image is an error of its own.
+    * A momentum above 1/2 was probably meant as the weight of the old average: 0.9 in TensorFlow is 0.1 in torch and
+      here.
 
-    Layers with the same sentence share it, with their number and the first one's name, in the order of
-    ``model.named_modules()``. Only batch norms of bnexp are looked at.
+    A sentence that applies to several layers is given once, with their number and the name of the first. The order is
+    that of ``model.named_modules()``. Only batch norms of bnexp are examined.
     """
     names: dict[str, list[str]] = {}
     for name, norm in model.named_modules():
@@ -47,9 +47,9 @@ def _count_layers(names: list[str]) -> str:
 
 
 def _slow_statistics(norm: BatchNormBase, num_steps: int) -> str:
-    """The sentence for running statistics that the planned steps cannot move."""
+    """The sentence about running statistics that the planned steps move too little, or an empty one."""
     share = norm.share_left(num_steps)
-    if share <= MOST_LEFT or norm.momentum is None:  # a cumulative average forgets with the first batch
+    if share <= MOST_LEFT or norm.momentum is None:  # the first batch replaces the initial value
         return ""
     remedies = []
     enough = math.ceil(100 * (1 - MOST_LEFT ** (1 / max(num_steps, 1)))) / 100
@@ -60,13 +60,14 @@ def _slow_statistics(norm: BatchNormBase, num_steps: int) -> str:
     remedies += norm.ways_to_forget()
     return (
         f"{norm.momentum_setting(norm.momentum)}: after the planned {num_steps:,} steps the running statistics still "
-        f"hold {share:.0%} of their initial value, so evaluation will not see what training saw; {_either(remedies)}"
+        f"hold {share:.0%} of their initial value, so evaluation will not normalize as training did; "
+        f"{_either(remedies)}"
     )
 
 
 def _steps_to_forget(norm: BatchNormBase) -> int:
-    """The number of batches after which little enough of the initial value is left, 0 if that takes forever."""
-    enough = 1  # doubled, because share_left may take time in proportion to the number of batches
+    """The fewest batches after which at most 5% of the initial value are left, 0 if LONGEST are not enough."""
+    enough = 1  # doubled, because the time of share_left may be proportional to the number of batches
     while norm.share_left(enough) > MOST_LEFT:
         enough *= 2
         if enough > LONGEST:
@@ -75,16 +76,16 @@ def _steps_to_forget(norm: BatchNormBase) -> int:
 
 
 def _noisy_statistics(norm: BatchNormBase, batch_size: int) -> str:
-    """The sentence for statistics of so few examples that they are mostly chance."""
+    """The sentence about statistics over too few examples, or an empty one."""
     block = norm.virtual_batch
     num_examples = block or batch_size
     if batch_size == 1 or num_examples >= FEWEST_EXAMPLES or norm.made_for_small_batches:
         return ""
     if num_examples == 1:
-        says = "every statistic is of 1 image, which knows nothing of how images vary"
+        problem = "every statistic is over 1 image, which does not show how images vary"
     else:
         error = math.sqrt(2 / (num_examples - 1))
-        says = f"every statistic is an average over {num_examples} images, which knows a variance to about {error:.0%}"
+        problem = f"every statistic is over {num_examples} images, so a variance has an error of about {error:.0%}"
     if block is None:
         given = f"batch_size={batch_size}"
         remedies = [f"use {FEWEST_EXAMPLES} or more images", "norm=renorm, which is made for small batches"]
@@ -94,19 +95,19 @@ def _noisy_statistics(norm: BatchNormBase, batch_size: int) -> str:
         larger = f"batch_size={FEWEST_EXAMPLES} and " if able is None else ""
         remedies = [f"use {larger}norm.virtual_batch={able or FEWEST_EXAMPLES}"]
     remedies.append("norm=group, which does not depend on the batch")
-    return f"{given}: {says}; {_either(remedies)}"
+    return f"{given}: {problem}; {_either(remedies)}"
 
 
 def _swapped_momentum(norm: BatchNormBase) -> str:
-    """The sentence for a momentum that was probably meant as the weight of the old average."""
+    """The sentence about a momentum that was probably meant as the weight of the old average, or an empty one."""
     momentum = norm.momentum
     if momentum is None or momentum <= MOST_MOMENTUM or not norm.track_running_stats:
         return ""
     meant = 1 - momentum if momentum < 1 else USUAL_MOMENTUM
     return (
         f"{norm.momentum_setting(momentum)}: every batch replaces {momentum:.0%} of the running statistics, so "
-        "evaluation hangs on the last few batches; momentum is the weight of the new batch here, as in torch, and "
-        f"TensorFlow's is the weight of the old average, so probably {norm.momentum_setting(meant)} was meant"
+        "evaluation depends on the last few batches only; momentum is the weight of the new batch here, as in torch; "
+        f"in TensorFlow it is the weight of the old average, so probably {norm.momentum_setting(meant)} was meant"
     )
 
 

@@ -1,4 +1,4 @@
-"""DenseNet, whose every layer normalizes the outputs of all layers before it: the most norms per parameter.
+"""DenseNet: every layer normalizes the outputs of all layers of its block before it.
 
     conv 7x7/2 -> norm, activation -> maxpool 3/2 -> dense blocks with transitions between them
     -> norm, activation -> global average pool -> dense
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 
 Norm = Callable[..., nn.Module]
-MOST_DENSE_LAYERS = 500  # so that no config builds for hours
+MOST_DENSE_LAYERS = 500  # more take hours to build
 
 
 class DenseLayer(nn.Module):
@@ -34,30 +34,21 @@ class DenseBlock(nn.Sequential):
     """``num_layers`` dense layers: (N, C, H, W) to (N, C + num_layers * growth, H, W)."""
 
     def __init__(
-        self,
-        in_channels: int,
-        num_layers: int,
-        growth: int,
-        norm: Norm,
-        *,
-        activation: str = "relu",
-        bias: bool = False,
+        self, in_channels: int, num_layers: int, growth: int, norm: Norm, activation: str = "relu", bias: bool = False
     ) -> None:
-        layers = OrderedDict()
-        for i in range(num_layers):
-            layers[f"layer{i + 1}"] = DenseLayer(in_channels + i * growth, growth, norm, activation, bias)
-        super().__init__(layers)
+        layers = [DenseLayer(in_channels + i * growth, growth, norm, activation, bias) for i in range(num_layers)]
+        super().__init__(OrderedDict((f"layer{i}", layer) for i, layer in enumerate(layers, start=1)))
 
 
 class Transition(nn.Sequential):
     """norm, activation, conv1x1, average pool 2: (N, C, H, W) to (N, out_channels, H/2, W/2).
 
-    Odd sizes round up, and a window at the edge averages the pixels that it has. The sizes of the paper (224) and
-    the tutorials (96) stay even; from 28, rounding down would end at nothing: 7, 3, 1, 0.
+    Odd sizes round up; a window at the edge averages the pixels that it has. The sizes of the paper (224) and of the
+    tutorials (96) stay even. Images of 28 pixels would not survive rounding down: 7, 3, 1, 0.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, norm: Norm, *, activation: str = "relu", bias: bool = False
+        self, in_channels: int, out_channels: int, norm: Norm, activation: str = "relu", bias: bool = False
     ) -> None:
         layers = OrderedDict(
             norm=norm(in_channels, activation=activation),
@@ -68,9 +59,9 @@ class Transition(nn.Sequential):
 
 
 class DenseNet(nn.Sequential):
-    """Dense blocks of ``blocks[i]`` layers, channels and size halved between them.
+    """Dense blocks of ``blocks[i]`` layers with a transition between two blocks: (N, C, H, W) to (N, num_classes).
 
-    (N, C, H, W) to (N, num_classes). Every halving rounds up, so images of any size work.
+    A transition halves channels, height and width. Sizes round up, so images of any size work.
     """
 
     def __init__(
@@ -86,7 +77,6 @@ class DenseNet(nn.Sequential):
         bias: bool = False,
     ) -> None:
         check_densenet(growth, blocks, stem_width)
-        options = {"activation": activation, "bias": bias}
         layers = OrderedDict(
             conv1=nn.Conv2d(in_shape[0], stem_width, 7, stride=2, padding=3, bias=bias),
             norm1=norm(stem_width, activation=activation),
@@ -95,9 +85,9 @@ class DenseNet(nn.Sequential):
         width = stem_width
         for i, num_layers in enumerate(blocks, start=1):
             if i > 1:
-                layers[f"transition{i - 1}"] = Transition(width, width // 2, norm, **options)
+                layers[f"transition{i - 1}"] = Transition(width, width // 2, norm, activation, bias)
                 width //= 2
-            layers[f"block{i}"] = DenseBlock(width, num_layers, growth, norm, **options)
+            layers[f"block{i}"] = DenseBlock(width, num_layers, growth, norm, activation, bias)
             width += num_layers * growth
         layers.update(
             norm2=norm(width, activation=activation),
@@ -109,13 +99,11 @@ class DenseNet(nn.Sequential):
 
 
 def check_densenet(growth: int, blocks: Sequence[int], stem_width: int) -> None:
-    """Raise :class:`UserError` if no such network can be built."""
+    """Raise :class:`UserError` unless these are positive whole numbers and not too many layers."""
     for name, value in (("growth", growth), ("stem_width", stem_width)):
         if type(value) is not int or value < 1:
             raise UserError(f"model.{name}={value}: a number of channels; give a positive whole number")
     if not isinstance(blocks, Sequence) or not blocks or any(type(n) is not int or n < 1 for n in blocks):
-        raise UserError(
-            f"model.blocks={blocks}: every block needs a positive whole number of layers, as in [4,4,4,4]"
-        )
+        raise UserError(f"model.blocks={blocks}: every block needs a positive whole number of layers, as in [4,4,4,4]")
     if sum(blocks) > MOST_DENSE_LAYERS:
         raise UserError(f"model.blocks={blocks}: {sum(blocks):,} layers, more than {MOST_DENSE_LAYERS:,}; give fewer")

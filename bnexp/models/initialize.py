@@ -11,11 +11,11 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def initialize(model: nn.Module, generator: Generator) -> None:
-    """Draw every weight and bias of ``model``'s convolutions and dense layers, in place.
+    """Draw the weights and biases of ``model``'s convolutions and dense layers, in place.
 
-    By default as torch does: weights and biases ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform with
-    a = sqrt(5) (He et al. 2015; ``reset_parameters`` in ``torch.nn``). If the model has a ``weight_init_std``:
-    weights ~ N(0, weight_init_std^2) and biases 0.
+    The default is torch's: weights and biases ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which is kaiming_uniform with
+    a = sqrt(5) (He et al. 2015; ``reset_parameters`` in ``torch.nn``). With ``model.weight_init_std``, weights are
+    ~ N(0, weight_init_std^2) and biases 0.
 
     ``generator`` lives on the device of the parameters; on CPU the numbers are the same on every machine.
     """

@@ -1,4 +1,4 @@
-"""LeNet with a norm before every activation: convolutional and dense sites in one small network.
+"""LeNet with a norm before every activation: two norms after convolutions, two after dense layers.
 
     conv 6 5x5 -> norm, activation -> maxpool 2 -> conv 16 5x5 -> norm, activation -> maxpool 2
     -> dense 120 -> norm, activation -> dense 84 -> norm, activation -> dense
@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from bnexp.errors import UserError
 
 
-def size_after_pooling(size: int) -> int:
-    """Pixels left of ``size`` after two unpadded 5x5 convolutions, each pooled by 2; 0 or less if none is."""
-    for _ in range(2):
-        size = (size - 4) // 2
-    return size
-
-
 class LeNet(nn.Module):
-    """LeNet for images of any size from 16x16; (N, C, H, W) to (N, num_classes)."""
+    """LeNet for images of 16x16 pixels or more: (N, C, H, W) to (N, num_classes)."""
 
     def __init__(
         self,
@@ -34,7 +27,8 @@ class LeNet(nn.Module):
     ) -> None:
         super().__init__()
         in_channels, height, width = in_shape
-        pooled_height, pooled_width = size_after_pooling(height), size_after_pooling(width)
+        # Twice, an unpadded 5x5 convolution takes 4 pixels off and a pooling halves the rest.
+        pooled_height, pooled_width = (((size - 4) // 2 - 4) // 2 for size in (height, width))
         if min(pooled_height, pooled_width) < 1:
             raise UserError(
                 f"model=lenet: {height}x{width} images are too small, nothing is left after the second "

@@ -2,8 +2,7 @@
 
     flatten -> (dense -> norm, activation) for each hidden width -> dense
 
-784-32-32-10 on MNIST is the lab that compares batch norm against none; with sigmoid, three layers of 100 and
-weights ~ N(0, 0.01) it is figure 1 of Ioffe & Szegedy 2015.
+Figure 1 of Ioffe & Szegedy 2015 uses three hidden layers of 100 units with sigmoid and weights ~ N(0, 0.01).
 """
 
 import math
@@ -16,9 +15,10 @@ from bnexp.errors import UserError
 
 
 class MLP(nn.Sequential):
-    """Dense layers with a norm after each but the last; no hidden layers make it softmax regression.
+    """Dense layers with a norm after all but the last: (N, ...) to (N, num_classes).
 
-    With ``weight_init_std`` :func:`bnexp.models.initialize.initialize` draws Gaussian weights and sets biases to 0.
+    Without hidden layers it is softmax regression. With ``weight_init_std``,
+    :func:`bnexp.models.initialize.initialize` draws Gaussian weights and sets biases to 0.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""ResNet, whose every block ends in normalize, add, activate: one call of a norm.
+"""ResNet: every residual block ends in one norm call that normalizes, adds and activates.
 
-    stem -> stages of residual blocks, each but the first at half the size -> global average pool -> dense
+    stem -> stages of residual blocks, all but the first halve the size -> global average pool -> dense
 
 He et al. 2015; by default the 18-layer net of the D2L tutorials, whose shortcuts carry no norm.
 """
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 
-MOST_BLOCKS = 1000  # so that no config builds for hours
+Norm = Callable[..., nn.Module]
+MOST_BLOCKS = 1000  # more take hours to build
 
 
 class Residual(nn.Module):
@@ -25,8 +26,7 @@ class Residual(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        norm: Callable[..., nn.Module],
-        *,
+        norm: Norm,
         stride: int = 1,
         activation: str = "relu",
         bias: bool = False,
@@ -39,7 +39,7 @@ class Residual(nn.Module):
         if stride == 1 and in_channels == out_channels:
             self.shortcut = nn.Identity()
         else:
-            # No norm follows, but norm2's shift is added at the place where a bias would be added.
+            # No norm follows, but the bias of norm2 is added to the same sum.
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,14 +51,14 @@ class ResNet(nn.Sequential):
     """Residual stages of ``blocks[i]`` blocks at ``widths[i]`` channels; (N, C, H, W) to (N, num_classes).
 
     ``stem="imagenet"`` quarters the size (conv 7x7/2, norm, activation, maxpool 3/2), ``"cifar"`` keeps it
-    (conv 3x3, norm, activation). Every halving rounds up, so images of any size work.
+    (conv 3x3, norm, activation). Sizes round up, so images of any size work.
     """
 
     def __init__(
         self,
         in_shape: Sequence[int],
         num_classes: int,
-        norm: Callable[..., nn.Module],
+        norm: Norm,
         *,
         stem: str = "imagenet",
         blocks: Sequence[int] = (2, 2, 2, 2),
@@ -69,10 +69,8 @@ class ResNet(nn.Sequential):
         check_resnet(stem, blocks, widths)
         layers = OrderedDict()
         width = widths[0]
-        if stem == "imagenet":
-            layers["conv1"] = nn.Conv2d(in_shape[0], width, 7, stride=2, padding=3, bias=bias)
-        else:
-            layers["conv1"] = nn.Conv2d(in_shape[0], width, 3, padding=1, bias=bias)
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        layers["conv1"] = nn.Conv2d(in_shape[0], width, kernel, stride=stride, padding=kernel // 2, bias=bias)
         layers["norm1"] = norm(width, activation=activation)
         if stem == "imagenet":
             layers["pool1"] = nn.MaxPool2d(3, stride=2, padding=1)
@@ -80,8 +78,7 @@ class ResNet(nn.Sequential):
             stage = OrderedDict()
             for j in range(1, num_blocks + 1):
                 stride = 2 if i > 1 and j == 1 else 1
-                block = Residual(width, out_width, norm, stride=stride, activation=activation, bias=bias)
-                stage[f"block{j}"] = block
+                stage[f"block{j}"] = Residual(width, out_width, norm, stride, activation, bias)
                 width = out_width
             layers[f"stage{i}"] = nn.Sequential(stage)
         layers["pool2"] = nn.AdaptiveAvgPool2d(1)
@@ -91,7 +88,7 @@ class ResNet(nn.Sequential):
 
 
 def check_resnet(stem: str, blocks: Sequence[int], widths: Sequence[int]) -> None:
-    """Raise :class:`UserError` if no such network can be built."""
+    """Raise :class:`UserError` unless these are a known stem and as many positive widths as positive block counts."""
     if stem not in ("imagenet", "cifar"):
         raise UserError(f"model.stem={stem}: not known; choose imagenet or cifar")
     for name, values, example in (("blocks", blocks, "[2,2,2,2]"), ("widths", widths, "[64,128,256,512]")):

@@ -1,7 +1,7 @@
-"""The contract of a norm, and what norms share: settings and buffers of batch norm, checks, the last step.
+"""The contract of a norm, and the code that norms share: settings and buffers of batch norm, checks, the last step.
 
-A norm is called once per site, ``norm(x, residual) = activation(normalize(x) + residual)``, because normalization,
-addition and activation together are what one kernel can do in one pass over memory.
+One call does it all, ``norm(x, residual) = activation(normalize(x) + residual)``, because one kernel can normalize, add
+and activate in one pass over memory.
 """
 
 import sys
@@ -17,44 +17,44 @@ FLOAT32 = torch.finfo(torch.float32)
 
 
 class Norm(nn.Module):
-    """Base of every norm: what bnexp asks of one, with the answer of a norm that has nothing special.
+    """Base of every norm: the attributes and methods that the rest of bnexp reads, with their defaults.
 
     A norm is made by ``norm(num_features, activation="identity")`` and called as ``norm(x, residual=None)`` with ``x``
-    of shape (N, C) or (N, C, ...). It overrides what differs. The rest of bnexp asks through :func:`contract_of`,
-    which also answers for modules that know nothing of this class.
+    of shape (N, C) or (N, C, ...). Other rooms read these names through :func:`contract_of`, which gives the defaults
+    for modules that do not derive from this class.
     """
 
-    normalizes = True  # False: takes a norm's place in a model but normalizes nothing
-    implements_batch_norm = False  # True: gives the numbers of torch's batch norm; bench compares these
+    normalizes = True  # False: stands at a norm's place in a model but normalizes nothing
+    implements_batch_norm = False  # True: computes what torch's batch norm computes; bench compares these
     activation: str = "identity"  # a key of ACTIVATIONS
     num_features: int | None = None
     momentum: float | None = 0.0  # weight of the new batch in the running statistics; None: cumulative average
     virtual_batch: int | None = None  # examples per block, where a batch is normalized in blocks
 
     def reduces_over(self, num_dims: int) -> str:
-        """The dimensions that the statistics of an input with ``num_dims`` dimensions are taken over: ``N, H, W``."""
+        """The dimensions over which statistics of an input of ``num_dims`` dimensions are taken, as ``N, H, W``."""
         return ""
 
     def uses_batch_statistics(self) -> bool:
-        """Whether examples are normalized by statistics of their batch, in the mode the module is in."""
+        """Whether the module, in its present mode, normalizes examples by statistics of their batch."""
         return False
 
     def keeps_running_statistics(self) -> bool:
-        """Whether there are a ``running_mean`` and a ``running_var``."""
+        """Whether the module has a ``running_mean`` and a ``running_var``."""
         return False
 
     def share_left(self, num_batches: int) -> float:
-        """How much of the running statistics' initial values is left after ``num_batches`` training batches, 0 to 1."""
+        """The weight, 0 to 1, of the initial values in the running statistics after ``num_batches`` batches."""
         return 0.0
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raise :class:`UserError` if a training batch of so many examples cannot be normalized."""
+        """Raise :class:`UserError` if a training batch of ``batch_size`` examples cannot be normalized."""
 
     def require_device(self, device: torch.device) -> None:
         """Raise :class:`UserError` unless the norm runs on ``device``."""
 
     def is_interpreted(self) -> bool:
-        """Whether an interpreter, slow and only for checking, runs the norm's kernels in this process."""
+        """Whether Triton's interpreter, which is slow and only for checks, runs the norm's kernels in this process."""
         return False
 
 
@@ -62,28 +62,27 @@ CONTRACT = [name for name in vars(Norm) if not name.startswith("_")]
 
 
 def contract_of(module: nn.Module) -> Norm:
-    """``module`` if it is a :class:`Norm`, else a Norm that answers for it.
+    """``module`` if it is a :class:`Norm`, else a Norm with the attributes and methods of ``module``.
 
-    Attributes and methods of a foreign module that have a name of the contract count; where it has none, the default
-    does. A foreign module with a ``reduces_over`` is a norm, every other one (a convolution, say) is none.
+    Only names of the contract are taken over; the others keep their defaults. A foreign module normalizes if it has a
+    ``reduces_over``; a convolution, say, has none.
     """
     if isinstance(module, Norm):
         return module
-    answers = Norm()
-    running = [getattr(module, name, None) for name in ("running_mean", "running_var")]
-    tracks = all(isinstance(each, Tensor) for each in running)
-    answers.normalizes = hasattr(module, "reduces_over")
-    answers.keeps_running_statistics = lambda: tracks
+    contract = Norm()
+    tracks = all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
+    contract.normalizes = hasattr(module, "reduces_over")
+    contract.keeps_running_statistics = lambda: tracks
     if isinstance(module, _BatchNorm):
-        answers.uses_batch_statistics = lambda: module.training or not tracks
+        contract.uses_batch_statistics = lambda: module.training or not tracks
     for name in CONTRACT:
         if hasattr(module, name) and (name != "activation" or module.activation in list(ACTIVATIONS)):
-            setattr(answers, name, getattr(module, name))
-    return answers
+            setattr(contract, name, getattr(module, name))
+    return contract
 
 
 def check_activation(activation: str) -> str:
-    """Return ``activation`` if a norm can end with it, else raise :class:`UserError`."""
+    """Return ``activation``; raise :class:`UserError` if it is not a key of ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         raise UserError(f"activation={activation}: not known; choose one of {', '.join(ACTIVATIONS)}")
     return activation
@@ -97,18 +96,19 @@ def check_eps(eps: float) -> None:
     """
     if not FLOAT32.tiny <= eps <= FLOAT32.max:
         raise UserError(
-            f"norm.eps={eps}: keeps the root of a variance of 0 from being 0; give a number above 0, 1e-5 as a rule"
+            f"norm.eps={eps}: a channel of variance 0 is divided by the root of eps; give a finite number above 0, "
+            "such as 1e-5"
         )
 
 
 def check_fraction(name: str, value: float, meaning: str) -> None:
-    """Raise :class:`UserError` unless 0 <= ``value`` <= 1; ``meaning`` is what norm.``name`` is."""
+    """Raise :class:`UserError` unless 0 <= ``value`` <= 1; ``meaning`` explains norm.``name`` in the message."""
     if not 0 <= value <= 1:
-        raise UserError(f"norm.{name}={value}: {meaning} lies between 0 and 1")
+        raise UserError(f"norm.{name}={value}: {meaning} cannot be below 0 or above 1; give a number from 0 to 1")
 
 
 def check_input(x: Tensor, residual: Tensor | None, num_features: int) -> None:
-    """Raise ValueError, as ``torch.nn`` does, for input of the wrong rank, width or kind, or an unlike residual."""
+    """Raise ValueError, as ``torch.nn`` does, for a wrong rank, width or type of ``x`` or shape of ``residual``."""
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"expected a 2-D to 5-D input with channels at dimension 1, got {tuple(x.shape)}")
     if x.shape[1] != num_features:
@@ -120,20 +120,19 @@ def check_input(x: Tensor, residual: Tensor | None, num_features: int) -> None:
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """``activation(y + residual)``, the end of every norm that is not fused."""
-    if residual is not None:
-        y = y + residual
+    """``activation(y + residual)``, the last step of every norm but fused."""
+    y = y if residual is None else y + residual
     function = ACTIVATIONS[activation]
     return y if function is None else function(y)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """``values`` (C,) shaped to broadcast against ``x`` (N, C, ...)."""
+    """``values`` (C,) as a view that broadcasts against ``x`` (N, C, ...)."""
     return values.view([-1 if d == 1 else 1 for d in range(x.dim())])
 
 
 def scale_and_shift(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``weight * xhat + bias`` with one weight and one bias per channel, dimension 1; None leaves its part out."""
+    """``weight * xhat + bias``, one weight and one bias per channel (dimension 1); None omits the factor or term."""
     if weight is not None:
         xhat = per_channel(weight, xhat) * xhat
     return xhat if bias is None else xhat + per_channel(bias, xhat)
@@ -142,21 +141,22 @@ def scale_and_shift(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
     """``running = (1 - momentum) * running + momentum * batch`` in place.
 
-    Computed in the precision of ``batch`` and rounded once, to that of the buffer.
+    Computed in the precision of ``batch`` and rounded once, to that of ``running``.
     """
     running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
 
 
 def divisors(number: int) -> list[int]:
-    """The whole numbers that divide ``number``, in order."""
+    """The divisors of ``number`` in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 class NoSyncBatchNorm:
-    """An attribute ``qconfig`` that is missing, but raises :class:`UserError` for ``SyncBatchNorm``'s conversion.
+    """A class attribute ``qconfig`` that raises :class:`UserError` in ``SyncBatchNorm.convert_sync_batchnorm``.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` looks for it in every norm that it replaces, and the replacement
-    would drop residual, activation and options in silence. Torch's quantization sets it, which it may.
+    That function reads ``qconfig`` of every norm that it replaces, and the replacement would lose residual, activation
+    and options without a warning. For all other readers the attribute does not exist, until torch's quantization
+    sets it.
     """
 
     def __get__(self, norm: nn.Module | None, owner: type) -> None:
@@ -174,13 +174,14 @@ class BatchNormBase(Norm, _BatchNorm):
     The state dict has torch's keys (``weight bias running_mean running_var num_batches_tracked``), so a
     checkpoint of one implementation loads into every other and into ``torch.nn``.
 
-    ``momentum`` is the weight of the *new* batch in the running statistics, 0 to 1; ``None`` asks for the
-    cumulative average over all batches seen. ``affine=False`` drops weight and bias, ``bias=False`` the bias.
+    ``momentum`` is the weight of the *new* batch in the running statistics, 0 to 1; ``None`` takes the cumulative
+    average over all batches. ``affine=False`` drops weight and bias, ``bias=False`` the bias.
 
-    It is a torch ``_BatchNorm``, so that ``torch.optim.swa_utils.update_bn`` recomputes its running statistics.
+    The class derives from torch's ``_BatchNorm``, so that ``torch.optim.swa_utils.update_bn`` recomputes its running
+    statistics.
     """
 
-    implements_batch_norm = True  # a subclass that computes something else says False
+    implements_batch_norm = True
     made_for_small_batches = False  # True: corrects for noisy statistics of a few examples
     qconfig = NoSyncBatchNorm()
 
@@ -220,7 +221,7 @@ class BatchNormBase(Norm, _BatchNorm):
         return self.training or (self.running_mean is None and self.running_var is None)
 
     def check(self, x: Tensor, residual: Tensor | None) -> None:
-        """Raise what ``torch.nn`` raises: for wrong rank, width or kind, and for one value per channel to average."""
+        """Raise ValueError as in :func:`check_input`, and for batch statistics of one value per channel, as torch."""
         check_input(x, residual, self.num_features)
         if self.uses_batch_statistics() and x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
@@ -228,8 +229,8 @@ class BatchNormBase(Norm, _BatchNorm):
     def count_batch(self) -> float:
         """Count this training batch and return the weight it gets in the running statistics.
 
-        The weight is ``momentum``, or 1 / (number of batches so far) when ``momentum`` is None. Buffers that
-        somebody has set to None, to turn tracking off in a finished network, are left alone, as in torch.
+        The weight is ``momentum``, or 1 / (number of batches so far) when ``momentum`` is None. A counter that was set
+        to None, to turn tracking off in a finished network, is left alone, as in torch.
         """
         if self.num_batches_tracked is None:
             return self.momentum or 0.0
@@ -237,9 +238,9 @@ class BatchNormBase(Norm, _BatchNorm):
         return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
 
     def share_left(self, num_batches: int) -> float:
-        """(1 - momentum)^num_batches, as every batch multiplies the share by 1 - momentum.
+        """(1 - momentum)^num_batches, because every batch multiplies the share by 1 - momentum.
 
-        A cumulative average forgets it with the first batch, and where nothing is tracked nothing is ever used.
+        For a cumulative average the first batch replaces the initial values. Without tracking they are not used.
         """
         if not self.track_running_stats:
             return 0.0
@@ -248,11 +249,11 @@ class BatchNormBase(Norm, _BatchNorm):
         return float((1 - self.momentum) ** num_batches)
 
     def momentum_setting(self, momentum: float) -> str:
-        """``momentum`` as a person sets it on the command line."""
+        """``momentum`` as a setting on the command line."""
         return f"norm.momentum={momentum:.6g}"
 
     def ways_to_forget(self) -> list[str]:
-        """Settings, other than momentum, that take the initial values out of the running statistics sooner."""
+        """Settings, other than momentum, with which the running statistics lose their initial values sooner."""
         return ["let norm.momentum=null average all batches"]
 
     def reduces_over(self, num_dims: int) -> str:

@@ -9,11 +9,11 @@ from bnexp.norms.kernels.tiling import dense, tiling_for
 
 
 class BatchNorm(BatchNormBase):
-    """Batch normalization as in scratch and library, with addition and activation in the same pass over memory.
+    """The same operation as scratch and library, with addition and activation in the same pass over memory.
 
-    Statistics are float32, float64 for float64 input. It can be built anywhere; running it needs a CUDA device or
-    ``TRITON_INTERPRET=1``, else it raises :class:`~bnexp.errors.UserError`. It can be differentiated once. Its printed
-    form names the tier that the last input's shape ran on and why.
+    Statistics are float32, float64 for float64 input. A call needs a CUDA device or ``TRITON_INTERPRET=1``, else it
+    raises :class:`~bnexp.errors.UserError`; the module can be built without. It can be differentiated once. ``repr``
+    shows the kernels' tier for the last input and the reason for it.
     """
 
     _seen: tuple | None = None
@@ -22,7 +22,7 @@ class BatchNorm(BatchNormBase):
         self.check(x, residual)
         track = self.training and self.track_running_stats
         keep = not self.training or self.track_running_stats
-        if not torch.compiler.is_compiling():  # a changing attribute would be one more thing to guard on
+        if not torch.compiler.is_compiling():  # the compiler would guard on an attribute that changes
             self._seen = (x.shape, x.stride(), x.dtype, x.device)
         return batch_norm(
             x,

@@ -1,4 +1,4 @@
-"""Ghost batch normalization: a batch is split into blocks, each normalized by its own statistics."""
+"""Ghost batch normalization: a batch is split into blocks, and every block is normalized by its own statistics."""
 
 import torch
 from torch import Tensor
@@ -19,18 +19,17 @@ class GhostBatchNorm(BatchNormBase):
         var  = sum((x - mean)^2) / m
         y    = weight * (x - mean) / sqrt(var + eps) + bias
 
-    One block of all examples is batch normalization. In evaluation the running statistics stand in, without blocks.
+    One block of all examples is batch normalization. Evaluation uses the running statistics and no blocks.
 
     The running statistics move once per batch, by ``momentum``, towards the mean over the blocks of ``mean`` and of
     ``var * m / (m - 1)``. If the m values of a block are independent draws, as the examples of a shuffled batch are
-    for (N, C), these are without bias for the population's mean and variance: every block's are, so their mean is,
-    and it is less noisy than one block's. The pixels of one image are not independent, so m - 1 corrects too little:
-    the variance comes out short by up to a share of 1 / virtual_batch, as it does in a batch of that size in
-    ``torch.nn``. Hoffer et al. move them once per block instead, as if the blocks came one after another: the last
-    block of a batch weighs most, and more blocks forget faster.
+    for (N, C), every block's two estimates of the population's mean and variance are unbiased. So is their mean over
+    the blocks, and it is less noisy. The pixels of one image are not independent, so m - 1 corrects too little: the
+    variance is too small by a share of up to 1 / virtual_batch, as for a batch of that size in ``torch.nn``. Hoffer
+    et al. move the running statistics once per block instead, as if the blocks were successive batches: the last block
+    of a batch weighs most, and with more blocks the initial values fade faster.
 
-    :class:`UserError` for a batch that virtual_batch does not divide, smaller ones among them, and for blocks with
-    one value per channel.
+    :class:`UserError` for a batch size that ``virtual_batch`` does not divide, and for blocks of one value per channel.
     """
 
     implements_batch_norm = False
@@ -56,7 +55,7 @@ class GhostBatchNorm(BatchNormBase):
         )  # fmt: skip
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Raise :class:`UserError` unless blocks of ``virtual_batch`` examples make up the batch."""
+        """Raise :class:`UserError` unless ``virtual_batch`` divides ``batch_size``."""
         if batch_size % self.virtual_batch:
             able = ", ".join(map(str, divisors(batch_size)[1:])) or "1"
             raise UserError(
@@ -95,9 +94,12 @@ class GhostBatchNorm(BatchNormBase):
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Count the batch and move the running statistics towards its blocks', (blocks, C) of ``count`` values each."""
+        """Count the batch and move the running statistics towards those of its blocks.
+
+        ``mean`` and ``var`` are (blocks, C), each over ``count`` values.
+        """
         momentum = self.count_batch()
-        if count == 0 or self.running_mean is None:  # an empty batch is counted but says nothing, as in torch
+        if count == 0 or self.running_mean is None:  # an empty batch is counted but has no statistics, as in torch
             return
         move(self.running_mean, mean.mean(0), momentum)
         move(self.running_var, (var * (count / (count - 1))).mean(0), momentum)

@@ -1,4 +1,4 @@
-"""Group normalization: statistics of one example over groups of its channels, independent of the batch."""
+"""Group normalization: every example is normalized by itself, over groups of its channels."""
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,12 @@ class GroupNorm(Norm):
     ``groups`` is a number that divides C, or a word that fits every width: ``layer`` is one group, which is
     layer norm over channels and pixels; ``instance`` is as many groups as channels, which is instance norm.
 
-    Examples do not see each other, so there are no running statistics and evaluation does what training does.
+    Examples do not depend on each other, so there are no running statistics and evaluation does what training does.
     Half-precision inputs are normalized in float32 and the result is rounded once, to the input's dtype. The state
-    dict is that of ``torch.nn.GroupNorm``.
+    dict has the keys of ``torch.nn.GroupNorm``.
 
-    :class:`UserError` for groups that do not divide C and, at the first input that has them, for groups of one
-    value: its variance is 0 and the output would not depend on the input. A (N, C) input with ``instance`` is that.
+    :class:`UserError` for groups that do not divide C and, in the forward pass, for groups of one value, as in an
+    (N, C) input with ``instance``: the variance is 0 and the output would not depend on the input.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class GroupNorm(Norm):
         if z.numel() and z[0, 0].numel() == 1:
             raise UserError(
                 f"norm=group: expected more than 1 value per group, got an input of size {tuple(x.shape)} with "
-                f"norm.groups={self.groups}; after dense layers and on images of one pixel every channel is one "
-                "value, so set norm.groups=layer or a smaller number"
+                f"norm.groups={self.groups}; after dense layers and on images of one pixel a channel has one value; "
+                "set norm.groups=layer or a smaller number"
             )
         dims = list(range(2, z.dim()))
         mean = z.mean(dims, keepdim=True)
@@ -77,7 +77,7 @@ class GroupNorm(Norm):
         return finish(y.to(x.dtype), residual, self.activation)
 
     def reduces_over(self, num_dims: int) -> str:
-        """``C/2, H, W``: half of the channels and all pixels."""
+        """As ``C/2, H, W`` for half of the channels and all pixels."""
         channels = {1: ["C"], self.num_features: []}.get(self.num_groups, [f"C/{self.num_groups}"])
         return ", ".join(channels + {2: [], 3: ["L"], 4: ["H", "W"], 5: ["D", "H", "W"]}[num_dims])
 
@@ -89,7 +89,7 @@ class GroupNorm(Norm):
 
 
 def count_groups(groups: int | str, num_features: int) -> int:
-    """``groups`` as a number for ``num_features`` channels; :class:`UserError` unless it divides them."""
+    """The number of groups of ``num_features`` channels; :class:`UserError` unless it divides ``num_features``."""
     if groups in NAMED_GROUPS:
         return 1 if groups == "layer" else num_features
     if type(groups) is not int or groups < 1:

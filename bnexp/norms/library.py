@@ -7,9 +7,9 @@ from bnexp.norms.base import BatchNormBase, finish
 
 
 class BatchNorm(BatchNormBase):
-    """``torch.nn.BatchNorm1d/2d/3d`` in one class, ended by the residual and the activation.
+    """``torch.nn.BatchNorm1d/2d/3d`` in one class, followed by residual and activation.
 
-    Which kernel runs is torch's choice: on CUDA, cuDNN for float32 and for float16 under autocast,
+    Torch chooses the kernel: on CUDA, cuDNN for float32 and for float16 under autocast,
     torch's own kernels for bfloat16 and pure float16; on a CPU, torch's own.
     """
 

@@ -7,10 +7,10 @@ from bnexp.norms.base import Norm, check_activation, check_input, finish, scale_
 
 
 class Shift(Norm):
-    """``activation(x + bias + residual)`` with one bias per channel, zero at the start.
+    """``activation(x + bias + residual)`` with one bias per channel, 0 at the start.
 
-    Batch norm has a shift per channel, so the layers before a norm have none. This keeps the shift alone: with and
-    without normalization the network can express the same offsets, and no model needs a branch for it.
+    Batch norm has a shift per channel, so the layer before a norm has no bias. With this module a network without
+    normalization has the same shifts, and models need no branch for their biases.
     """
 
     normalizes = False

@@ -19,21 +19,21 @@ class BatchRenorm(BatchNormBase):
         d = clip((mean_B - mean) / sigma, -d_max, d_max)       as are mean and sigma
         y = weight * ((x - mean_B) / sigma_B * r + d) + bias
 
-    Where nothing is clipped, (x - mean_B) / sigma_B * r + d = (x - mean) / sigma: training sees what evaluation
-    sees, and one example no longer depends on which others share its batch, but for the gradient. With r = 1 and
-    d = 0 it is batch normalization. In evaluation y = weight * (x - mean) / sigma + bias.
+    Where nothing is clipped, (x - mean_B) / sigma_B * r + d = (x - mean) / sigma: the outputs of training are those of
+    evaluation, and an example depends on the others of its batch through the gradient only. With r = 1 and d = 0 it is
+    batch normalization. In evaluation y = weight * (x - mean) / sigma + bias.
 
-    **Schedule.** Of batch k, counted from 0: r = 1 and d = 0 for k < warmup_steps and for the first batch of all;
-    from there the clips open linearly, to r_max over r_steps and to d_max over d_steps. The paper takes 5,000,
-    35,000 and 20,000 steps; the defaults are these divided by 50. k is ``num_batches_tracked``, a buffer, so a run
-    that is resumed goes on exactly, and it is never read back from the device.
+    **Schedule.** For batch k, counted from 0, r = 1 and d = 0 if k < warmup_steps or k = 0. After that the limits widen
+    linearly, to r_max over r_steps and to d_max over d_steps. The paper takes 5,000, 35,000 and 20,000 steps; the
+    defaults are these divided by 50. k is the buffer ``num_batches_tracked``, so a resumed run continues the schedule;
+    the host never reads it from the device.
 
     **Averages.** ``running_mean`` and ``running_var`` (unbiased, as in ``torch.nn``) are the moving averages that
-    r and d use and that evaluation uses: one pair, as in the paper, because the point is that both are the same.
+    r and d use and that evaluation uses: one pair, as in the paper, so that training and evaluation agree.
     The t-th batch, counted from 1, has the weight max(1 / t, renorm_momentum): a plain average until 1 / t
-    falls below it, so that the values before the first batch, 0 and 1, leave no trace however slow the average.
-    ``renorm_momentum`` is the weight of the *new* batch, as torch has it; TF-slim's ``renorm_decay`` is its complement.
-    0 averages all batches alike. The state dict has torch's keys.
+    falls below it, so the initial values, 0 and 1, have no weight after the first batch, however slow the average.
+    ``renorm_momentum`` is the weight of the *new* batch, as in torch; TF-slim's ``renorm_decay`` is 1 - that.
+    0 gives all batches the same weight. The state dict has torch's keys.
 
     An empty batch is not counted: it moves neither averages nor schedule.
     """
@@ -79,19 +79,18 @@ class BatchRenorm(BatchNormBase):
         if self.uses_batch_statistics():
             mean = z.mean(dims)
             var = (z - per_channel(mean, z)).square().mean(dims)
-            xhat = (z - per_channel(mean, z)) / torch.sqrt(per_channel(var, z) + self.eps)
-            if self.training and x.numel() and self.running_mean is not None:
-                r, d = self.correction(mean.detach(), var.detach())
-                xhat = xhat * per_channel(r, z) + per_channel(d, z)
-                self.track(mean.detach(), var.detach(), x.numel() // self.num_features)
         else:
-            mean, var = (per_channel(t.to(z.dtype), z) for t in (self.running_mean, self.running_var))
-            xhat = (z - mean) / torch.sqrt(var + self.eps)
+            mean, var = self.running_mean.to(z.dtype), self.running_var.to(z.dtype)
+        xhat = (z - per_channel(mean, z)) / torch.sqrt(per_channel(var, z) + self.eps)
+        if self.training and x.numel() and self.running_mean is not None:
+            r, d = self.correction(mean.detach(), var.detach())
+            xhat = xhat * per_channel(r, z) + per_channel(d, z)
+            self.track(mean.detach(), var.detach(), x.numel() // self.num_features)
         y = scale_and_shift(xhat, self.weight, self.bias)
         return finish(y.to(x.dtype), residual, self.activation)
 
     def correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """r and d, (C,) each, of a batch with this mean and biased variance."""
+        """r and d, (C,) each, of a batch with this mean and biased variance, (C,) each."""
         r_max, d_max = self.limits()
         sigma = torch.sqrt(self.running_var.to(var.dtype) + self.eps)
         r = torch.sqrt(var + self.eps) / sigma
@@ -101,10 +100,10 @@ class BatchRenorm(BatchNormBase):
     def limits(self) -> tuple[Tensor, Tensor]:
         """The limits of r and d for the next training batch: from 1 to r_max and from 0 to d_max, by the schedule."""
         step = self.num_batches_tracked.double()
-        begin = max(self.warmup_steps, 1)  # the first batch has no average that it could be corrected towards
+        begin = max(self.warmup_steps, 1)  # before the first batch there is no average to correct towards
 
         def opened(num_steps: int) -> Tensor:
-            """From 0 at ``warmup_steps`` to 1 ``num_steps`` later."""
+            """The share of the way, 0 at ``warmup_steps`` and 1 ``num_steps`` later."""
             done = (step - self.warmup_steps) / num_steps if num_steps else torch.ones_like(step)
             return torch.where(step < begin, 0.0, done.clamp(0, 1))
 
@@ -114,13 +113,13 @@ class BatchRenorm(BatchNormBase):
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Count this batch of ``count`` values per channel and move the running statistics towards it."""
         self.num_batches_tracked.add_(1)
-        slowest = self.momentum or 0.0  # None while torch's update_bn averages all batches
+        slowest = self.momentum or 0.0  # torch's update_bn sets momentum to None, to average all batches
         momentum = (1 / self.num_batches_tracked.double()).clamp(min=slowest)
         move(self.running_mean, mean, momentum)
         move(self.running_var, var * (count / (count - 1)), momentum)
 
     def share_left(self, num_batches: int) -> float:
-        """0 after the first batch, which has all the weight."""
+        """0 after the first batch, which has the weight 1."""
         return 0.0 if num_batches else 1.0
 
     def momentum_setting(self, momentum: float) -> str:

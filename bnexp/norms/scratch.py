@@ -19,25 +19,25 @@ class BatchNorm(BatchNormBase):
         xhat = (x - mean) / sqrt(var + eps)
         y    = weight * xhat + bias
 
-    In evaluation the running averages of mean and variance stand in for the batch's own. Half-precision
-    inputs are normalized in float32 and the result is rounded once, to the input's dtype.
+    Evaluation uses the running averages of mean and variance instead of the batch's. Half-precision inputs are
+    normalized in float32 and the result is rounded once, to the input's dtype.
 
-    The conventions in which tutorials differ are options, never silent:
+    Conventions that differ between tutorials are options:
 
     * ``running_var="unbiased"`` averages var * m / (m - 1), as the paper and torch do; ``"biased"`` averages var.
     * ``running_var_init`` is where the running variance starts: 1 (torch, TensorFlow) or 0 (D2L).
     * ``decay`` is the weight of the *old* average (TensorFlow), so ``decay=0.9`` is ``momentum=0.1``.
       Set one of the two: ``decay`` beside a ``momentum`` other than its default is an error.
     * ``center=False`` drops bias, as ``bias=False`` does in torch, ``scale=False`` drops weight (TF-slim),
-      ``affine=False`` drops both. A relu and a dense layer behind the norm make up for the scale.
-    * ``zero_debias=True`` (TF-slim; section 3 of Kingma & Ba 2015, arXiv:1412.6980) takes out of a running average
-      the zero it starts from: with decay = 1 - momentum the t-th batch, counted from 1, has the weight
-      (1 - decay) / (1 - decay^t), so the first counts for all and the weights of t batches add up to 1. The running
-      mean starts at zero; the running variance only with ``running_var_init=0``, else it moves as without.
-    * ``decay_warmup=True`` (TensorFlow's moving averages) lets young averages move faster: after t batches the next
-      one meets decay_t = min(decay, (1 + t) / (10 + t)).
+      ``affine=False`` drops both. If a relu and then a dense layer follow, that layer can learn the scale.
+    * ``zero_debias=True`` (TF-slim; section 3 of Kingma & Ba 2015, arXiv:1412.6980) removes the initial 0 from a
+      running average: with decay = 1 - momentum the t-th batch, counted from 1, has the weight
+      (1 - decay) / (1 - decay^t), so the first batch has the weight 1 and the initial value none. The running mean
+      starts at 0; the running variance does so with ``running_var_init=0`` only, else the option leaves it as it is.
+    * ``decay_warmup=True`` (TensorFlow's moving averages) lets the averages move faster at first: after t batches the
+      decay is decay_t = min(decay, (1 + t) / (10 + t)).
 
-    A statistic with ``zero_debias`` forgets its initial value by itself, so ``decay_warmup`` beside it is an error.
+    Both options change the weights of the first batches, so setting both is an error.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class BatchNorm(BatchNormBase):
             self.running_var.fill_(self.running_var_init)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """activation(y + residual); ``weights`` (N,) says how often each example counts in the batch's statistics.
+        """activation(y + residual); ``weights`` (N,) are the frequencies of the examples in the batch's statistics.
 
-        They are frequencies: whole numbers give the statistics of a batch that repeats every example so often, none
-        of it for 0, and any factor 0 or more is taken alike. With m the sum of the weights of a channel's values::
+        An example of weight 2 counts as if it were in the batch twice, one of weight 0 not at all; fractions are
+        allowed. With m the sum of the weights of a channel's values::
 
             mean = sum(weights x) / m      var = sum(weights (x - mean)^2) / m      unbiased: var * m / (m - 1)
 
-        All examples are normalized, those of weight 0 too. Evaluation by running statistics takes no notice.
-        ValueError for another shape, for weights below 0 or not finite, and for m of 1 or less, which leaves no
-        variance; to know m, the host waits for the device.
+        All examples are normalized, those of weight 0 too. Evaluation by running statistics ignores the weights.
+        ValueError for another shape, for weights below 0 or not finite, and for m <= 1, which gives no variance. To
+        know m, the host waits for the device.
         """
         self.check(x, residual)
         z = x if x.dtype == torch.float64 else x.float()
@@ -120,7 +120,7 @@ class BatchNorm(BatchNormBase):
     def track(self, mean: Tensor, var: Tensor, count: float) -> None:
         """Count this batch of ``count`` values per channel and move the running averages towards it."""
         momentum = self.count_batch()
-        if count == 0 or self.running_mean is None:  # an empty batch is counted but says nothing, as in torch
+        if count == 0 or self.running_mean is None:  # an empty batch is counted but has no statistics, as in torch
             return
         if self.running_var_kind == "unbiased":
             var = var * (count / (count - 1))
@@ -142,10 +142,10 @@ class BatchNorm(BatchNormBase):
         return momentum / (1 - (1 - momentum) ** self.num_batches_tracked.double())
 
     def share_left(self, num_batches: int) -> float:
-        """The larger of the mean's share and the variance's.
+        """The larger share of the two, running mean and running variance.
 
-        decay^num_batches, with ``decay_warmup`` the product of all decay_t; 0 after one batch where ``zero_debias``
-        corrects both, that is with ``running_var_init=0``.
+        decay^num_batches; with ``decay_warmup`` the product of all decay_t; with ``zero_debias`` and
+        ``running_var_init=0``, which correct both, 0 after one batch.
         """
         share = super().share_left(num_batches)
         if self.zero_debias and self.running_var_init == 0:
@@ -158,7 +158,7 @@ class BatchNorm(BatchNormBase):
         return f"{super().momentum_setting(momentum)} (norm.decay={1 - momentum:.6g})"
 
     def ways_to_forget(self) -> list[str]:
-        if self.zero_debias:  # of the mean, which always starts at 0
+        if self.zero_debias:  # the variance is left, since the mean always starts at 0
             return ["set norm.running_var_init=0"]
         return [] if self.decay_warmup else super().ways_to_forget()
 
@@ -174,7 +174,7 @@ class BatchNorm(BatchNormBase):
 
 
 def check_decay(momentum: float | None, zero_debias: bool, decay_warmup: bool) -> None:
-    """Raise :class:`UserError` for options of the running averages that exclude each other."""
+    """Raise :class:`UserError` for both options at once, and for one of them without a momentum above 0."""
     if zero_debias and decay_warmup:
         raise UserError(
             "norm.zero_debias=True and norm.decay_warmup=True: each changes the weights of the first batches in its "
@@ -197,7 +197,7 @@ def count_values(x: Tensor, weights: Tensor | None) -> float:
     if weights.shape != x.shape[:1]:
         raise ValueError(f"expected one weight per example, {tuple(x.shape[:1])}, got {tuple(weights.shape)}")
     if not ((weights >= 0) & weights.isfinite()).all():
-        raise ValueError("expected finite weights of 0 or more, which say how often an example counts")
+        raise ValueError("expected finite weights of 0 or more: the frequencies of the examples")
     count = float(weights.double().sum()) * x[0, 0].numel()
     if not count > 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got weights that add up to {count:g}")
@@ -205,7 +205,7 @@ def count_values(x: Tensor, weights: Tensor | None) -> float:
 
 
 def average(z: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean over everything but channels, (C,), in which example n counts ``weights[n]`` times."""
+    """The mean over all dimensions but channels, (C,), in which example n counts ``weights[n]`` times."""
     dims = [d for d in range(z.dim()) if d != 1]
     if weights is None:
         return z.mean(dims)

@@ -77,7 +77,7 @@ def test_what_is_advised_fits_the_way_of_averaging():
     (said,) = advise(scratch.BatchNorm(4, decay=0.999, zero_debias=True), num_steps=500)  # but the variance starts at 1
     assert said.partition(" (1 layer")[0].endswith("or set norm.running_var_init=0")
     (said,) = advise(scratch.BatchNorm(4, decay_warmup=True), num_steps=1)
-    assert said.partition(" (1 layer")[0].endswith("saw; train for 2 steps or more")  # 1/10, then 2/11 of it
+    assert said.partition(" (1 layer")[0].endswith("did; train for 2 steps or more")  # 1/10, then 2/11 of it
 
 
 def test_before_the_first_step_there_is_nothing_to_say_of_an_average_of_all_batches():
@@ -94,9 +94,9 @@ def test_small_batches_are_told_with_how_well_they_know_a_variance(batch_size):
     (said,) = advise(scratch.BatchNorm(4), batch_size=batch_size)
     draws = torch.randn(200_000, batch_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     error = draws.var(1).std().item()  # of a variance of 1; known to about 0.5% here
-    told = int(re.search(r"a variance to about (\d+)%", said)[1]) / 100
+    told = int(re.search(r"an error of about (\d+)%", said)[1]) / 100
     assert told == pytest.approx(error, rel=0.02)  # and rounded to a whole percent
-    assert said.startswith(f"batch_size={batch_size}: every statistic is an average over {batch_size} images")
+    assert said.startswith(f"batch_size={batch_size}: every statistic is over {batch_size} images")
     assert "use 8 or more images" in said and "norm=group" in said
 
 
@@ -119,7 +119,7 @@ def test_renormalization_is_made_for_small_batches():
 )
 def test_small_blocks_are_told_and_not_the_batch_they_come_from(block, batch_size, remedy):
     (said,) = advise(ghost.GhostBatchNorm(4, virtual_batch=block), batch_size=batch_size)
-    assert said.startswith(f"norm.virtual_batch={block}: every statistic is an average over {block} images")
+    assert said.startswith(f"norm.virtual_batch={block}: every statistic is over {block} images")
     assert remedy in said
     assert f"about {math.sqrt(2 / (block - 1)):.0%}" in said
     if "batch_size=8" in said:
@@ -132,7 +132,7 @@ def test_small_blocks_are_told_and_not_the_batch_they_come_from(block, batch_siz
 
 def test_blocks_of_one_image_have_no_error_to_tell():
     (said,) = advise(ghost.GhostBatchNorm(4, virtual_batch=1), batch_size=16)
-    assert "norm.virtual_batch=1: every statistic is of 1 image" in said and "norm.virtual_batch=8" in said
+    assert "norm.virtual_batch=1: every statistic is over 1 image" in said and "norm.virtual_batch=8" in said
 
 
 @pytest.mark.parametrize("momentum, meant", [(0.9, "0.1"), (0.99, "0.01"), (0.6, "0.4"), (1.0, "0.1")])

@@ -77,8 +77,8 @@ def test_every_listed_option_is_one_of_an_entry():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("norm.momentum=1.5", "norm.momentum=1.5: the weight of a new batch lies between 0 and 1"),
-        ("norm.eps=0", "norm.eps=0: keeps the root of a variance of 0 from being 0; give a number above 0"),
+        ("norm.momentum=1.5", "norm.momentum=1.5: the weight of a new batch cannot be below 0 or above 1"),
+        ("norm.eps=0", "norm.eps=0: a channel of variance 0 is divided by the root of eps; give a finite"),
         ("norm.eps=inf", "norm.eps=inf: a finite number is expected"),
         ("optimizer.eps=0", "optimizer.eps=0: a gradient of 0 is divided by it"),
         ("optimizer.betas=[nan,0.9]", "optimizer.betas=[nan, 0.9]: a finite number is expected"),

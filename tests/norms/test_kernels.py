@@ -14,8 +14,6 @@ from bnexp.norms.kernels.tiling import dense, tiling_for
 DEVICE = "cuda" if torch.cuda.is_available() and not bn.interpreted() else "cpu"
 if DEVICE == "cpu" and not bn.interpreted():
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
-from bnexp.norms.kernels import launch  # noqa: E402
-
 # Half a unit in the last place is what rounding the output costs; float32 also rounds a few times on the way.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 NAMES = ("y", "dx", "dresidual", "dweight", "dbias", "running_mean", "running_var")
@@ -26,14 +24,14 @@ def poison(monkeypatch):
     """Every output and workspace starts as NaN (bits as ones): what a kernel forgets to write shows."""
 
     def filled(allocate):
-        def fill(*arguments):
-            t = allocate(*arguments)
+        def fill(*arguments, **options):
+            t = allocate(*arguments, **options)
             return t.fill_(float("nan") if t.is_floating_point() else 255)
 
         return fill
 
-    monkeypatch.setattr(launch, "empty", filled(launch.empty))
-    monkeypatch.setattr(launch, "empty_like", filled(launch.empty_like))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
 
 
 @pytest.fixture(params=["local", "two-launch"])

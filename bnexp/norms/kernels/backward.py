@@ -1,4 +1,4 @@
-"""The backward kernels: reduce, then dx, and both at once where a channel fits on chip.
+"""The backward kernels: reduce, then dx; dx alone where a program holds all values of its channels.
 
 With g = dy * activation'(z), xhat = (x - mean) * rstd, M values per channel (Ioffe, Szegedy 2015, sec. 3):
 
@@ -6,23 +6,13 @@ With g = dy * activation'(z), xhat = (x - mean) * rstd, M values per channel (Io
     dx = weight * rstd * (g - dbias / M - xhat * dweight / M)     with the batch's statistics
     dx = weight * rstd * g                                        with constant (running) statistics
 
-z is recomputed from x; with a residual, relu reads its bits and sigmoid and tanh their output instead.
+z is recomputed from x. After a residual, backward reads relu's bits or the output of sigmoid and tanh instead.
 """
 
 import triton
 import triton.language as tl
 
-from bnexp.norms.kernels.blocks import (
-    activate,
-    affine,
-    channel_sum,
-    channels,
-    kernel,
-    normalize,
-    tile,
-    tile_count,
-    unpack,
-)
+from bnexp.norms.kernels.blocks import activate, affine, channel_sum, channels, kernel, normalize, tile, unpack
 
 
 @triton.jit
@@ -70,7 +60,7 @@ def reduce_kernel(
     rows, inner_v, chans, groups, programs, tiles, tiles_each,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """(sum g, sum g * xhat) of each program's tiles into ``parts`` (2, programs, C)."""
+    """Store (sum g, sum g * xhat) over the tiles of every program in ``parts`` (2, programs, C)."""
     pid = tl.program_id(0)
     i_group = pid % groups
     i_program = pid // groups
@@ -97,7 +87,7 @@ def _store_dx(
     b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count, offsets, mask,
     BATCH: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile, and the residual's gradient if it is not dy itself."""
+    """Store dx of one tile and, given ``p_dresidual``, the residual's gradient."""
     if p_dresidual is not None:
         tl.store(p_dresidual + offsets, b_g.to(p_dresidual.dtype.element_ty), mask=mask)
     if BATCH:
@@ -105,74 +95,59 @@ def _store_dx(
     tl.store(p_dx + offsets, (b_scale * b_g).to(p_dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias):
-    if p_dweight is not None:
-        tl.store(p_dweight + o_c, b_dweight.to(p_dweight.dtype.element_ty), mask=m_c)
-    if p_dbias is not None:
-        tl.store(p_dbias + o_c, b_dbias.to(p_dbias.dtype.element_ty), mask=m_c)
-
-
 @kernel
 def dx_kernel(
     p_x, p_dy, p_saved, p_weight, p_bias, p_mean, p_rstd, p_parts, p_dx, p_dresidual, p_dweight, p_dbias,
-    p_count, rows, inner_v, chans, groups, programs, num_parts, tiles, tiles_each,
+    p_count, num_parts, rows, inner_v, chans, groups, programs, tiles, tiles_each,
     BATCH: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """dx from the sums of all ``num_parts`` parts, in the reverse order of the reduction.
+    """Store dx, dresidual, dweight and dbias.
 
-    M is the number of values per channel here, or what ``p_count`` holds if ranks share their sums.
+    The sums are those of all ``num_parts`` parts, and tiles follow in the reverse order of the reduction. Without parts
+    the sums are taken over a program's only tile, which holds all values of its channels and stays in registers.
+    M is the number of values per channel or, if ranks share their sums, the number at ``p_count``.
     """
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    pid = tl.program_id(0)
+    if p_parts is not None:
+        pid = tl.num_programs(0) - 1 - pid
     i_group = pid % groups
     i_program = pid // groups
     inner = inner_v * VEC
     o_c, m_c, b_mean, b_rstd, b_scale, b_shift = _load_channels(
         p_weight, p_bias, p_mean, p_rstd, i_group, chans, COLS, LAST
     )
-    i_part = tl.arange(0, PARTS)[:, None]
-    o_part = i_part.to(tl.int64) * chans + o_c
-    m_part = (i_part < num_parts) & m_c
-    size = num_parts.to(tl.int64) * chans
-    b_dbias = tl.sum(tl.load(p_parts + o_part, mask=m_part, other=0.0), 0, keep_dims=True)
-    b_dweight = tl.sum(tl.load(p_parts + size + o_part, mask=m_part, other=0.0), 0, keep_dims=True)
+    if p_parts is not None:
+        i_part = tl.arange(0, PARTS)[:, None]
+        o_part = i_part.to(tl.int64) * chans + o_c
+        m_part = (i_part < num_parts) & m_c
+        size = num_parts.to(tl.int64) * chans
+        b_dbias = tl.sum(tl.load(p_parts + o_part, mask=m_part, other=0.0), 0, keep_dims=True)
+        b_dweight = tl.sum(tl.load(p_parts + size + o_part, mask=m_part, other=0.0), 0, keep_dims=True)
+    else:
+        b_x, b_g, offsets, mask = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_group * 0, i_group,
+                                             rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+        b_dbias = channel_sum(b_g, LAST)
+        b_dweight = channel_sum(b_g * (b_x - b_mean), LAST) * b_rstd
     if i_program == 0:
-        _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias)
+        if p_dweight is not None:
+            tl.store(p_dweight + o_c, b_dweight.to(p_dweight.dtype.element_ty), mask=m_c)
+        if p_dbias is not None:
+            tl.store(p_dbias + o_c, b_dbias.to(p_dbias.dtype.element_ty), mask=m_c)
     if p_count is not None:
         count = tl.load(p_count).to(b_mean.dtype)
     else:
         count = (rows.to(tl.int64) * (1 if LAST else inner)).to(b_mean.dtype)
 
-    start = i_program * tiles_each
-    num_tiles = tl.minimum(tiles_each, tiles - start)
-    for i in range(0, num_tiles):
-        i_tile = start + num_tiles - 1 - i
-        b_x, b_g, offsets, mask = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_tile, i_group,
-                                             rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+    if p_parts is None:
         _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
                   offsets, mask, BATCH)  # fmt: skip
-
-
-@kernel
-def local_dx_kernel(
-    p_x, p_dy, p_saved, p_weight, p_bias, p_mean, p_rstd, p_dx, p_dresidual, p_dweight, p_dbias,
-    rows, inner_v, chans,
-    BATCH: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Reduce and dx of a channel (strip) held in registers by one program: one launch, x and dy read once."""
-    i_group = tl.program_id(0)
-    i_tile = i_group * 0
-    inner = inner_v * VEC
-    o_c, m_c, b_mean, b_rstd, b_scale, b_shift = _load_channels(
-        p_weight, p_bias, p_mean, p_rstd, i_group, chans, COLS, LAST
-    )
-    b_x, b_g, offsets, mask = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_tile, i_group,
-                                         rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
-    b_dbias = channel_sum(b_g, LAST)
-    b_dweight = channel_sum(b_g * (b_x - b_mean), LAST) * b_rstd
-    _store_sums(p_dweight, p_dbias, o_c, m_c, b_dweight, b_dbias)
-    count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, b_mean.dtype)
-    _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
-              offsets, mask, BATCH)  # fmt: skip
+    else:
+        start = i_program * tiles_each
+        num_tiles = tl.minimum(tiles_each, tiles - start)
+        for i in range(0, num_tiles):
+            i_tile = start + num_tiles - 1 - i
+            b_x, b_g, offsets, mask = _load_tile(p_x, p_dy, p_saved, b_mean, b_scale, b_shift, i_tile, i_group,
+                                                 rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+            _store_dx(b_x, b_g, p_dx, p_dresidual, b_mean, b_rstd, b_scale, b_dbias, b_dweight, count,
+                      offsets, mask, BATCH)  # fmt: skip

@@ -1,6 +1,6 @@
 """Batch normalization, residual addition and activation as one differentiable operator.
 
-:func:`batch_norm` is the whole. Its halves are public so that the statistics can be reduced across ranks:
+:func:`batch_norm` is the operator. Its parts are public so that the statistics can be reduced across ranks:
 
     mean, m2, count = combine(*(all_gather(part) for part in statistics(x)))
     y, saved = apply(x, mean, rsqrt(m2, count, eps), weight, bias, residual, activation)
@@ -9,9 +9,9 @@
     dx, dresidual = gradient_apply(dy, x, mean, rstd, weight, bias, saved, activation, sums, count)
 
 where ``all_gather`` stacks the ranks along a new first dimension. Gradients of weight and bias stay local
-(the sums before the all-reduce), since data-parallel wrappers average them. The halves know no autograd.
+(the sums before the all-reduce), since data-parallel wrappers average them. Autograd does not record the parts.
 
-Nothing here imports triton until something is launched.
+Triton is imported at the first launch.
 """
 
 import logging
@@ -30,7 +30,7 @@ _warned = False
 
 
 def interpreted() -> bool:
-    """Whether triton interprets its kernels in this process, on any device."""
+    """Whether triton interprets its kernels in this process, whatever the device."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -41,14 +41,13 @@ def require_kernels(device: torch.device | str) -> None:
     try:
         import triton  # noqa: F401
     except ImportError:
-        text = "norm=fused: its kernels need triton, which is not installed; use norm=library"
-        raise UserError(text) from None
+        raise UserError("norm=fused: its kernels need triton, which is not installed; use norm=library") from None
     if device.type == "cuda":
         return
     if device.type != "cpu" or not interpreted():
         raise UserError(
             f"norm=fused: its kernels need a CUDA device and this is {device.type}; use norm=library, or set "
-            "TRITON_INTERPRET=1 with device=cpu to check it, slowly"
+            "TRITON_INTERPRET=1 with device=cpu for a slow check"
         )
     if not _warned:
         log.warning("norm=fused: triton interprets its kernels on the CPU: slow, only for checking")
@@ -59,7 +58,7 @@ def _launch(x: Tensor):
     """The module ``launch``, which imports triton; :class:`UserError` if the kernels cannot run on ``x``."""
     require_kernels(x.device)
     if x.dtype not in DTYPES:
-        raise UserError(f"norm=fused: {x.dtype} input; give it float32, bfloat16, float16 or float64")
+        raise UserError(f"norm=fused: {x.dtype} input is not supported; use float32, bfloat16, float16 or float64")
     from bnexp.norms.kernels import launch
 
     return launch
@@ -125,7 +124,7 @@ for _name, _real, _fake in (
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The operators with their gradient: saves x, mean, rstd and what :func:`_saved` returns."""
+    """The operators for autograd: saves x, weight, bias, mean, rstd and the tensor of :func:`_saved`."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, counter, *options):
@@ -153,7 +152,10 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _saved(y: Tensor, bits: Tensor | None, residual: Tensor | None, activation: str) -> Tensor | None:
-    """With a residual, what backward needs for activation': relu's bits, the output of sigmoid and tanh."""
+    """The tensor from which backward computes activation' after a residual: relu's bits, else the output.
+
+    None without a residual, where backward computes the output from x again, and for the identity.
+    """
     if residual is None or activation == "identity":
         return None
     return bits if activation == "relu" else y
@@ -185,11 +187,11 @@ def batch_norm(
     return torch.ops.bnexp.batch_norm(*tensors, training, momentum, eps, activation, False)[0]
 
 
-# ---- the halves ----
+# ---- the parts ----
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, M2 = sum (x - mean)^2 and count, each (C,), in float32; the variance is M2 / count."""
+    """Mean, M2 = sum (x - mean)^2 and count, each (C,), float32 or for float64 input float64; M2 / count = var."""
     launch = _launch(x)
     x, _ = dense(x)
     count, mean, m2 = launch.launch_statistics(x, launch.tiling_for(x))
@@ -205,23 +207,23 @@ def combine(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def rsqrt(m2: Tensor, count: Tensor, eps: float) -> Tensor:
-    """rstd = 1 / sqrt(var + eps)."""
+    """rstd = 1 / sqrt(M2 / count + eps)."""
     return 1.0 / (m2 / count + eps).sqrt()
 
 
 def apply(x, mean, rstd, weight=None, bias=None, residual=None, activation="identity"):
-    """y = activation((x - mean) * rstd * weight + bias + residual), and what the gradient needs beside x."""
+    """y = activation((x - mean) * rstd * weight + bias + residual), and ``saved`` for the gradients."""
     y, bits = _launch(x).launch_apply(x, residual, weight, bias, mean, rstd, activation)
     return y, _saved(y, bits, residual, activation)
 
 
 def gradient_sums(dy, x, mean, rstd, weight=None, bias=None, saved=None, activation="identity") -> Tensor:
-    """The gradients of bias and weight, stacked (2, C) in float32: the counterpart of :func:`statistics`."""
+    """The gradients of bias and weight, stacked (2, C), in the type of ``mean``."""
     return _launch(x).launch_reduce(dy, x, weight, bias, mean, rstd, saved, activation).sum(1)
 
 
 def gradient_apply(dy, x, mean, rstd, weight, bias, saved, activation, sums, count):
-    """dx and dresidual from ``sums`` over ``count`` values per channel: the counterpart of :func:`apply`."""
+    """dx and dresidual from ``sums``, the gradients of bias and weight over ``count`` values per channel."""
     dx, _, _, dresidual = _launch(x).launch_backward(
         dy, x, weight, bias, mean, rstd, saved, activation, True, sums[:, None].contiguous(), count
     )

@@ -1,18 +1,18 @@
-"""What the kernels share: addresses of a tile, sums over its channels, scale and shift, the activation.
+"""Functions of the kernels: addresses of a tile, sums over its channels, scale and shift, the activation.
 
-A tile is ROWS x COLS elements, contiguous along its columns. With LAST its columns are channels, else all of
-it is one channel. Values of a channel have the shape (1, W), W = COLS with LAST and 1 without.
+A tile is ROWS x COLS elements, contiguous along a row. With LAST every column is a channel, else the whole tile is one
+channel. Values per channel have the shape (1, W), W = COLS with LAST and 1 without.
 """
 
 import triton
 import triton.language as tl
 
-# Not specialized, so that one compiled kernel serves all sizes; VEC tells the compiler what addresses divide by.
+# Not specialized, so that one compiled kernel serves all sizes; VEC tells the compiler the divisor of addresses.
 SIZES = ("rows", "inner_v", "chans", "groups", "programs", "num_parts", "tiles", "tiles_each")
 
 
 def kernel(function):
-    """``triton.jit``, compiled once for all sizes."""
+    """``triton.jit`` with one compilation for all sizes."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in SIZES if name in names])
 
@@ -39,7 +39,7 @@ def tile_count(
     i_tile, rows, inner,
     ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """How many values of each of its channels lie in the tile."""
+    """The number of values per channel in the tile."""
     if LAST:
         count = tl.minimum(ROWS, rows - i_tile.to(tl.int64) * ROWS)
     else:
@@ -67,7 +67,7 @@ def channel_sum(b_x, LAST: tl.constexpr):
 def moments(b_x, mask, count, LAST: tl.constexpr):
     """Mean and M2 = sum (x - mean)^2 of a tile that is 0 outside its mask, in two passes over its registers.
 
-    The second pass sums to the first mean's rounding error. Subtracting it makes a constant channel exact (M2 = 0).
+    The sum of the second pass is the rounding error of the first mean. With it, M2 of a constant channel is exactly 0.
     """
     b_mean = channel_sum(b_x, LAST) / count
     b_d = tl.where(mask, b_x - b_mean, 0.0)
@@ -79,7 +79,7 @@ def moments(b_x, mask, count, LAST: tl.constexpr):
 
 @triton.jit
 def affine(p_weight, p_bias, o_c, m_c, b_rstd):
-    """scale = rstd * weight and shift = bias, (1, W); without weight and bias 1 and 0."""
+    """scale = rstd * weight and shift = bias, (1, W) each; a missing weight is 1, a missing bias 0."""
     b_scale = b_rstd
     b_shift = b_rstd * 0.0
     if p_weight is not None:
@@ -91,7 +91,7 @@ def affine(p_weight, p_bias, o_c, m_c, b_rstd):
 
 @triton.jit
 def normalize(b_x, b_mean, b_scale, b_shift):
-    """(x - mean) * scale + shift, spelled with fma so that forward and backward round alike."""
+    """(x - mean) * scale + shift, by fma so that forward and backward round in the same way."""
     return tl.fma(b_x - b_mean, b_scale + tl.zeros_like(b_x), b_shift + tl.zeros_like(b_x))
 
 

@@ -1,4 +1,4 @@
-"""The forward kernels: statistics, apply, and both at once where a channel fits on chip.
+"""The forward kernels: statistics, then apply; apply alone where a program holds all values of its channels.
 
 Everything is computed in float32 (float64 for float64 inputs), which is the type of mean, rstd and the workspace.
 ``momentum`` is annotated, because triton passes a float as float32 otherwise. Chan, Golub, LeVeque (1979): Updating
@@ -16,7 +16,7 @@ def statistics_kernel(
     p_x, p_parts, p_counter, rows, inner_v, chans, groups, programs, tiles, tiles_each,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """(count, mean, M2) of each program's tiles into ``parts`` (3, programs, C); moves the batch counter."""
+    """Store (count, mean, M2) over the tiles of every program in ``parts`` (3, programs, C); count the batch."""
     pid = tl.program_id(0)
     i_group = pid % groups
     i_program = pid // groups
@@ -53,7 +53,7 @@ def statistics_kernel(
 
 @triton.jit
 def _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS: tl.constexpr):
-    """Count, mean and M2 of all programs' parts: Chan's formula for many sets, relative to the first mean."""
+    """Count, mean and M2 over the parts of all programs: Chan's formula for many sets, relative to the first mean."""
     i_part = tl.arange(0, PARTS)[:, None]
     o_part = i_part.to(tl.int64) * chans + o_c
     m_part = (i_part < programs) & m_c
@@ -69,21 +69,15 @@ def _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _keep(
-    p_mean, p_rstd, p_running_mean, p_running_var, p_counter, momentum,
-    o_c, m_c, b_count, b_mean, b_m2, b_rstd,
-):  # fmt: skip
-    """Store mean and rstd for backward; move the running statistics (unbiased variance M2 / (count - 1))."""
-    tl.store(p_mean + o_c, b_mean, mask=m_c)
-    tl.store(p_rstd + o_c, b_rstd, mask=m_c)
-    if p_running_mean is not None:
-        new = tl.full((1, 1), momentum, b_mean.dtype)
-        if p_counter is not None:  # momentum=None: the cumulative average
-            new = 1.0 / tl.load(p_counter).to(b_mean.dtype)
-        b_old = tl.load(p_running_mean + o_c, mask=m_c, other=0.0).to(b_mean.dtype)
-        tl.store(p_running_mean + o_c, b_old * (1.0 - new) + b_mean * new, mask=m_c)
-        b_old = tl.load(p_running_var + o_c, mask=m_c, other=0.0).to(b_mean.dtype)
-        tl.store(p_running_var + o_c, b_old * (1.0 - new) + b_m2 / (b_count - 1.0) * new, mask=m_c)
+def _move_running(p_running_mean, p_running_var, p_counter, momentum, o_c, m_c, b_count, b_mean, b_m2):
+    """Move the running statistics towards the batch's mean and unbiased variance M2 / (count - 1)."""
+    new = tl.full((1, 1), momentum, b_mean.dtype)
+    if p_counter is not None:  # momentum=None: the cumulative average
+        new = 1.0 / tl.load(p_counter).to(b_mean.dtype)
+    b_old = tl.load(p_running_mean + o_c, mask=m_c, other=0.0).to(b_mean.dtype)
+    tl.store(p_running_mean + o_c, b_old * (1.0 - new) + b_mean * new, mask=m_c)
+    b_old = tl.load(p_running_var + o_c, mask=m_c, other=0.0).to(b_mean.dtype)
+    tl.store(p_running_var + o_c, b_old * (1.0 - new) + b_m2 / (b_count - 1.0) * new, mask=m_c)
 
 
 @triton.jit
@@ -92,7 +86,7 @@ def _finish(
     i_tile, i_group, rows, inner, chans,
     ROWS: tl.constexpr, COLS: tl.constexpr, LAST: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """y = activation(normalize(x) + residual) of one tile, and relu's mask as bits if backward wants it."""
+    """Store y = activation(normalize(x) + residual) of one tile and, given ``p_bits``, relu's mask as bits."""
     b_z = normalize(b_x, b_mean, b_scale, b_shift)
     if p_residual is not None:
         b_z += tl.load(p_residual + offsets, mask=mask, other=0.0).to(b_z.dtype)
@@ -109,71 +103,64 @@ def _finish(
 def apply_kernel(
     p_x, p_residual, p_y, p_bits, p_weight, p_bias, p_mean, p_rstd, p_parts, p_running_mean, p_running_var,
     p_counter, momentum: tl.float64, rows, inner_v, chans, groups, programs, tiles, tiles_each,
-    EPS: tl.constexpr, PARTS: tl.constexpr, SOURCE: tl.constexpr, ACTIVATION: tl.constexpr,
+    EPS: tl.constexpr, PARTS: tl.constexpr, SOURCE: tl.constexpr, CUMULATIVE: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One pass over x. SOURCE says where the statistics come from: parts, running (evaluation) or given.
+    """Store y, and mean and rstd for backward, in one pass over x. SOURCE is where mean and rstd come from:
 
-    Programs and tiles run in the reverse order of the statistics', so that what was read last, and may still
-    be in the L2 cache, is read first.
+    * tile: a program's only tile, which holds all values of its channels and stays in registers (training);
+    * parts: the results of ``statistics_kernel`` (training);
+    * running: the running statistics (evaluation);
+    * given: ``p_mean`` and ``p_rstd``.
+
+    After ``statistics_kernel`` programs and tiles run in reverse order, so that the values read last, which may still
+    be in the L2 cache, are read first.
     """
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    pid = tl.program_id(0)
+    if SOURCE != "tile":
+        pid = tl.num_programs(0) - 1 - pid
     i_group = pid % groups
     i_program = pid // groups
     inner = inner_v * VEC
     DTYPE: tl.constexpr = p_mean.dtype.element_ty
     o_c, m_c = channels(i_group, chans, COLS, LAST)
-    if SOURCE == "parts":
+    if SOURCE == "tile":
+        i_tile = i_group * 0
+        offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
+        b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
+        b_count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
+        b_mean, b_m2 = moments(b_x, mask, b_count, LAST)
+        # With CUMULATIVE every program reads the counter, so the host has raised it before the launch.
+        if p_counter is not None and not CUMULATIVE and pid == 0:
+            tl.store(p_counter, tl.load(p_counter) + 1)
+    elif SOURCE == "parts":
         b_count, b_mean, b_m2 = _combine_parts(p_parts, o_c, m_c, chans, programs, PARTS)
-        b_rstd = 1.0 / tl.sqrt(b_m2 / b_count + EPS)
-        if i_program == 0:
-            _keep(p_mean, p_rstd, p_running_mean, p_running_var, p_counter, momentum,
-                  o_c, m_c, b_count, b_mean, b_m2, b_rstd)  # fmt: skip
     elif SOURCE == "running":
         b_mean = tl.load(p_running_mean + o_c, mask=m_c, other=0.0).to(DTYPE)
         b_rstd = 1.0 / tl.sqrt(tl.load(p_running_var + o_c, mask=m_c, other=0.0).to(DTYPE) + EPS)
-        if i_program == 0:
-            tl.store(p_mean + o_c, b_mean, mask=m_c)
-            tl.store(p_rstd + o_c, b_rstd, mask=m_c)
     else:
         b_mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
         b_rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
-    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
 
-    start = i_program * tiles_each
-    num_tiles = tl.minimum(tiles_each, tiles - start)
-    for i in range(0, num_tiles):
-        i_tile = start + num_tiles - 1 - i
-        offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
-        b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
+    if SOURCE == "tile" or SOURCE == "parts":
+        b_rstd = 1.0 / tl.sqrt(b_m2 / b_count + EPS)
+        if i_program == 0 and p_running_mean is not None:
+            _move_running(p_running_mean, p_running_var, p_counter if CUMULATIVE else None, momentum,
+                          o_c, m_c, b_count, b_mean, b_m2)  # fmt: skip
+    if SOURCE != "given" and i_program == 0:
+        tl.store(p_mean + o_c, b_mean, mask=m_c)
+        tl.store(p_rstd + o_c, b_rstd, mask=m_c)
+
+    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
+    if SOURCE == "tile":
         _finish(b_x, p_residual, p_y, p_bits, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
                 rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
-
-
-@kernel
-def local_kernel(
-    p_x, p_residual, p_y, p_bits, p_weight, p_bias, p_mean, p_rstd, p_running_mean, p_running_var, p_counter,
-    momentum: tl.float64, rows, inner_v, chans,
-    EPS: tl.constexpr, ACTIVATION: tl.constexpr, CUMULATIVE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Statistics and apply of a channel (strip) held in registers by one program: one launch, x read once."""
-    i_group = tl.program_id(0)
-    i_tile = i_group * 0
-    inner = inner_v * VEC
-    DTYPE: tl.constexpr = p_mean.dtype.element_ty
-    offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
-    b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
-    count = tile_count(i_tile, rows, inner, ROWS, COLS, LAST, DTYPE)
-    b_mean, b_m2 = moments(b_x, mask, count, LAST)
-    b_rstd = 1.0 / tl.sqrt(b_m2 / count + EPS)
-    o_c, m_c = channels(i_group, chans, COLS, LAST)
-    p_weigh = p_counter if CUMULATIVE else None
-    _keep(p_mean, p_rstd, p_running_mean, p_running_var, p_weigh, momentum,
-          o_c, m_c, count, b_mean, b_m2, b_rstd)  # fmt: skip
-    # A cumulative average is weighed by the counter in every program: there the host has moved it before.
-    if p_counter is not None and not CUMULATIVE and i_group == 0:
-        tl.store(p_counter, tl.load(p_counter) + 1)
-    b_scale, b_shift = affine(p_weight, p_bias, o_c, m_c, b_rstd)
-    _finish(b_x, p_residual, p_y, p_bits, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
-            rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
+    else:
+        start = i_program * tiles_each
+        num_tiles = tl.minimum(tiles_each, tiles - start)
+        for i in range(0, num_tiles):
+            i_tile = start + num_tiles - 1 - i
+            offsets, mask = tile(i_tile, i_group, rows, inner, chans, ROWS, COLS, LAST)
+            b_x = tl.load(p_x + offsets, mask=mask, other=0.0).to(DTYPE)
+            _finish(b_x, p_residual, p_y, p_bits, b_mean, b_scale, b_shift, offsets, mask, i_tile, i_group,
+                    rows, inner, chans, ROWS, COLS, LAST, ACTIVATION)  # fmt: skip
