@@ -8,15 +8,17 @@ It also holds the rules that no single key can state.
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from bnexp.config import parts
 from bnexp.config.check import check_evaluation, check_last_batch
-from bnexp.config.parts import build_optimizer, every_of, find_device, make_model, part, probes_of
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
+from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
 from bnexp.train.device import memory_explained
@@ -29,9 +31,9 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
 
     Runs that are given the same ``datasets`` share the data that their configs have in common.
     """
-    device = find_device(cfg.device)
-    source = part(cfg, "data")()
-    model = make_model(cfg, source)
+    device = parts.find_device(cfg.device)
+    source = parts.part(cfg, "data")()
+    model = parts.make_model(cfg, source)
     threads = count_threads(cfg, model, source.in_shape, device)
     torch.set_num_threads(threads)
     datasets = {} if datasets is None else datasets
@@ -39,7 +41,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     layout = torch.channels_last if cfg.channels_last else torch.preserve_format
     with memory_explained(device, "the data and the model", cfg.batch_size):
         if key not in datasets:
-            datasets[key] = source.load().to(device)
+            datasets[key] = load_dataset(cfg, source).to(device)
         model = model.to(device, memory_format=layout)
     dataset = datasets[key]
     check_last_batch(cfg, source, len(dataset.train))
@@ -47,7 +49,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     batches = Batches(
         dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
     )
-    optimizer = build_optimizer(cfg, model)
+    optimizer = parts.build_optimizer(cfg, model)
     if device.type == "cuda":
         place_learning_rates(optimizer, device)
     return Run(
@@ -55,13 +57,24 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         optimizer,
         batches,
         total_steps=cfg.steps or cfg.epochs * batches.steps_per_epoch,
-        schedule=part(cfg, "schedule"),
+        schedule=parts.part(cfg, "schedule"),
         precision=cfg.precision,
         channels_last=cfg.channels_last,
         threads=threads,
         deterministic=cfg.deterministic,
-        engine=part(cfg, "engine"),
+        engine=parts.part(cfg, "engine"),
     )
+
+
+def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
+    """What ``source`` loads; :class:`UserError` if it is no dataset, or not the one that the source describes."""
+    dataset = parts.check_kind(parts.target_of(cfg, "data"), source.load(), Dataset, "load()")
+    for name in ("in_shape", "class_names"):
+        here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))
+        if here != there:
+            target = parts.target_of(cfg, "data")
+            raise UserError(f"{target}: its {name} is {here}, but load() returns a dataset with {there}")
+    return dataset
 
 
 def data_key(cfg: DictConfig, device: torch.device) -> str:
@@ -70,7 +83,7 @@ def data_key(cfg: DictConfig, device: torch.device) -> str:
 
 
 def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
-    steps, seconds = every_of(cfg.checkpoint_every)
+    steps, seconds = parts.every_of(cfg.checkpoint_every)
     return Plan(
         log_every=cfg.log_every,
         eval_every=cfg.eval_every or steps_per_epoch,
@@ -78,7 +91,7 @@ def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
         checkpoint_seconds=seconds,
         eval_train=cfg.eval_train,
         eval_test=cfg.eval_test,
-        probes=probes_of(cfg),
+        probes=parts.probes_of(cfg),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from bnexp.config import parts
 from bnexp.config.choices import GROUPS
-from bnexp.config.parts import build_optimizer, every_of, find_device, meta_model, part, probes_of
-from bnexp.config.schema import Train
+from bnexp.config.schema import Train, fits
 from bnexp.config.targets import check_options
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
@@ -36,7 +37,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
         _at_least_one(key, cfg[key])
     if cfg.steps is None:
         _at_least_one("epochs", cfg.epochs)
-    every_of(cfg.checkpoint_every)
+    parts.every_of(cfg.checkpoint_every)
     if cfg.keep not in KEEP:
         raise UserError(f"keep={cfg.keep}: not known; choose one of {', '.join(KEEP)}")
     for key in ("steps", "eval_every", "classes_per_batch"):
@@ -54,7 +55,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     is_number = re.fullmatch("[0-9]{1,4}", cfg.threads)
     if cfg.threads != "auto" and not (is_number and 1 <= int(cfg.threads) <= MOST_THREADS):
         raise UserError(f"threads={cfg.threads}: has to be auto or a whole number from 1 to {MOST_THREADS}")
-    device = find_device(cfg.device)
+    device = parts.find_device(cfg.device)
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
             raise UserError(f"{group}: has to be given, nothing runs without it")
@@ -63,22 +64,92 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     check_schedule(cfg)
     check_model(cfg, runs, device)
     if runs:
-        traits_of(part(cfg, "engine").func).require_device(device)
+        traits_of(parts.part(cfg, "engine").func).require_device(device)
     if free and cfg.out is not None:
         run_folder.check_free(cfg.out)
 
 
 def check_model(cfg: DictConfig, runs: bool, device: torch.device) -> None:
     """Build model and optimizer without data or weights, so that their parts refuse wrong settings before any work."""
-    source = part(cfg, "data")()
-    model = meta_model(cfg, source)
-    build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
+    source = parts.part(cfg, "data")()
+    check_source(cfg, source)
+    check_results(cfg, source)
+    model = parts.meta_model(cfg, source)
+    parts.build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
     if runs:
         for module in model.modules():
             contract_of(module).require_device(device)
         check_batch(cfg, source, model, cfg.batch_size)
-    for probe in probes_of(cfg):
+    for probe in parts.probes_of(cfg):
         probe.check(model)
+
+
+SOURCE = {  # what a source says without reading its files, what that is, and whether a value can be it
+    "name": ("a text", lambda value: isinstance(value, str)),
+    "class_names": ("a tuple of texts", lambda value: isinstance(value, tuple | list) and fits([*value], list[str])),
+    "in_shape": (
+        "the tuple (channels, height, width)",
+        lambda value: isinstance(value, tuple | list) and fits([*value], tuple[int, int, int]) and min(value) > 0,
+    ),
+    "load": ("a method that returns a bnexp.data.dataset.Dataset", callable),
+}
+
+
+def check_source(cfg: DictConfig, source: Any) -> None:
+    """Raise :class:`UserError` for a source that lacks what :data:`SOURCE` lists."""
+    for name, (meaning, is_right) in SOURCE.items():
+        value = getattr(source, name, None)
+        if not is_right(value):
+            has = "no" if value is None else f"{value!r} as"
+            raise UserError(f"{parts.target_of(cfg, 'data')}: has {has} {name}; {name} must be {meaning}")
+
+
+def check_results(cfg: DictConfig, source: Any) -> None:
+    """Raise :class:`UserError` if a foreign model or norm returns something that a run cannot use.
+
+    A batch of zeros passes the model in training and in evaluation mode: on torch's meta device, which costs nothing,
+    or on the CPU if the parts need numbers. Any other error that they raise is left to the run, which reports where it
+    arose.
+    """
+    if not (parts.is_foreign(cfg, "model") or parts.is_foreign(cfg, "norm")):
+        return
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model = parts.plain_model(cfg, source, watched_norm(cfg))
+                for is_training in (True, False):
+                    logits = model.train(is_training)(torch.zeros(cfg.batch_size, *source.in_shape))
+                    check_result(cfg, "model", logits, (cfg.batch_size, len(source.class_names)))
+            return
+        except UserError:
+            raise
+        except Exception:
+            continue
+
+
+def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
+    """The config's norm, whose modules raise :class:`UserError` for a result that is not of their input's shape."""
+    norm = parts.part(cfg, "norm")
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        check_result(cfg, "norm", output, (*args, *kwargs.values())[0].shape)
+
+    def make(*args: Any, **kwargs: Any) -> nn.Module:
+        module = parts.check_kind(parts.target_of(cfg, "norm"), norm(*args, **kwargs), nn.Module)
+        module.register_forward_hook(see, with_kwargs=True)
+        return module
+
+    return make
+
+
+def check_result(cfg: DictConfig, group: str, result: Any, shape: Sequence[int]) -> None:
+    """Raise :class:`UserError` unless the result of the group's part is a tensor of floats of this shape."""
+    is_right = isinstance(result, torch.Tensor) and result.shape == tuple(shape) and result.is_floating_point()
+    if not is_right:
+        raise UserError(
+            f"{parts.target_of(cfg, group)}: its forward returns {parts.describe(result)}; "
+            f"return one floating-point tensor of shape {tuple(shape)}"
+        )
 
 
 def check_finite(group: str, node: DictConfig) -> None:
@@ -91,9 +162,10 @@ def check_finite(group: str, node: DictConfig) -> None:
 
 def check_schedule(cfg: DictConfig) -> None:
     """Refuse a schedule that makes the learning rate negative, which would climb the loss, or not finite."""
-    schedule, total_steps = part(cfg, "schedule"), cfg.steps or 100
+    schedule, total_steps = parts.part(cfg, "schedule"), cfg.steps or 100
     for step in (0, total_steps // 2, total_steps - 1):
-        if not 0 <= (factor := schedule(step, total_steps)) < math.inf:
+        factor = parts.check_kind(parts.target_of(cfg, "schedule"), schedule(step, total_steps), int | float)
+        if not 0 <= factor < math.inf:
             options = {k: v for k, v in cfg.schedule.items() if not k.startswith("_")}
             raise UserError(
                 f"schedule={options}: the learning rate would be multiplied by {factor:g} at step {step}; "
@@ -110,12 +182,12 @@ def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
     """Refuse a short last batch that a norm cannot divide, or that leaves it one value per channel."""
     last = num_images % cfg.batch_size
     if last and not cfg.drop_last:
-        check_batch(cfg, source, meta_model(cfg, source), last)
+        check_batch(cfg, source, parts.meta_model(cfg, source), last)
 
 
 def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
     """Refuse to evaluate on one image where norms without running statistics would get one value per channel."""
-    model = meta_model(cfg, source).eval()
+    model = parts.meta_model(cfg, source).eval()
     if not any(contract_of(module).uses_batch_statistics() for module in model.modules()):
         return
     for name, split in (("valid", dataset.valid), ("test", dataset.test)):
@@ -149,7 +221,7 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> No
     if others and known:
         # These treat a few images as they treat many, and a few real ones are cheap: to run them on the meta device
         # torch imports its symbolic shapes, which takes a second.
-        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+        model = parts.plain_model(cfg, source)
         images = torch.zeros(min(size, max(norm.virtual_batch or 2 for norm in others)), *source.in_shape)
     check_forward(cfg, model, images, size)
 

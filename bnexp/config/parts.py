@@ -22,9 +22,12 @@ def probes_of(cfg: DictConfig) -> list[Probe]:
     """The probes that the config names, new ones: every run has its own."""
     if not isinstance(cfg.probe, DictConfig):
         raise UserError(f"probe={cfg.probe}: a list of probes is expected, probe=[activations,gradients] say")
+    probes = []
     for name, node in cfg.probe.items():
         check_options("probe", node, cfg.allow, label=f"probe.{name}")
-    return [filled_in("probe", node, cfg.allow)() for node in cfg.probe.values()]
+        probe = filled_in("probe", node, cfg.allow)()
+        probes.append(check_kind(f"probe.{name}._target_={node._target_}", probe, Probe))
+    return probes
 
 
 def every_of(value: Any) -> tuple[int | None, float | None]:
@@ -72,23 +75,56 @@ def filled_in(
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
 
+def is_foreign(cfg: DictConfig, group: str) -> bool:
+    """Whether the group's part comes from a package that the user trusts by ``allow=[...]``."""
+    return not cfg[group]._target_.startswith(("bnexp.", "torch.", "torchvision."))
+
+
+def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """The model for images like the source's, with the weights that its layers give themselves."""
+    model = part(cfg, "model")(source.in_shape, len(source.class_names), norm or part(cfg, "norm"))
+    return check_kind(target_of(cfg, "model"), model, nn.Module)
+
+
+def target_of(cfg: DictConfig, group: str) -> str:
+    """``model._target_=mypackage.Net``, as an error names a part."""
+    return f"{group}._target_={cfg[group]._target_}"
+
+
+def check_kind(target: str, result: Any, kind: Any, method: str = "it") -> Any:
+    """Return the ``result`` of the part that ``target`` names if it is a ``kind``, else raise :class:`UserError`."""
+    if not isinstance(result, kind):
+        expected = f"{kind.__module__}.{kind.__name__}" if isinstance(kind, type) else "number"
+        raise UserError(f"{target}: {method} returns {describe(result)}; return a {expected}")
+    return result
+
+
+def describe(value: Any) -> str:
+    """``None``, ``an object of type tuple``, ``a tensor of shape (64, 10) and type float32``."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
 def make_model(cfg: DictConfig, source: Any) -> nn.Module:
     """The model for images like the source's, with the weights that ``seed`` gives whatever the norm is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # for layers that ``initialize`` does not know
-        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+        model = plain_model(cfg, source)
     initialize(model, torch.Generator().manual_seed(cfg.seed))
     return model
+
+
+def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
+    """The model on torch's meta device, without weights. Its parts refuse wrong settings as always."""
+    with torch.device("meta"):
+        return plain_model(cfg, source)
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
     decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
     optimizer = part(cfg, "optimizer", without=OURS)
-    return make_optimizer(partial(without_compiler(optimizer.func), **optimizer.keywords), model, **decays)
-
-
-def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
-    """The model where tensors have no contents: costs nothing, and its parts refuse what they refuse."""
-    with torch.device("meta"):
-        return part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+    make = partial(without_compiler(optimizer.func), **optimizer.keywords)
+    target = target_of(cfg, "optimizer")
+    return make_optimizer(lambda groups: check_kind(target, make(groups), Optimizer), model, **decays)

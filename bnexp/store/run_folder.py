@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -250,10 +251,20 @@ class Status:
             self.written = time.monotonic()
 
 
+def bnexp_version() -> str:
+    """The version that is installed; in a clone that is not installed, the one in its ``pyproject.toml``."""
+    try:
+        return version("bnexp")
+    except PackageNotFoundError:
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.exists() else "?"
+
+
 @cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("bnexp", "torch", "torchvision", "hydra-core", "numpy", "triton"):
+    """The versions of Python, bnexp and the packages that decide its numbers."""
+    found = {"python": platform.python_version(), "bnexp": bnexp_version()}
+    for package in ("torch", "torchvision", "hydra-core", "numpy", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
