@@ -1,4 +1,4 @@
-"""The parts that a config names, made one by one: model, norm, data, device, probes."""
+"""Makes the parts that a config names: model, norm, source of data, optimizer, probes, device."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from bnexp.config.targets import OURS, check_options, find_target
+from bnexp.config.targets import DECAYS, check_options, find_target
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer, without_compiler
@@ -19,7 +19,7 @@ from bnexp.train.probe import Probe
 
 
 def probes_of(cfg: DictConfig) -> list[Probe]:
-    """The probes that the config names, new ones: every run has its own."""
+    """New instances of the probes that the config names."""
     if not isinstance(cfg.probe, DictConfig):
         raise UserError(f"probe={cfg.probe}: a list of probes is expected, probe=[activations,gradients] say")
     probes = []
@@ -31,7 +31,7 @@ def probes_of(cfg: DictConfig) -> list[Probe]:
 
 
 def every_of(value: Any) -> tuple[int | None, float | None]:
-    """What ``checkpoint_every`` means: so many steps, or so many seconds."""
+    """``checkpoint_every`` as (steps, None) or (None, seconds); (None, None) for null."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value, None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?s", str(value), re.ASCII)
@@ -43,7 +43,7 @@ def every_of(value: Any) -> tuple[int | None, float | None]:
 
 
 def find_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """The device of this name; ``auto`` is the GPU if there is one. :class:`UserError` for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -57,18 +57,19 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person knows it: ``cpu``, or ``cuda:0 (NVIDIA H100)``."""
+    """``cpu``, or ``cuda:0 (NVIDIA H100)``."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable[..., Any]:
-    """The target of a group's entry with its options filled in, waiting for what only the caller knows."""
+    """The target of the group's entry with its options filled in, but those ``without``, as a partial."""
     return filled_in(group, cfg[group], cfg.allow, without)
 
 
 def filled_in(
     group: str, node: DictConfig, allow: Collection[str], without: Collection[str] = ()
 ) -> Callable[..., Any]:
+    """:func:`part` for the entry ``node`` of a group."""
     options = OmegaConf.to_container(node, resolve=True)
     target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
@@ -123,8 +124,8 @@ def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
-    decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
-    optimizer = part(cfg, "optimizer", without=OURS)
+    decays = {key: cfg.optimizer.get(key, 0.0) for key in DECAYS}
+    optimizer = part(cfg, "optimizer", without=DECAYS)
     make = partial(without_compiler(optimizer.func), **optimizer.keywords)
     target = target_of(cfg, "optimizer")
     return make_optimizer(lambda groups: check_kind(target, make(groups), Optimizer), model, **decays)

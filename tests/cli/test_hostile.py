@@ -161,8 +161,8 @@ def test_a_config_that_no_run_wrote_is_refused_by_name(name, run, attack):
     "key, value, words",
     [
         ("_target_", "os.system", "_target_=os.system: configs may name classes of bnexp"),
-        ("_target_", "torch.hub.load", "_target_=torch.hub.load: nothing that model= takes"),
-        ("_target_", "bnexp.cli.main.main", "_target_=bnexp.cli.main.main: nothing that model= takes"),
+        ("_target_", "torch.hub.load", "_target_=torch.hub.load: not a part that model= takes"),
+        ("_target_", "bnexp.cli.main.main", "_target_=bnexp.cli.main.main: not a part that model= takes"),
         ("_target_", "17", "_target_=17"),
         ("seed", "one", "run/config.yaml: seed=one: a whole number is expected"),
         ("batch_size", "null", "run/config.yaml: batch_size=None: a whole number is expected"),
