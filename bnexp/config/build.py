@@ -1,9 +1,4 @@
-"""From configuration to objects: the only file that turns a config into things.
-
-It also holds the rules that no single key can state.
-
-``check`` looks at everything that can be wrong before anything is built, ``build`` makes the run.
-"""
+"""Builds the run that a checked config describes."""
 
 import math
 import os
@@ -27,9 +22,9 @@ from bnexp.train.run import Run
 
 
 def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
-    """The run that a checked config describes, on its device, at step 0.
+    """The run of a checked config, on its device, at step 0.
 
-    Runs that are given the same ``datasets`` share the data that their configs have in common.
+    ``datasets`` holds loaded datasets by :func:`data_key`; a dataset that is missing is loaded and added.
     """
     device = parts.find_device(cfg.device)
     source = parts.part(cfg, "data")()
@@ -67,7 +62,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
 
 
 def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
-    """What ``source`` loads; :class:`UserError` if it is no dataset, or not the one that the source describes."""
+    """The dataset that ``source`` loads; :class:`UserError` unless it has the source's shape and classes."""
     dataset = parts.check_kind(parts.target_of(cfg, "data"), source.load(), Dataset, "load()")
     for name in ("in_shape", "class_names"):
         here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))
@@ -78,11 +73,12 @@ def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
 
 
 def data_key(cfg: DictConfig, device: torch.device) -> str:
-    """The same for configs that have their data in common."""
+    """A key that is the same for configs with the same data on the same device."""
     return f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
 
 
 def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
+    """When the run is evaluated, looked at and saved, by the config."""
     steps, seconds = parts.every_of(cfg.checkpoint_every)
     return Plan(
         log_every=cfg.log_every,
@@ -95,26 +91,26 @@ def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
     )
 
 
-# By measurement, of a layer's forward pass: what a thread has to have to do, in multiply-adds, to be worth the wait for
-# it in every layer, and how many of them take as long as a number that a layer puts out, read and written both ways.
-WORTH_A_THREAD, PER_NUMBER = 8_000_000, 50
+# Both measured. A further thread makes a layer's forward pass faster from this many multiply-adds on.
+MULTIPLY_ADDS_PER_THREAD = 8_000_000
+# Reading and writing one output of a layer, forward and backward, takes as long as this many multiply-adds.
+MULTIPLY_ADDS_PER_OUTPUT = 50
 
 
 def count_threads(
     cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], device: torch.device, at_most: int | None = None
 ) -> int:
-    """As many CPU threads as asked for; ``auto``: as many as an average layer of ``model`` keeps busy.
+    """The number of CPU threads that the config gives; for ``auto``, as many as an average layer keeps busy.
 
-    Never more than the usable cores, or ``at_most``. Layers come one after the other and each waits for all threads, so
-    that many small ones are not worth what a few large ones are, however much work they are together. The rule counts
-    multiply-adds and outputs and never the clock, because the number of threads decides how sums are rounded: the same
-    config gives the same bits.
+    ``auto`` gives at most the usable cores, or ``at_most``. Layers run one after the other and each waits for all
+    threads, so the work of an average layer counts, not that of the model. The work is counted and not timed, because
+    the number of threads decides how sums are rounded: the same config must give the same bits.
     """
     if cfg.threads != "auto":
         return int(cfg.threads)
     if device.type != "cpu":
         return 1
     layers = list_layers(model, in_shape, device="cpu")
-    work = sum(layer.multiply_adds + PER_NUMBER * math.prod(layer.out_shape) for layer in layers)
+    work = sum(layer.multiply_adds + MULTIPLY_ADDS_PER_OUTPUT * math.prod(layer.out_shape) for layer in layers)
     per_layer = cfg.batch_size * work // max(1, len(layers))
-    return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // WORTH_A_THREAD))
+    return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // MULTIPLY_ADDS_PER_THREAD))

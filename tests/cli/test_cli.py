@@ -156,7 +156,7 @@ def test_every_command_explains_itself(command, flag, bnexp, capsys):
     ("arguments", "complaint"),
     [
         ([], "resume: which run? Give the folder of an interrupted one"),
-        (["run", "epochs=3"], "epochs=3: resume keeps the settings of the run, but for those of the place"),
+        (["run", "epochs=3"], "epochs=3: resume keeps the settings of the run and takes only"),
         (["run", "other"], "other: not a setting; write it as name=value"),
         (["nowhere"], "nowhere: no such folder; give that of a run"),
         (["."], ".: holds no run, there is no config.yaml in it"),

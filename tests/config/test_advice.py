@@ -77,7 +77,7 @@ def test_what_is_advised_fits_the_way_of_averaging():
     (said,) = advise(scratch.BatchNorm(4, decay=0.999, zero_debias=True), num_steps=500)  # but the variance starts at 1
     assert said.partition(" (1 layer")[0].endswith("or set norm.running_var_init=0")
     (said,) = advise(scratch.BatchNorm(4, decay_warmup=True), num_steps=1)
-    assert said.partition(" (1 layer")[0].endswith("saw; train for 2 steps or more")  # 1/10, then 2/11 of it
+    assert said.partition(" (1 layer")[0].endswith("than training; train for 2 steps or more")  # 1/10, then 2/11 of it
 
 
 def test_before_the_first_step_there_is_nothing_to_say_of_an_average_of_all_batches():
