@@ -80,8 +80,9 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
                     raise UserError(f"{folder}: its {group} is not what its overrides make; give {group}=NAME too")
         there, then, now = (flatten(OmegaConf.to_container(each)) for each in (stored, base, cfg))
         for key, value in there.items():
-            if key.partition(".")[0] not in chosen and then.get(key, value) != value and now.get(key) == then[key]:
-                OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+            if key.partition(".")[0] not in chosen and then.get(key) != value and now.get(key) == then.get(key):
+                with explained([f"{folder / CONFIG}: {key}={value}"]):
+                    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg, words
 
 
