@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.store.files import replacing, writing
+from bnexp.store.untrusted import is_step
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
 MARK, NUM_DIGITS = b"sha256 ", 64
@@ -180,8 +181,7 @@ def check_fits(state: object, model: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: not the checkpoint of a run, but a {type(state).__name__}; put back the run's own")
     weights, wanted = state.get("model"), model.state_dict()
-    num_steps = state.get("num_steps")
-    if not isinstance(weights, Mapping) or type(num_steps) is not int or not 0 <= num_steps < 2**53:
+    if not isinstance(weights, Mapping) or not is_step(state.get("num_steps")):
         raise UserError(f"{path}: not the checkpoint of a run, it has no model or no num_steps; put back the run's own")
     for key in [*wanted, *weights]:
         one, other = (_shape(each, key) for each in (weights, wanted))

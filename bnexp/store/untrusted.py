@@ -84,10 +84,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 if not file.peek(1):
                     return
                 raise ValueError(f"{path.name}: line {number} is not JSON") from None
-            step = row.get("step") if isinstance(row, dict) else None
-            if type(step) is not int or not 0 <= step < 2**53:
+            if not isinstance(row, dict) or not is_step(row.get("step")):
                 raise ValueError(f"{path.name}: line {number} is not a JSON object with a step")
             yield row
+
+
+def is_step(value: object) -> bool:
+    """Whether ``value`` can be a number of steps: a whole number that a float holds exactly."""
+    return type(value) is int and 0 <= value < 2**53
 
 
 def number(value: object, what: str) -> float:

@@ -23,7 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from bnexp.store.files import finite, writing
 from bnexp.store.readings import Band, Histogram, Image, Reading, Scalar, Table
 from bnexp.store.run_folder import METRICS, PROBES
-from bnexp.store.untrusted import MOST_LINE
+from bnexp.store.untrusted import MOST_LINE, is_step
 
 
 class Writer:
@@ -88,7 +88,7 @@ class Lines:
         keep = 0
         with writing(path):  # later lines are from a process that died before its next checkpoint
             with open(path, "rb") as file, suppress(ValueError, KeyError, TypeError, RecursionError):
-                while (line := file.readline(MOST_LINE)) and json.loads(line)["step"] <= step:
+                while (line := file.readline(MOST_LINE)) and is_step(at := json.loads(line)["step"]) and at <= step:
                     keep += len(line)
             os.truncate(path, keep)
 
