@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import nn
 
 from bnexp.config import parts
 from bnexp.config.choices import GROUPS
-from bnexp.config.schema import Train, fits
+from bnexp.config.explain import no_such_setting
+from bnexp.config.schema import SETTINGS, fits
 from bnexp.config.targets import check_options
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
@@ -31,8 +31,8 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     ``free=False`` allows ``out`` to hold this run already. ``runs=False`` checks only that the model can be built.
     ``many`` says that it is one run of many.
     """
-    if unknown := set(cfg) - {field.name for field in fields(Train)}:
-        raise UserError(f"{min(unknown)}: there is no such setting; bnexp train --help lists them all")
+    if unknown := set(cfg) - {*SETTINGS}:
+        raise no_such_setting(min(unknown))
     check_numbers(cfg)
     for key, known in (("keep", KEEP), ("precision", AUTOCAST)):
         if cfg[key] not in known:
@@ -113,7 +113,7 @@ def check_results(cfg: DictConfig, source: Any) -> None:
     or on the CPU if the parts need numbers. Any other error that they raise is left to the run, which reports where it
     arose.
     """
-    if not any(parts.is_foreign(cfg, group) for group in ("model", "norm")):
+    if not parts.is_foreign(cfg):
         return
     for device in ("meta", "cpu"):
         try:
@@ -149,7 +149,7 @@ def check_result(cfg: DictConfig, group: str, result: Any, shape: Sequence[int])
     is_right = isinstance(result, torch.Tensor) and result.shape == tuple(shape) and result.is_floating_point()
     if not is_right:
         raise UserError(
-            f"{parts.target_of(cfg, group)}: its forward returns {parts.describe(result)}; "
+            f"{parts.target_of(cfg, group)}: its forward returns {parts.describe_result(result)}; "
             f"return one floating-point tensor of shape {tuple(shape)}"
         )
 
@@ -212,11 +212,11 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> No
         except UserError as error:
             raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
     others = [norm for norm in contracts if norm.normalizes and not norm.implements_batch_norm]
-    known = not any(parts.is_foreign(cfg, group) for group in ("model", "norm"))
-    if size > 1 and not others and (known or size == cfg.batch_size):
+    is_foreign = parts.is_foreign(cfg)
+    if size > 1 and not others and not (is_foreign and size < cfg.batch_size):
         return
     images = torch.empty(size, *source.in_shape, device="meta")
-    if others and known:
+    if others and not is_foreign:
         # These norms treat a few images as they treat many. A few real images are cheap, but on the meta device torch
         # would import its symbolic shapes, which takes a second.
         model = parts.plain_model(cfg, source)

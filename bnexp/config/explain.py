@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -15,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bnexp.config.choices import SHELVES, choices, defaults, entries
-from bnexp.config.schema import Train, in_words
+from bnexp.config.schema import SETTINGS, Train, in_words
 from bnexp.errors import UserError, nearest
 
 PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
@@ -104,10 +103,10 @@ def check_choice(override: Override, folder: Path | None) -> None:
 def check_setting(override: Override) -> None:
     """Raise :class:`UserError` for a run-level setting that does not exist, or a value of another type."""
     key = override.key_or_group
-    if key not in {field.name for field in fields(Train)}:
+    if key not in SETTINGS:
         if key == "study":
             raise UserError("study: not a setting but a command: bnexp study NAME")
-        raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+        raise no_such_setting(key)
     if not override.is_delete():
         check_value(key, override.value(), override.input_line.lstrip("+"))
 
@@ -137,12 +136,17 @@ def check_option(key: str, chosen: dict[str, Any], folder: Path | None) -> None:
     elif chosen.get(group) in known:
         known = {chosen[group]: known[chosen[group]]}
     if not path or not any(path[0] in options for options in known.values()):
-        raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+        raise no_such_setting(key)
+
+
+def no_such_setting(key: str) -> UserError:
+    """The error for a setting that does not exist."""
+    return UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
 
 
 def nearest_setting(key: str) -> str:
     """`` (did you mean X?)``, with the setting whose last part is ``key`` or one that looks like it."""
-    known = [field.name for field in fields(Train)]
+    known = [*SETTINGS]
     for group in SHELVES:
         inside = [(f"{group}.{name}" if group == "probe" else group, own) for name, own in entries(group).items()]
         known += [f"{place}.{option}" for place, options in inside for option in options if option[:1] != "_"]

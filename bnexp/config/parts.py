@@ -76,9 +76,10 @@ def filled_in(
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
 
-def is_foreign(cfg: DictConfig, group: str) -> bool:
-    """Whether the group's part comes from a package that the user trusts by ``allow=[...]``."""
-    return not cfg[group]._target_.startswith(("bnexp.", "torch.", "torchvision."))
+def is_foreign(cfg: DictConfig) -> bool:
+    """Whether the model or the norm comes from a package that the user trusts by ``allow=[...]``."""
+    known = ("bnexp.", "torch.", "torchvision.")
+    return not (cfg.model._target_.startswith(known) and cfg.norm._target_.startswith(known))
 
 
 def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | None = None) -> nn.Module:
@@ -96,11 +97,11 @@ def check_kind(target: str, result: Any, kind: Any, method: str = "it") -> Any:
     """Return the ``result`` of the part that ``target`` names if it is a ``kind``, else raise :class:`UserError`."""
     if not isinstance(result, kind):
         expected = f"{kind.__module__}.{kind.__name__}" if isinstance(kind, type) else "number"
-        raise UserError(f"{target}: {method} returns {describe(result)}; return a {expected}")
+        raise UserError(f"{target}: {method} returns {describe_result(result)}; return a {expected}")
     return result
 
 
-def describe(value: Any) -> str:
+def describe_result(value: Any) -> str:
     """``None``, ``an object of type tuple``, ``a tensor of shape (64, 10) and type float32``."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"

@@ -6,7 +6,7 @@
 import inspect
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Union, get_args, get_origin
 
 MISSING = "???"  # OmegaConf's word for a value that has to be given
@@ -55,6 +55,9 @@ class Train:
     resume: bool = False  # go on with the run in out, if there is one
     quiet: bool = False  # print nothing but the run's folder
     allow: list[str] = field(default_factory=list)  # further packages whose classes a config may name
+
+
+SETTINGS = tuple(each.name for each in fields(Train))
 
 
 def fits(value: Any, hint: Any) -> bool:

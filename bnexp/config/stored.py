@@ -1,7 +1,6 @@
 """Reads the config of a run's folder, as it is, with another place, or composed again with other overrides."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -9,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bnexp.config.choices import SHELVES
 from bnexp.config.compose import composed, plain_value
 from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
-from bnexp.config.schema import Train
+from bnexp.config.schema import SETTINGS, Train
 from bnexp.errors import UserError
 from bnexp.store.run_folder import CONFIG, load_status
 from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides, flatten
@@ -28,7 +27,7 @@ def stored_config(folder: Path) -> DictConfig:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
     kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}
     for key, value in kept.items():
-        if key not in {field.name for field in fields(Train)}:
+        if key not in SETTINGS:
             raise UserError(f"{folder / CONFIG}: {key}: there is no such setting{nearest_setting(key)}")
         check_value(key, value, f"{folder / CONFIG}: {key}={value}")
     cfg = OmegaConf.merge(OmegaConf.structured(Train), kept)
