@@ -13,25 +13,25 @@ class UserError(ValueError):
 
 
 class StorageError(UserError):
-    """A run that had started could not be written any more, because the disk is full for example."""
+    """A run that had started could not be written, for example because the disk is full."""
 
     exit_code = 1
 
 
 class RunFailed(UserError):
-    """A run that had started ended with an error that is not about its input. ``status.json`` holds the traceback."""
+    """A run ended with an error that is not about its input. ``status.json`` holds the traceback."""
 
     exit_code = 1
 
 
 class OutOfMemory(UserError):
-    """The device or the machine has no memory left for a run."""
+    """A run does not fit the memory of the device or the machine."""
 
     exit_code = 1
 
 
 def nearest(word: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
-    """`` (did you mean X?)`` if a known word looks like ``word``, else nothing; ``spell`` says how X is written."""
+    """`` (did you mean X?)`` if a known word looks like ``word``, else nothing; ``spell`` turns the word into X."""
     from difflib import get_close_matches
 
     found = get_close_matches(word, list(known), n=1)

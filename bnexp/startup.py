@@ -1,6 +1,6 @@
-"""What a process sets before torch is imported: OpenMP, the allocator, the output. Values that the user set win.
+"""Settings of OpenMP, the allocator and the output. Must be made before torch is imported; the user's values win.
 
-None of it changes a bit of what is computed.
+They change the speed and never the results.
 """
 
 import gc
@@ -11,33 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENVIRONMENT = {
-    # Two OpenMP threads that spin while they wait slow each other down as soon as anything else runs.
+    # OpenMP threads that spin while they wait slow each other down if another process runs.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # torch then asks for pages of 2 MiB for its larger tensors, where the system has them to give.
+    # torch then requests pages of 2 MiB for larger tensors.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**30  # glibc's names (malloc.h), and bytes
 
 
 def settle() -> None:
-    """Set what the user has not set, for this process and those that it starts."""
+    """Make the settings that the user has not made, for this process and its children."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     keep_memory()
 
 
 def replace_unprintable() -> None:
-    """Have characters that the terminal's encoding lacks printed as ``?``: no run may fail because of them."""
+    """Print characters that the terminal's encoding lacks as ``?``, so that no run fails because of them."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def keep_memory() -> None:
-    """Have the allocator keep freed memory, as torch does on a GPU, because every step needs the same again.
+    """Make glibc's allocator keep freed memory, because every step needs the same amount again.
 
-    Memory that was given back to the system returns as new pages, and the first touch of a page takes microseconds:
-    in a LeNet with the textbook batch norm, whose tensors are many, a third of the step. Elsewhere than with glibc
-    this does nothing.
+    Memory that was given back to the system returns as new pages, and the first access to a page takes microseconds:
+    a third of the step of a LeNet with ``norm=scratch``. Does nothing with another C library.
     """
     import ctypes  # here, because it would slow --help
 
@@ -52,10 +51,9 @@ def keep_memory() -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import torch inside without garbage collection.
+    """Import torch inside the block without garbage collection.
 
-    torch makes a million objects that all stay. Collecting among them, then and at the end of the process, takes a
-    quarter of the time that the import takes.
+    torch makes a million objects that all stay. Searching them for garbage takes a quarter of the import time.
     """
     is_first = "torch" not in sys.modules and gc.isenabled()
     if is_first:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,13 @@ def test_a_glibc_that_limits_the_threshold_gets_the_most_that_it_accepts(monkeyp
     monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
     startup.keep_memory()
     assert accepted == {startup.M_MMAP_THRESHOLD: threshold, startup.M_TRIM_THRESHOLD: startup.KEPT}
+
+
+def test_a_clone_that_is_not_installed_tells_its_version(bnexp, capsys, monkeypatch):
+    def unknown(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("bnexp.store.run_folder.version", unknown)
+    assert bnexp("--version") == 0
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert capsys.readouterr().out == f"bnexp {project['version']}\n"

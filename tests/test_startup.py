@@ -208,7 +208,7 @@ def one_of_four(tmp_path):
 def test_jobs_side_by_side_share_the_cores(one_of_four, monkeypatch, launcher, overrides, threads):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
     cfg = one_of_four(*overrides)
-    worker.spread(cfg, OmegaConf.create({"launcher": launcher, "job": {"num": 0}}))
+    worker.share_machine(cfg, OmegaConf.create({"launcher": launcher, "job": {"num": 0}}))
     assert cfg.threads == threads
 
 

@@ -23,9 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(help_text())
         return 0
     if command in ("--version", "-V"):
-        from importlib.metadata import version  # slow to import
+        from bnexp.store.run_folder import bnexp_version  # slow to import
 
-        print(f"bnexp {version('bnexp')}")
+        print(f"bnexp {bnexp_version()}")
         return 0
     if command in USAGE and {"-h", "--help"} & set(rest):
         print(USAGE[command])

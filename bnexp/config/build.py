@@ -1,22 +1,19 @@
-"""From configuration to objects: the only file that turns a config into things.
-
-It also holds the rules that no single key can state.
-
-``check`` looks at everything that can be wrong before anything is built, ``build`` makes the run.
-"""
+"""Builds the run that a checked config describes."""
 
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from bnexp.config import parts
 from bnexp.config.check import check_evaluation, check_last_batch
-from bnexp.config.parts import build_optimizer, every_of, find_device, make_model, part, probes_of
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
+from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
 from bnexp.train.device import memory_explained
@@ -25,13 +22,13 @@ from bnexp.train.run import Run
 
 
 def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
-    """The run that a checked config describes, on its device, at step 0.
+    """The run of a checked config, on its device, at step 0.
 
-    Runs that are given the same ``datasets`` share the data that their configs have in common.
+    ``datasets`` holds loaded datasets by :func:`data_key`; a dataset that is missing is loaded and added.
     """
-    device = find_device(cfg.device)
-    source = part(cfg, "data")()
-    model = make_model(cfg, source)
+    device = parts.find_device(cfg.device)
+    source = parts.part(cfg, "data")()
+    model = parts.make_model(cfg, source)
     threads = count_threads(cfg, model, source.in_shape, device)
     torch.set_num_threads(threads)
     datasets = {} if datasets is None else datasets
@@ -39,7 +36,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     layout = torch.channels_last if cfg.channels_last else torch.preserve_format
     with memory_explained(device, "the data and the model", cfg.batch_size):
         if key not in datasets:
-            datasets[key] = source.load().to(device)
+            datasets[key] = load_dataset(cfg, source).to(device)
         model = model.to(device, memory_format=layout)
     dataset = datasets[key]
     check_last_batch(cfg, source, len(dataset.train))
@@ -47,7 +44,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     batches = Batches(
         dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
     )
-    optimizer = build_optimizer(cfg, model)
+    optimizer = parts.build_optimizer(cfg, model)
     if device.type == "cuda":
         place_learning_rates(optimizer, device)
     return Run(
@@ -55,22 +52,34 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         optimizer,
         batches,
         total_steps=cfg.steps or cfg.epochs * batches.steps_per_epoch,
-        schedule=part(cfg, "schedule"),
+        schedule=parts.part(cfg, "schedule"),
         precision=cfg.precision,
         channels_last=cfg.channels_last,
         threads=threads,
         deterministic=cfg.deterministic,
-        engine=part(cfg, "engine"),
+        engine=parts.part(cfg, "engine"),
     )
 
 
+def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
+    """The dataset that ``source`` loads; :class:`UserError` unless it has the source's shape and classes."""
+    dataset = parts.check_kind(parts.target_of(cfg, "data"), source.load(), Dataset, "load()")
+    for name in ("in_shape", "class_names"):
+        here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))
+        if here != there:
+            target = parts.target_of(cfg, "data")
+            raise UserError(f"{target}: its {name} is {here}, but load() returns a dataset with {there}")
+    return dataset
+
+
 def data_key(cfg: DictConfig, device: torch.device) -> str:
-    """The same for configs that have their data in common."""
+    """A key that is the same for configs with the same data on the same device."""
     return f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
 
 
 def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
-    steps, seconds = every_of(cfg.checkpoint_every)
+    """When the run is evaluated, looked at and saved, by the config."""
+    steps, seconds = parts.every_of(cfg.checkpoint_every)
     return Plan(
         log_every=cfg.log_every,
         eval_every=cfg.eval_every or steps_per_epoch,
@@ -78,30 +87,30 @@ def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:
         checkpoint_seconds=seconds,
         eval_train=cfg.eval_train,
         eval_test=cfg.eval_test,
-        probes=probes_of(cfg),
+        probes=parts.probes_of(cfg),
     )
 
 
-# By measurement, of a layer's forward pass: what a thread has to have to do, in multiply-adds, to be worth the wait for
-# it in every layer, and how many of them take as long as a number that a layer puts out, read and written both ways.
-WORTH_A_THREAD, PER_NUMBER = 8_000_000, 50
+# Both measured. A further thread makes a layer's forward pass faster from this many multiply-adds on.
+MULTIPLY_ADDS_PER_THREAD = 8_000_000
+# Reading and writing one output of a layer, forward and backward, takes as long as this many multiply-adds.
+MULTIPLY_ADDS_PER_OUTPUT = 50
 
 
 def count_threads(
     cfg: DictConfig, model: nn.Module, in_shape: Sequence[int], device: torch.device, at_most: int | None = None
 ) -> int:
-    """As many CPU threads as asked for; ``auto``: as many as an average layer of ``model`` keeps busy.
+    """The number of CPU threads that the config gives; for ``auto``, as many as an average layer keeps busy.
 
-    Never more than the usable cores, or ``at_most``. Layers come one after the other and each waits for all threads, so
-    that many small ones are not worth what a few large ones are, however much work they are together. The rule counts
-    multiply-adds and outputs and never the clock, because the number of threads decides how sums are rounded: the same
-    config gives the same bits.
+    ``auto`` gives at most the usable cores, or ``at_most``. Layers run one after the other and each waits for all
+    threads, so the work of an average layer counts, not that of the model. The work is counted and not timed, because
+    the number of threads decides how sums are rounded: the same config must give the same bits.
     """
     if cfg.threads != "auto":
         return int(cfg.threads)
     if device.type != "cpu":
         return 1
     layers = list_layers(model, in_shape, device="cpu")
-    work = sum(layer.multiply_adds + PER_NUMBER * math.prod(layer.out_shape) for layer in layers)
+    work = sum(layer.multiply_adds + MULTIPLY_ADDS_PER_OUTPUT * math.prod(layer.out_shape) for layer in layers)
     per_layer = cfg.batch_size * work // max(1, len(layers))
-    return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // WORTH_A_THREAD))
+    return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // MULTIPLY_ADDS_PER_THREAD))

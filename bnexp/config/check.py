@@ -1,17 +1,18 @@
-"""Everything about a config that can be found wrong before any work."""
+"""Checks a config before any work, with errors that name the setting, the reason and a remedy."""
 
 import math
 import re
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
+from bnexp.config import parts
 from bnexp.config.choices import GROUPS
-from bnexp.config.parts import build_optimizer, every_of, find_device, meta_model, part, probes_of
-from bnexp.config.schema import Train
+from bnexp.config.explain import no_such_setting
+from bnexp.config.schema import SETTINGS, fits
 from bnexp.config.targets import check_options
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
@@ -21,40 +22,27 @@ from bnexp.store import run_folder
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST
 
-MOST_THREADS = 1024  # beyond, the library of threads ends the process
+MOST_THREADS = 1024  # with more, the OpenMP library ends the process
 
 
 def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool = False) -> None:
-    """Raise :class:`UserError` for what cannot work, before any work.
+    """Raise :class:`UserError` if the config cannot work.
 
-    ``free=False`` lets ``out`` hold this run already; ``runs=False`` asks only that the model can be built; ``many``
-    says that it is one run of many.
+    ``free=False`` allows ``out`` to hold this run already. ``runs=False`` checks only that the model can be built.
+    ``many`` says that it is one run of many.
     """
-    if unknown := set(cfg) - {field.name for field in fields(Train)}:
-        raise UserError(f"{sorted(unknown)[0]}: there is no such setting; bnexp train --help lists them all")
-    for key in ("batch_size", "log_every", "replicas"):
-        _at_least_one(key, cfg[key])
-    if cfg.steps is None:
-        _at_least_one("epochs", cfg.epochs)
-    every_of(cfg.checkpoint_every)
-    if cfg.keep not in KEEP:
-        raise UserError(f"keep={cfg.keep}: not known; choose one of {', '.join(KEEP)}")
-    for key in ("steps", "eval_every", "classes_per_batch"):
-        if cfg[key] is not None:
-            _at_least_one(key, cfg[key])
+    if unknown := set(cfg) - {*SETTINGS}:
+        raise no_such_setting(min(unknown))
+    check_numbers(cfg)
+    for key, known in (("keep", KEEP), ("precision", AUTOCAST)):
+        if cfg[key] not in known:
+            raise UserError(f"{key}={cfg[key]}: not known; choose one of {', '.join(known)}")
     if cfg.replicas > 1 and not many:
         raise UserError(
-            f"replicas={cfg.replicas}: one run has none to be computed with; give several values, "
+            f"replicas={cfg.replicas}: a single run cannot be computed together with others; give several values, "
             f"bnexp train -m seed=0,1 replicas={cfg.replicas} say, or use compare"
         )
-    if not 0 <= cfg.seed < 2**63:
-        raise UserError(f"seed={cfg.seed}: a seed is 0 or more, and below 2**63")
-    if cfg.precision not in AUTOCAST:
-        raise UserError(f"precision={cfg.precision}: not known; choose one of {', '.join(AUTOCAST)}")
-    is_number = re.fullmatch("[0-9]{1,4}", cfg.threads)
-    if cfg.threads != "auto" and not (is_number and 1 <= int(cfg.threads) <= MOST_THREADS):
-        raise UserError(f"threads={cfg.threads}: has to be auto or a whole number from 1 to {MOST_THREADS}")
-    device = find_device(cfg.device)
+    device = parts.find_device(cfg.device)
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
             raise UserError(f"{group}: has to be given, nothing runs without it")
@@ -63,37 +51,124 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     check_schedule(cfg)
     check_model(cfg, runs, device)
     if runs:
-        traits_of(part(cfg, "engine").func).require_device(device)
+        traits_of(parts.part(cfg, "engine").func).require_device(device)
     if free and cfg.out is not None:
         run_folder.check_free(cfg.out)
 
 
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise :class:`UserError` for a run-level number outside its range."""
+    counts = ["batch_size", "log_every", "replicas"] + ["epochs"] * (cfg.steps is None)
+    counts += [key for key in ("steps", "eval_every", "classes_per_batch") if cfg[key] is not None]
+    for key in counts:
+        if not isinstance(cfg[key], int) or cfg[key] < 1:
+            raise UserError(f"{key}={cfg[key]}: has to be a whole number, 1 or more")
+    parts.every_of(cfg.checkpoint_every)
+    if not 0 <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed}: a seed is 0 or more, and below 2**63")
+    is_number = re.fullmatch("[0-9]{1,4}", cfg.threads)
+    if cfg.threads != "auto" and not (is_number and 1 <= int(cfg.threads) <= MOST_THREADS):
+        raise UserError(f"threads={cfg.threads}: has to be auto or a whole number from 1 to {MOST_THREADS}")
+
+
 def check_model(cfg: DictConfig, runs: bool, device: torch.device) -> None:
-    """Build model and optimizer without data or weights, so that their parts refuse wrong settings before any work."""
-    source = part(cfg, "data")()
-    model = meta_model(cfg, source)
-    build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
+    """Build model and optimizer without data or weights, so that their parts raise errors for wrong settings."""
+    source = parts.part(cfg, "data")()
+    check_source(cfg, source)
+    check_results(cfg, source)
+    model = parts.meta_model(cfg, source)
+    parts.build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
     if runs:
         for module in model.modules():
             contract_of(module).require_device(device)
         check_batch(cfg, source, model, cfg.batch_size)
-    for probe in probes_of(cfg):
+    for probe in parts.probes_of(cfg):
         probe.check(model)
 
 
+SOURCE = {  # what a source says without reading its files, what that is, and whether a value can be it
+    "name": ("a text", lambda value: isinstance(value, str)),
+    "class_names": ("a tuple of texts", lambda value: isinstance(value, tuple | list) and fits([*value], list[str])),
+    "in_shape": (
+        "the tuple (channels, height, width)",
+        lambda value: isinstance(value, tuple | list) and fits([*value], tuple[int, int, int]) and min(value) > 0,
+    ),
+    "load": ("a method that returns a bnexp.data.dataset.Dataset", callable),
+}
+
+
+def check_source(cfg: DictConfig, source: Any) -> None:
+    """Raise :class:`UserError` for a source that lacks what :data:`SOURCE` lists."""
+    for name, (meaning, is_right) in SOURCE.items():
+        value = getattr(source, name, None)
+        if not is_right(value):
+            has = "no" if value is None else f"{value!r} as"
+            raise UserError(f"{parts.target_of(cfg, 'data')}: has {has} {name}; {name} must be {meaning}")
+
+
+def check_results(cfg: DictConfig, source: Any) -> None:
+    """Raise :class:`UserError` if a foreign model or norm returns something that a run cannot use.
+
+    A batch of zeros passes the model in training and in evaluation mode: on torch's meta device, which costs nothing,
+    or on the CPU if the parts need numbers. Any other error that they raise is left to the run, which reports where it
+    arose.
+    """
+    if not parts.is_foreign(cfg):
+        return
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model = parts.plain_model(cfg, source, watched_norm(cfg))
+                for is_training in (True, False):
+                    logits = model.train(is_training)(torch.zeros(cfg.batch_size, *source.in_shape))
+                    check_result(cfg, "model", logits, (cfg.batch_size, len(source.class_names)))
+            return
+        except UserError:
+            raise
+        except Exception:
+            continue
+
+
+def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
+    """The config's norm, whose modules raise :class:`UserError` for a result that is not of their input's shape."""
+    norm = parts.part(cfg, "norm")
+
+    def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        check_result(cfg, "norm", output, (*args, *kwargs.values())[0].shape)
+
+    def make(*args: Any, **kwargs: Any) -> nn.Module:
+        module = parts.check_kind(parts.target_of(cfg, "norm"), norm(*args, **kwargs), nn.Module)
+        module.register_forward_hook(see, with_kwargs=True)
+        return module
+
+    return make
+
+
+def check_result(cfg: DictConfig, group: str, result: Any, shape: Sequence[int]) -> None:
+    """Raise :class:`UserError` unless the result of the group's part is a tensor of floats of this shape."""
+    is_right = isinstance(result, torch.Tensor) and result.shape == tuple(shape) and result.is_floating_point()
+    if not is_right:
+        raise UserError(
+            f"{parts.target_of(cfg, group)}: its forward returns {parts.describe_result(result)}; "
+            f"return one floating-point tensor of shape {tuple(shape)}"
+        )
+
+
 def check_finite(group: str, node: DictConfig) -> None:
-    """Refuse nan, infinity and whole numbers beyond 64 bits in an entry of ``group``."""
+    """Raise :class:`UserError` for nan, infinity and whole numbers beyond 64 bits in the entry of ``group``."""
     for key, value in node.items():
         for number in value if isinstance(value, ListConfig) else [value]:
-            if isinstance(number, int | float) and not abs(number) < (2**63 if isinstance(number, int) else math.inf):
+            bound = 2**63 if isinstance(number, int) else math.inf
+            if isinstance(number, int | float) and not abs(number) < bound:
                 raise UserError(f"{group}.{key}={value}: a finite number is expected")
 
 
 def check_schedule(cfg: DictConfig) -> None:
-    """Refuse a schedule that makes the learning rate negative, which would climb the loss, or not finite."""
-    schedule, total_steps = part(cfg, "schedule"), cfg.steps or 100
+    """Raise :class:`UserError` for a schedule that makes the learning rate negative or not finite."""
+    schedule, total_steps = parts.part(cfg, "schedule"), cfg.steps or 100
     for step in (0, total_steps // 2, total_steps - 1):
-        if not 0 <= (factor := schedule(step, total_steps)) < math.inf:
+        factor = parts.check_kind(parts.target_of(cfg, "schedule"), schedule(step, total_steps), int | float)
+        if not 0 <= factor < math.inf:
             options = {k: v for k, v in cfg.schedule.items() if not k.startswith("_")}
             raise UserError(
                 f"schedule={options}: the learning rate would be multiplied by {factor:g} at step {step}; "
@@ -101,21 +176,16 @@ def check_schedule(cfg: DictConfig) -> None:
             )
 
 
-def _at_least_one(key: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value}: has to be a whole number, 1 or more")
-
-
 def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
-    """Refuse a short last batch that a norm cannot divide, or that leaves it one value per channel."""
+    """:func:`check_batch` for the short last batch of an epoch, if there is one."""
     last = num_images % cfg.batch_size
     if last and not cfg.drop_last:
-        check_batch(cfg, source, meta_model(cfg, source), last)
+        check_batch(cfg, source, parts.meta_model(cfg, source), last)
 
 
 def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
-    """Refuse to evaluate on one image where norms without running statistics would get one value per channel."""
-    model = meta_model(cfg, source).eval()
+    """Raise :class:`UserError` for a split of one image if a norm would take the variance of one value per channel."""
+    model = parts.meta_model(cfg, source).eval()
     if not any(contract_of(module).uses_batch_statistics() for module in model.modules()):
         return
     for name, split in (("valid", dataset.valid), ("test", dataset.test)):
@@ -130,10 +200,10 @@ def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> None:
-    """Refuse batches of ``size`` images that a norm cannot divide, or that leave it one value to take a variance of.
+    """Raise :class:`UserError` if a norm cannot split a batch of ``size`` images or gets one value per channel.
 
-    ``model`` is on torch's meta device. Where a norm may refuse what batch norm takes, a batch passes the model in
-    training mode.
+    ``model`` is on torch's meta device. A batch passes it in training mode only if a norm can raise an error for a
+    batch that batch norm takes.
     """
     contracts = [contract_of(module) for module in model.modules()]
     for contract in contracts:
@@ -142,20 +212,15 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> No
         except UserError as error:
             raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
     others = [norm for norm in contracts if norm.normalizes and not norm.implements_batch_norm]
-    known = all(type(module).__module__.startswith(("bnexp.", "torch.", "torchvision.")) for module in model.modules())
-    if size > 1 and not others and (known or size == cfg.batch_size):
+    is_foreign = parts.is_foreign(cfg)
+    if size > 1 and not others and not (is_foreign and size < cfg.batch_size):
         return
     images = torch.empty(size, *source.in_shape, device="meta")
-    if others and known:
-        # These treat a few images as they treat many, and a few real ones are cheap: to run them on the meta device
-        # torch imports its symbolic shapes, which takes a second.
-        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+    if others and not is_foreign:
+        # These norms treat a few images as they treat many. A few real images are cheap, but on the meta device torch
+        # would import its symbolic shapes, which takes a second.
+        model = parts.plain_model(cfg, source)
         images = torch.zeros(min(size, max(norm.virtual_batch or 2 for norm in others)), *source.in_shape)
-    check_forward(cfg, model, images, size)
-
-
-def check_forward(cfg: DictConfig, model: nn.Module, images: torch.Tensor, size: int) -> None:
-    """Refuse what ``model`` refuses in training mode; ``images`` stand for a batch of ``size``."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(images)
@@ -165,6 +230,6 @@ def check_forward(cfg: DictConfig, model: nn.Module, images: torch.Tensor, size:
         if size > 1:
             raise UserError(f"batch_size={size}: the model cannot take it ({error})") from error
         raise UserError(
-            f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, of which "
-            f"there is no variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
+            f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, which has no "
+            f"variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
         ) from error

@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-GROUPS = ("model", "norm", "data", "optimizer", "schedule", "engine")  # of each a config has one entry
-SHELVES = (*GROUPS, "probe")  # and of probes any number
+GROUPS = ("model", "norm", "data", "optimizer", "schedule", "engine")  # a config has one entry of each
+SHELVES = (*GROUPS, "probe")  # and any number of probes
 
 
 def conf_dir() -> Path:

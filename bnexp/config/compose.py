@@ -1,4 +1,4 @@
-"""Configs, composed by Hydra from overrides, and their names."""
+"""Composes configs from overrides by Hydra, and names them."""
 
 import hashlib
 import json
@@ -29,18 +29,18 @@ ConfigStore.instance().store(name="schema", node=Train)
 
 @dataclass(frozen=True)
 class Source:
-    """Where configs are composed from: ``conf/``, a folder of the user's own beside it, and which main config."""
+    """Where configs come from, besides ``conf/``."""
 
-    folder: Path | None = None
-    main: str = "train"
+    folder: Path | None = None  # the user's own entries
+    main: str = "train"  # the main config
 
 
-_source = Source()  # of the session
+_source = Source()  # of the current session
 
 
 @contextmanager
 def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
-    """Hydra, ready to compose; the innermost of nested sessions does nothing."""
+    """Prepare Hydra to compose; inside another session this does nothing."""
     global _source
     if GlobalHydra.instance().is_initialized():
         yield
@@ -58,7 +58,7 @@ def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
 
 
 def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
-    """The config that these overrides make, its interpolations resolved; ``logs`` starts the logging it asks for."""
+    """The config of these overrides, with interpolations resolved; ``logs=True`` starts Hydra's logging."""
     with session():
         check_words(words, _source.folder)
         words = quote_texts(words)
@@ -76,24 +76,24 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
 
 
 def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:
-    """The config with Hydra's own settings, of which its launchers are made; inside a session."""
+    """The config with Hydra's own settings, which its launchers need; must be called inside a session."""
     return GlobalHydra.instance().hydra.compose_config(_source.main, list(words), mode)
 
 
 def quote_texts(words: Sequence[str]) -> list[str]:
-    """The words with the values of text settings in quotes where Hydra would read a number: ``out=2026_11_28``."""
+    """The words, with the value of a text setting in quotes if Hydra would read a number: ``out=2026_11_28``."""
     return [typed(override) for override in parse_words(words)]
 
 
 def typed(override: Override) -> str:
-    """The word of one override, with its value in quotes if it is text that looks like something else."""
-    sign, equals, value = override.input_line.partition("=")
+    """The word of one override, with its value in quotes if it is a text that Hydra would read as a number."""
+    key, equals, value = override.input_line.partition("=")
     is_other = equals and not override.is_sweep_override() and isinstance(override.value(), bool | int | float)
-    return f"{sign}={quoted(value)}" if is_other and takes_text(override.key_or_group) else override.input_line
+    return f"{key}={quoted(value)}" if is_other and takes_text(override.key_or_group) else override.input_line
 
 
 def values_of(override: Override) -> list[str]:
-    """The values of a list ``key=a,b`` as Hydra's grammar wants them; those of a text setting as they were typed."""
+    """The values of a list ``key=a,b`` in Hydra's grammar; of a text setting, the texts that were typed."""
     values = list(override.sweep_string_iterator())
     key, _, text = override.input_line.partition("=")
     texts = text.split(",")
@@ -111,23 +111,23 @@ def plain_value(override: Override) -> Any:
 
 
 def takes_text(key: str) -> bool:
-    """Whether the setting with this dotted key is text, by the schema or by what the entries of its group say."""
+    """Whether the setting with this dotted key is text, by the schema or by the values in the entries of its group."""
     group, _, option = key.partition(".")
     if not option:
         return is_text(get_type_hints(Train).get(group, Any))
     found = [options for options in entries(group, _source.folder).values() if option in options]
     if any(isinstance(options[option], str) for options in found):
         return not any(isinstance(options[option], bool | int | float) for options in found)
-    return any(options[option] is None and is_text(_hint(options, option)) for options in found)
+    return any(options[option] is None and is_text(_type_of(options, option)) for options in found)
 
 
-def _hint(options: dict[str, Any], option: str) -> Any:
-    """What the target of an entry says of an option that has no default in its yaml."""
+def _type_of(options: dict[str, Any], option: str) -> Any:
+    """The type that the target of an entry annotates an option with."""
     from hydra.utils import get_object
 
     try:
         return get_type_hints(get_object(options["_target_"]).__init__).get(option, Any)
-    except Exception:  # not bnexp's: its own check comes later
+    except Exception:  # a target that is not bnexp's; it is checked later
         return Any
 
 
@@ -141,7 +141,7 @@ def _label(cfg: DictConfig) -> str:
 
 
 def hparams(cfg: DictConfig) -> dict[str, bool | int | float | str]:
-    """Everything that makes the variant, flat, as TensorBoard's HParams take it."""
+    """The flat settings that make the variant, with the values that TensorBoard's HParams take."""
     named = {group: short_name(cfg[group]._target_) for group in GROUPS}
     flat = numbers(OmegaConf.to_container(cfg, resolve=True))
     plain = {key: value for key, value in flat.items() if not key.endswith("._target_")}

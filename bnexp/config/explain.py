@@ -1,9 +1,8 @@
-"""Checks the words of a command line before Hydra sees them, so that every error names the word and a remedy."""
+"""Checks the overrides of a command line before Hydra reads them, so that every error names the word and a remedy."""
 
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -15,58 +14,54 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bnexp.config.choices import SHELVES, choices, defaults, entries
-from bnexp.config.schema import Train, in_words
+from bnexp.config.schema import SETTINGS, Train, in_words
 from bnexp.errors import UserError, nearest
 
 PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
-# Hydra's settings of folders: bnexp makes its own, and a run that moves would write into two.
+# Hydra's settings of folders, which are refused: bnexp makes the folders of its runs.
 FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir", "hydra.job.chdir")
 
 
 def parse_words(words: Sequence[str], config_loader: object = None) -> list[Override]:
-    """The overrides that ``words`` are in Hydra's grammar; ``config_loader`` expands ``glob(*)``."""
+    """``words`` parsed by Hydra's grammar; ``config_loader`` expands ``glob(*)``."""
     parser = OverridesParser.create(config_loader)
     parsed = []
     for word in words:
         key, _, value = word.partition("=")
         try:  # Hydra reads no ~, with which the home folder begins
             parsed += parser.parse_overrides([f"{key}={quoted(value)}" if value.startswith("~") else word])
-        except Exception as error:  # of Hydra's own kinds and, for numbers of many digits, of others
+        except Exception as error:  # Hydra's own types and, for numbers of many digits, others
             raise UserError(unreadable(word)) from error
     return parsed
 
 
 def unreadable(word: str) -> str:
-    """Why a word is no override, and the same in quotes that a shell and Hydra take."""
+    """The error text for a word that Hydra cannot read, with the word in quotes that the shell and Hydra take."""
     key, equals, value = word.partition("=")
     if not equals or not key.lstrip("+~"):
         return f"{word}: not a setting; write it as name=value"
     signs = [sign for sign in value if not (sign.isascii() and sign.isalnum()) and sign not in PLAIN]
     what = f"the sign {signs[0]} in its value is read only in quotes" if signs else "its value cannot be read"
-    return f"{word}: {what}; write {for_shell(f'{key}={quoted(value)}')}"
-
-
-def for_shell(word: str) -> str:
-    """``word`` in quotes that a shell takes off again."""
-    is_plain = not any(sign in word for sign in "$`\\!")
-    return f'"{word.replace(chr(34), chr(92) + chr(34))}"' if is_plain else shlex.quote(word)
+    proposed = f"{key}={quoted(value)}"
+    if any(sign in proposed for sign in "$`\\!"):  # special inside a shell's double quotes
+        return f"{word}: {what}; write {shlex.quote(proposed)}"
+    return f"{word}: {what}; write " + '"' + proposed.replace('"', '\\"') + '"'
 
 
 def quoted(value: str) -> str:
-    """``value`` in quotes that Hydra reads as this very text."""
-    if "'" not in value and not value.endswith("\\"):
-        return f"'{value}'"
-    if '"' not in value and not value.endswith("\\"):
-        return f'"{value}"'
+    """``value`` in quotes, which Hydra reads as this text."""
+    for quote in "'\"":
+        if quote not in value and not value.endswith("\\"):
+            return f"{quote}{value}{quote}"
     tail = len(value) - len(value.rstrip("\\"))
     value = value[: len(value) - tail] + 2 * value[len(value) - tail :]
     return "'" + value.replace("\\'", "\\\\\\'").replace("'", "\\'") + "'"
 
 
 def check_words(words: Sequence[str], folder: Path | None = None) -> None:
-    """Raise :class:`UserError` for names, entries and values that cannot be; ``folder`` holds the user's own entries.
+    """Raise :class:`UserError` for settings, entries and values that do not exist.
 
-    What depends on the composed config, an option of an entry for example, is left to Hydra.
+    ``folder`` holds the user's own entries. The value of an entry's option is checked later, in the composed config.
     """
     parsed = parse_words(words)
     chosen = defaults() | {each.key_or_group: each.value() for each in parsed if not each.is_sweep_override()}
@@ -91,35 +86,36 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
 
 
 def check_choice(override: Override, folder: Path | None) -> None:
-    """Refuse an entry that its group does not have."""
-    group, value, known = override.key_or_group, override.value(), choices(override.key_or_group, folder)
+    """Raise :class:`UserError` for an entry that its group does not have."""
+    group, value = override.key_or_group, override.value()
     if override.is_delete():
         return
-    names = value if isinstance(value, list) and group == "probe" else [value]
-    several = f"choose among {', '.join(known)}, as {group}=[{','.join(known[:2])}]"
-    for name in names:
+    known = choices(group, folder)
+    remedy = f"choose one of {', '.join(known)}"
+    if group == "probe":
+        remedy = f"choose among {', '.join(known)}, as {group}=[{','.join(known[:2])}]"
+    for name in value if isinstance(value, list) and group == "probe" else [value]:
         if not isinstance(name, str):
-            raise UserError(f"{override.input_line}: a name is expected; choose among {', '.join(known)}")
+            raise UserError(f"{override.input_line}: a name is expected; {remedy}")
         if name not in known:
-            remedy = several if group == "probe" else f"choose one of {', '.join(known)}"
             raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}; {remedy}")
 
 
 def check_setting(override: Override) -> None:
-    """Refuse a run-level setting that does not exist, or a value of another type."""
+    """Raise :class:`UserError` for a run-level setting that does not exist, or a value of another type."""
     key = override.key_or_group
-    if key not in {field.name for field in fields(Train)}:
+    if key not in SETTINGS:
         if key == "study":
-            raise UserError("study: is a command of its own: bnexp study NAME")
-        raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+            raise UserError("study: not a setting but a command: bnexp study NAME")
+        raise no_such_setting(key)
     if not override.is_delete():
         check_value(key, override.value(), override.input_line.lstrip("+"))
 
 
 def check_value(key: str, value: Any, given: str) -> None:
-    """Refuse a value that a run-level setting cannot hold; ``given`` is how it was written."""
+    """Raise :class:`UserError` for a value that a run-level setting cannot hold; ``given`` is the user's text."""
     try:
-        _scratch()[key] = value
+        _empty_config()[key] = value
     except Exception as error:
         hint = get_type_hints(Train)[key]
         form = f", written {key}=[a,b]," if get_origin(hint) is list else ""
@@ -127,13 +123,13 @@ def check_value(key: str, value: Any, given: str) -> None:
 
 
 @cache
-def _scratch() -> Any:
-    """A config to try values on: OmegaConf decides what a type takes."""
+def _empty_config() -> Any:
+    """A config on which values are tried: OmegaConf decides what a type takes."""
     return OmegaConf.structured(Train)
 
 
 def check_option(key: str, chosen: dict[str, Any], folder: Path | None) -> None:
-    """Refuse an option that the chosen entry of its group does not have."""
+    """Raise :class:`UserError` for an option that the chosen entry of its group does not have."""
     group, *path = key.split(".")
     known = entries(group, folder) if group in SHELVES else {}
     if group == "probe":
@@ -141,12 +137,17 @@ def check_option(key: str, chosen: dict[str, Any], folder: Path | None) -> None:
     elif chosen.get(group) in known:
         known = {chosen[group]: known[chosen[group]]}
     if not path or not any(path[0] in options for options in known.values()):
-        raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+        raise no_such_setting(key)
+
+
+def no_such_setting(key: str) -> UserError:
+    """The error for a setting that does not exist."""
+    return UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
 
 
 def nearest_setting(key: str) -> str:
-    """`` (did you mean X?)``: the setting whose last part is ``key``, else one that looks like it."""
-    known = [field.name for field in fields(Train)]
+    """`` (did you mean X?)``, with the setting whose last part is ``key`` or one that looks like it."""
+    known = [*SETTINGS]
     for group in SHELVES:
         inside = [(f"{group}.{name}" if group == "probe" else group, own) for name, own in entries(group).items()]
         known += [f"{place}.{option}" for place, options in inside for option in options if option[:1] != "_"]
@@ -160,7 +161,7 @@ def nearest_setting(key: str) -> str:
 
 @contextmanager
 def explained(words: Sequence[str]) -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise into :class:`UserError`, with the ``words`` that were given."""
+    """Turn the errors of Hydra and OmegaConf into :class:`UserError` that names the ``words``."""
     try:
         yield
     except UserError:
@@ -171,9 +172,10 @@ def explained(words: Sequence[str]) -> Iterator[None]:
         choice = f"; choose one of {', '.join(known)}" if known else f" ({' '.join(str(error).split())[:300]})"
         group = group or "config"
         raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}{choice}") from error
-    except Exception as error:  # of their own kinds and of many others
-        key = getattr(error.__cause__ or error, "full_key", None)
-        if key and isinstance(error.__cause__ or error, OmegaConfBaseException) and "not in struct" in str(error):
+    except Exception as error:  # their own types and many others
+        cause = error.__cause__ or error
+        key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
+        if key and "not in struct" in str(error):
             raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
         given, text = " ".join(words) or "the settings", " ".join(str(error).split())
         raise UserError(f"cannot use {given}: {text or type(error).__name__}") from error

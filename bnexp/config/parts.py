@@ -1,4 +1,4 @@
-"""The parts that a config names, made one by one: model, norm, data, device, probes."""
+"""Makes the parts that a config names: model, norm, source of data, optimizer, probes, device."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from bnexp.config.targets import OURS, check_options, find_target
+from bnexp.config.targets import DECAYS, check_options, find_target
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer, without_compiler
@@ -19,16 +19,19 @@ from bnexp.train.probe import Probe
 
 
 def probes_of(cfg: DictConfig) -> list[Probe]:
-    """The probes that the config names, new ones: every run has its own."""
+    """New instances of the probes that the config names."""
     if not isinstance(cfg.probe, DictConfig):
         raise UserError(f"probe={cfg.probe}: a list of probes is expected, probe=[activations,gradients] say")
+    probes = []
     for name, node in cfg.probe.items():
         check_options("probe", node, cfg.allow, label=f"probe.{name}")
-    return [filled_in("probe", node, cfg.allow)() for node in cfg.probe.values()]
+        probe = filled_in("probe", node, cfg.allow)()
+        probes.append(check_kind(f"probe.{name}._target_={node._target_}", probe, Probe))
+    return probes
 
 
 def every_of(value: Any) -> tuple[int | None, float | None]:
-    """What ``checkpoint_every`` means: so many steps, or so many seconds."""
+    """``checkpoint_every`` as (steps, None) or (None, seconds); (None, None) for null."""
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value, None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?s", str(value), re.ASCII)
@@ -40,7 +43,7 @@ def every_of(value: Any) -> tuple[int | None, float | None]:
 
 
 def find_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """The device of this name; ``auto`` is the GPU if there is one. :class:`UserError` for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -54,45 +57,80 @@ def find_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person knows it: ``cpu``, or ``cuda:0 (NVIDIA H100)``."""
+    """``cpu``, or ``cuda:0 (NVIDIA H100)``."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable[..., Any]:
-    """The target of a group's entry with its options filled in, waiting for what only the caller knows."""
+    """The target of the group's entry with its options filled in, but those ``without``, as a partial."""
     return filled_in(group, cfg[group], cfg.allow, without)
 
 
 def filled_in(
     group: str, node: DictConfig, allow: Collection[str], without: Collection[str] = ()
 ) -> Callable[..., Any]:
+    """:func:`part` for the entry ``node`` of a group."""
     options = OmegaConf.to_container(node, resolve=True)
     target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
 
+def is_foreign(cfg: DictConfig) -> bool:
+    """Whether the model or the norm comes from a package that the user trusts by ``allow=[...]``."""
+    known = ("bnexp.", "torch.", "torchvision.")
+    return not (cfg.model._target_.startswith(known) and cfg.norm._target_.startswith(known))
+
+
+def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | None = None) -> nn.Module:
+    """The model for images like the source's, with the weights that its layers give themselves."""
+    model = part(cfg, "model")(source.in_shape, len(source.class_names), norm or part(cfg, "norm"))
+    return check_kind(target_of(cfg, "model"), model, nn.Module)
+
+
+def target_of(cfg: DictConfig, group: str) -> str:
+    """``model._target_=mypackage.Net``, as an error names a part."""
+    return f"{group}._target_={cfg[group]._target_}"
+
+
+def check_kind(target: str, result: Any, kind: Any, method: str = "it") -> Any:
+    """Return the ``result`` of the part that ``target`` names if it is a ``kind``, else raise :class:`UserError`."""
+    if not isinstance(result, kind):
+        expected = f"{kind.__module__}.{kind.__name__}" if isinstance(kind, type) else "number"
+        raise UserError(f"{target}: {method} returns {describe_result(result)}; return a {expected}")
+    return result
+
+
+def describe_result(value: Any) -> str:
+    """``None``, ``an object of type tuple``, ``a tensor of shape (64, 10) and type float32``."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
+
+
 def make_model(cfg: DictConfig, source: Any) -> nn.Module:
     """The model for images like the source's, with the weights that ``seed`` gives whatever the norm is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # for layers that ``initialize`` does not know
-        model = part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+        model = plain_model(cfg, source)
     initialize(model, torch.Generator().manual_seed(cfg.seed))
     return model
 
 
+def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
+    """The model on torch's meta device, without weights. Its parts refuse wrong settings as always."""
+    with torch.device("meta"):
+        return plain_model(cfg, source)
+
+
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
-    decays = {key: cfg.optimizer.get(key, 0.0) for key in OURS}
-    optimizer = part(cfg, "optimizer", without=OURS)
+    decays = {key: cfg.optimizer.get(key, 0.0) for key in DECAYS}
+    optimizer = part(cfg, "optimizer", without=DECAYS)
     options = dict(optimizer.keywords)
     for key, value in options.items():
         if isinstance(value, list) and all(isinstance(number, int | float) for number in value):
             options[key] = tuple(map(float, value))  # torch takes betas of 0.0 and 0.9 and refuses 0 and 0.9
-    return make_optimizer(partial(without_compiler(optimizer.func), **options), model, **decays)
-
-
-def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
-    """The model where tensors have no contents: costs nothing, and its parts refuse what they refuse."""
-    with torch.device("meta"):
-        return part(cfg, "model")(source.in_shape, len(source.class_names), part(cfg, "norm"))
+    make = partial(without_compiler(optimizer.func), **options)
+    target = target_of(cfg, "optimizer")
+    return make_optimizer(lambda groups: check_kind(target, make(groups), Optimizer), model, **decays)

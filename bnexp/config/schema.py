@@ -1,12 +1,12 @@
-"""The settings of a run that belong to no group: names, types, defaults and meanings, once.
+"""The run-level settings: names, types, defaults and meanings.
 
-What each of them decides stands in :data:`bnexp.store.settings.DECIDES`.
+:data:`bnexp.store.settings.DECIDES` states what each of them decides.
 """
 
 import inspect
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Union, get_args, get_origin
 
 MISSING = "???"  # OmegaConf's word for a value that has to be given
@@ -18,7 +18,7 @@ WORDS = {  # one and many of each type
 
 @dataclass
 class Train:
-    """Everything ``bnexp train`` knows besides its groups."""
+    """The groups and the run-level settings of ``bnexp train``."""
 
     model: Any = MISSING
     norm: Any = MISSING
@@ -32,8 +32,8 @@ class Train:
     batch_size: int = 64  # images per step
     epochs: int = 5  # passes over the training set
     steps: int | None = None  # train for this many steps instead of epochs
-    drop_last: bool = True  # drop the short last batch of an epoch: its statistics are others
-    classes_per_batch: int | None = None  # only so many classes in a batch; all by default
+    drop_last: bool = True  # drop the short last batch of an epoch, which would have other statistics
+    classes_per_batch: int | None = None  # the number of classes in a batch; all by default
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; norm statistics stay in float32)
@@ -49,16 +49,19 @@ class Train:
     checkpoint_every: Any = None  # steps between checkpoints, or seconds, as 60s; every epoch by default
     keep: str = "last"  # which checkpoints: last, best (best.pt too) or all (checkpoint-STEP.pt too)
 
-    replicas: int = 1  # of the runs of train -m and compare, as many at most are computed as one (small models)
-    sweep_order: str = "product"  # of the lists that -m and compare are given: product or zip
+    replicas: int = 1  # compute up to this many runs of a sweep as one vmapped run (small models)
+    sweep_order: str = "product"  # how -m and compare combine several lists of values: product or zip
     out: str | None = None  # the run's folder; a new one under outputs/ by default
     resume: bool = False  # go on with the run in out, if there is one
     quiet: bool = False  # print nothing but the run's folder
     allow: list[str] = field(default_factory=list)  # further packages whose classes a config may name
 
 
+SETTINGS = tuple(each.name for each in fields(Train))
+
+
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value from a config can stand where ``hint`` is annotated; unknown hints take anything."""
+    """Whether a plain value from a config has the annotated type ``hint``; unknown types take every value."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, option) for option in get_args(hint))
@@ -81,7 +84,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def in_words(hint: Any, many: int = 0) -> str:
-    """``a number`` for float; ``numbers`` with ``many=1``."""
+    """The type in words: ``a number`` for float, ``numbers`` with ``many=1``."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(in_words(option, many) for option in get_args(hint) if not is_tensor(option))
     if inspect.isclass(get_origin(hint)) and issubclass(get_origin(hint), Sequence):
@@ -92,11 +95,11 @@ def in_words(hint: Any, many: int = 0) -> str:
 
 
 def is_tensor(hint: Any) -> bool:
-    """Whether torch annotates a tensor here, which no config can hold; looked up by name, torch is slow to import."""
+    """Whether the type is torch's Tensor, which no config can hold; by name, because torch is slow to import."""
     return getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
 
 
 def is_text(hint: Any) -> bool:
-    """Whether text is among what ``hint`` takes, and numbers are not."""
+    """Whether ``hint`` takes text and no numbers."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return str in options and not {int, float, bool} & set(options)

@@ -6,48 +6,39 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from bnexp.config import build
+from bnexp.config import build, parts
+from bnexp.config.advice import advice
 from bnexp.config.compose import group_name, hparams
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
+from bnexp.store import checkpoint
 from bnexp.store.files import not_written, write_new
 from bnexp.store.run_folder import CONFIG, METRICS, Status
+from bnexp.store.untrusted import read_lines
+from bnexp.store.writer import Writer
+from bnexp.train.recorder import Recorder, merit
 from bnexp.train.run import Run
 
-if TYPE_CHECKING:
-    from bnexp.train.recorder import Recorder
-
-SAID: set[str] = set()  # by this process: a sweep would say the same of every seed
+PRINTED: set[str] = set()  # lines of advice: the runs of a sweep share most of them
 
 
-def advise(cfg: DictConfig, run: "Run") -> None:
-    """Print on stderr what was found in the data and what cannot work well with these settings, once each."""
-    from bnexp.config.advice import advice
-
+def advise(cfg: DictConfig, run: Run) -> None:
+    """Print on stderr what the data hold and which settings cannot work well, each line once in a process."""
     if cfg.quiet:
         return
     lines = [run.dataset.about] if run.dataset.about else []
-    for sentence in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size):
-        lines.append(f"warning: {sentence}")
+    lines += [f"warning: {each}" for each in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size)]
     for line in lines:
-        if line not in SAID:
-            SAID.add(line)
+        if line not in PRINTED:
+            PRINTED.add(line)
             print(f"bnexp: {line}", file=sys.stderr)
 
 
-def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder: Path) -> "Recorder":
-    """Where the run is recorded; if ``folder`` holds a checkpoint, ``run`` goes on from there."""
-    from bnexp.config import parts
-    from bnexp.store import checkpoint
-    from bnexp.store.run_folder import Status
-    from bnexp.store.untrusted import read_lines
-    from bnexp.store.writer import Writer
-    from bnexp.train.recorder import Recorder, merit
-
+def open_recorder(cfg: DictConfig, run: Run, overrides: Sequence[str], folder: Path) -> Recorder:
+    """The recorder of the run; if ``folder`` holds a checkpoint, it is loaded into ``run``."""
     state = checkpoint.load(folder, run.device, run.model, mend=True)
     if state is not None:
         with fitting(folder / checkpoint.NAME):
@@ -64,7 +55,7 @@ def open_recorder(cfg: DictConfig, run: "Run", overrides: Sequence[str], folder:
 
 @contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Have what a checkpoint's contents make fail, in one of many ways, told as :class:`UserError`."""
+    """Turn any error raised while the checkpoint at ``path`` is loaded into :class:`UserError`."""
     try:
         yield
     except UserError:
@@ -76,8 +67,8 @@ def fitting(path: Path) -> Iterator[None]:
 
 def open_job(
     cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
-) -> tuple[Run, "Recorder"]:
-    """The run of a job whose folder is ours, at its last checkpoint if there is one, and its recorder."""
+) -> tuple[Run, Recorder]:
+    """The run of a job, at its last checkpoint if there is one, and its recorder. The caller holds the job's lock."""
     write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     run = build.build(cfg, datasets)
     advise(cfg, run)
@@ -85,7 +76,7 @@ def open_job(
 
 
 def fail(folder: Path, overrides: Sequence[str], error: Exception) -> str:
-    """Write down a job that did not even start."""
+    """Write the status of a job that did not start because of ``error``; returns that status, ``failed``."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     try:
         status = Status(folder, "none", list(overrides))

@@ -1,7 +1,6 @@
-"""The config of a run's folder: read back, moved to another place, or composed again with other overrides."""
+"""Reads the config of a run's folder, as it is, with another place, or composed again with other overrides."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bnexp.config.choices import GROUPS, SHELVES
 from bnexp.config.compose import composed, plain_value
 from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
-from bnexp.config.schema import MISSING, Train
+from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
 from bnexp.store.run_folder import CONFIG, load_status
 from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides
@@ -18,18 +17,18 @@ from bnexp.store.untrusted import read_yaml
 
 
 def stored_config(folder: Path) -> DictConfig:
-    """The config of a run folder, as typed and as strict as one from the command line."""
+    """The config of a run folder, with the types and checks of one from the command line."""
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give that of a run")
     if not (folder / CONFIG).exists():
-        raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of one")
+        raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of a run")
     try:
         stored = read_yaml(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
     kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}
     for key, value in kept.items():
-        if key not in {field.name for field in fields(Train)}:
+        if key not in SETTINGS:
             raise UserError(f"{folder / CONFIG}: {key}: there is no such setting{nearest_setting(key)}")
         check_value(key, value, f"{folder / CONFIG}: {key}={value}")
     cfg = OmegaConf.merge(OmegaConf.structured(Train), kept)
@@ -38,13 +37,13 @@ def stored_config(folder: Path) -> DictConfig:
 
 
 def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
-    """The stored config with other settings of the place: where data lie, which device, whom to trust."""
+    """The stored config with other settings of the place (data.root, device, threads, ...) or another ``allow``."""
     changes = {each.key_or_group: plain_value(each) for each in parse_words(words)}
     able = [key for key in DECIDES if decides(key) & PLACE or key == "allow"]
     if odd := [word for word, key in zip(words, changes, strict=False) if key not in able]:
         raise UserError(
-            f"{odd[0]}: {command} keeps the settings of the run, but for those of the place ({', '.join(able)}); "
-            "bnexp rerun trains with others, in a folder of its own"
+            f"{odd[0]}: {command} keeps the settings of the run and takes only {', '.join(able)}; "
+            "bnexp rerun trains with other settings, in a new folder"
         )
     cfg = stored_config(folder)
     for key, value in changes.items():
@@ -54,34 +53,37 @@ def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
 
 
 def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """What ``bnexp train`` would make of the overrides of a run and then ``words``; also all these overrides.
+    """The config that ``bnexp train`` makes of a run's overrides followed by ``words``, and all these overrides.
 
-    Where the folder's config is not what its overrides make today, because defaults have changed since or somebody
-    edited it, the folder's values hold, but for those that ``words`` change.
+    The folder's config can differ from what its overrides make today, because defaults have changed or a person edited
+    it. The folder's values then win over the defaults, and ``words`` over both.
     """
     stored, before = stored_config(folder), stored_words(folder)
     if missing := OmegaConf.missing_keys(stored):
         raise UserError(f"{folder / CONFIG}: {min(missing)}: has to be given, nothing runs without it")
     try:
         base = composed(before)
-    except UserError:  # of another version, or of entries that are not here
+    except UserError:  # overrides of another version, or entries that are not here
         base, before = composed([]), []
-    if lists := [each.input_line for each in parse_words(words) if each.is_sweep_override()]:
+    parsed = parse_words(words)
+    if lists := [each.input_line for each in parsed if each.is_sweep_override()]:
         raise UserError(f"{lists[0]}: rerun takes one config; give one value")
-    chosen = {each.key_or_group for each in parse_words(words)}
+    chosen = {each.key_or_group for each in parsed}
     words = [*(word for word in before if word not in words), *words]
     cfg = composed(words, logs=True)
-    for group in (each for each in SHELVES if each not in chosen):
-        if group == "probe" or _target(stored[group]) != _target(base[group]):
-            if cfg[group] == base[group]:
-                _put(cfg, group, stored[group])
-            elif stored[group] != base[group]:
-                raise UserError(f"{folder}: its {group} is not what its overrides make; give {group}=NAME too")
-    there, then, now = map(_settings_and_options, (stored, base, cfg))
-    for key, value in there.items():
-        is_untouched = now.get(key, MISSING) == then.get(key, MISSING)
-        if key.partition(".")[0] not in chosen and then.get(key, MISSING) != value and is_untouched:
-            _put(cfg, key, value)
+    with open_dict(cfg):
+        for group in (each for each in SHELVES if each not in chosen):
+            if group == "probe" or _target(stored[group]) != _target(base[group]):
+                if cfg[group] == base[group]:
+                    cfg[group] = stored[group]
+                elif stored[group] != base[group]:
+                    raise UserError(f"{folder}: its {group} is not what its overrides make; give {group}=NAME too")
+        there, then, now = map(_settings_and_options, (stored, base, cfg))
+        for key, value in there.items():
+            is_untouched = now.get(key, MISSING) == then.get(key, MISSING)
+            if key.partition(".")[0] not in chosen and then.get(key, MISSING) != value and is_untouched:
+                with explained([f"{folder / CONFIG}: {key}={value}"]):
+                    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg, words
 
 
@@ -95,19 +97,14 @@ def _target(node: Any) -> Any:
     return node.get("_target_") if isinstance(node, DictConfig) else node
 
 
-def _put(cfg: DictConfig, key: str, value: Any) -> None:
-    with open_dict(cfg):
-        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
-
-
 def stored_words(folder: Path) -> list[str]:
-    """The overrides of a run, as its status tells, but for those that belong to a command; [] if it tells none."""
+    """The overrides in a run's status without those that belong to a command; [] if they cannot be read."""
     try:
         words = load_status(folder)["overrides"]
         parsed = parse_words(words)
     except (OSError, ValueError):  # also UserError
         return []
-    if any("${" in word for word in words):  # a stranger's would be looked up here
+    if any("${" in word for word in words):  # a stranger's interpolation would be resolved on this machine
         return []
     return [
         each.input_line for each in parsed

@@ -22,7 +22,7 @@ HOW = ("compare", "sweep")
 
 @dataclass
 class Form:
-    """Another way to run a study: what is given here is added to the study's settings or replaces its other parts."""
+    """A quick or full form of a study: its settings are added to the study's, its other fields replace the study's."""
 
     takes: str | None = None
     settings: list[str] = field(default_factory=list)
@@ -38,19 +38,19 @@ class Study:
 
     title: str
     source: str
-    takes: str  # how long, on two CPU cores
-    variants: dict[str, Any]  # role: an override or a list of them; the first is the baseline
-    expect: list[dict[str, Any]]  # see Expectation
+    takes: str  # the time on two CPU cores
+    variants: dict[str, Any]  # role: an override or a list of overrides; the first role is the baseline
+    expect: list[dict[str, Any]]  # the fields of an Expectation each
     settings: list[str] = field(default_factory=list)  # overrides that all runs share
-    sweep: dict[str, list[Any]] = field(default_factory=dict)  # lists of values, crossed with the variants
+    sweep: dict[str, list[Any]] = field(default_factory=dict)  # setting: values, crossed with the variants
     seeds: int = 3
-    how: str = "compare"  # in lockstep, or sweep: one run after the other
+    how: str = "compare"  # compare: in lockstep; sweep: one run after the other
     best_over: str | None = None  # the report takes every variant at its best value of this setting
-    epochs: bool = False  # print what was measured after every epoch
+    epochs: bool = False  # print the readings of every epoch
     forms: dict[str, Form] = field(default_factory=dict)
 
     def expectations(self) -> list[Expectation]:
-        """Raises :class:`UserError` for what cannot be meant."""
+        """The expectations of the study; :class:`UserError` for one that does not fit its fields or variants."""
         found, hints = [], get_type_hints(Expectation)
         for each in self.expect:
             for key, value in each.items():
@@ -66,7 +66,7 @@ class Study:
 
 
 def load(name: str) -> Study:
-    """The study of this name in ``conf/study``, or in a yaml file of the user's own."""
+    """The study of this name in ``conf/study``, or in the user's own file if ``name`` ends with .yaml or .yml."""
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
     try:
         content = read_yaml(path)
@@ -85,9 +85,9 @@ def load(name: str) -> Study:
 
 
 def check_study_words(study: Study | Form) -> None:
-    """Raise :class:`UserError` for what a study may not say, because it can be a stranger's.
+    """Raise :class:`UserError` for settings that a study may not have, because a stranger can have written it.
 
-    Where files are written, whom to trust and what Hydra starts is for the person at the keyboard to say.
+    Only the person at the keyboard decides where files are written, which packages are trusted and what Hydra starts.
     """
     words = [*study.settings, *(f"{key}=0" for key in study.sweep or {})]
     for role, own in (study.variants or {}).items():
@@ -95,17 +95,17 @@ def check_study_words(study: Study | Form) -> None:
             raise UserError(f"variants.{role}: cannot name a folder; use letters, digits, and then _ . + - too")
         words += own if isinstance(own, list) else [own]
     if odd := [word for word in words if not isinstance(word, str)]:
-        raise UserError(f"{odd[0]}: no setting; write it as text, name=value")
+        raise UserError(f"{odd[0]}: not a setting; write it as text, name=value")
     for override in parse_words(words):
         key = override.key_or_group
         if decides(key) & PERSON or key.startswith("hydra"):
-            raise UserError(f"{override.input_line}: no study may say that; give it on the command line if you want it")
+            raise UserError(f"{override.input_line}: not allowed in a study; give it on the command line")
 
 
 def choose(study: Study, arguments: Sequence[str]) -> tuple[Study, list[str]]:
-    """The study in the form and with the variants that the command line asks for, and the overrides that are left.
+    """The study with the form and the variants of the command line, and the arguments that are overrides.
 
-    Of a form that the study does not have it is said nothing: as it is, it is as full or as quick as it gets.
+    ``quick=true`` on a study without a quick form is ignored, and so is ``full=true``.
     """
     overrides, form, changes = [], None, {}
     for word in arguments:
@@ -120,9 +120,8 @@ def choose(study: Study, arguments: Sequence[str]) -> tuple[Study, list[str]]:
             overrides.append(word)
     if form in study.forms:
         other = study.forms[form]
-        parts = {key: getattr(other, key) for key in ("takes", "sweep", "variants", "expect", "how")}
-        given = {key: value for key, value in parts.items() if value is not None}
-        study = replace(study, **given, settings=[*study.settings, *other.settings])
+        given = {key: value for key, value in vars(other).items() if value is not None}
+        study = replace(study, **given | {"settings": [*study.settings, *other.settings]})
     if unknown := [role for role in changes if role not in study.variants]:
         known = ", ".join(study.variants)
         raise UserError(f"variants.{unknown[0]}: this study has no such variant; its variants are {known}")

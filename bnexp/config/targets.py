@@ -1,6 +1,7 @@
-"""What a ``_target_`` in a config may name, and whether its options fit.
+"""Which classes and functions a ``_target_`` in a config may name, and whether its options fit.
 
-A run's folder can come from a stranger, so that naming a thing is not enough to get it called.
+A run's folder can come from a stranger. A config therefore reaches bnexp's own parts, the modules and optimizers of
+torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
 """
 
 import importlib
@@ -15,28 +16,24 @@ from torch.optim import Optimizer
 from bnexp.config.schema import fits, in_words
 from bnexp.errors import UserError
 
-OURS = ("weight_decay", "norm_weight_decay")  # of an optimizer, given per parameter group
-# Where a group's own entries live, which classes of torch it takes, and what it is called with.
-HOMES = {
+DECAYS = ("weight_decay", "norm_weight_decay")  # options of an optimizer that bnexp gives per parameter group
+HOMES = {  # where the parts of a group live in bnexp
     "model": "bnexp.models", "norm": "bnexp.norms", "data": "bnexp.data", "schedule": "bnexp.optim",
     "engine": "bnexp.engines", "probe": "bnexp.probes",
 }  # fmt: skip
+# Classes of torch that a group takes too.
 KINDS = {"model": nn.Module, "norm": nn.Module, "optimizer": Optimizer}
-CALLS = {
+CALLS = {  # the arguments that a target is called with, besides its options; their values do not matter
     "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
     "schedule": ((0, 0), {}), "engine": ((0,), {}), "probe": ((), {}),
 }  # fmt: skip
 
 
 def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
-    """The class or function that ``_target_`` names, if it is one that a config may name.
-
-    A run's folder can come from a stranger, so a config reaches bnexp's own parts, the modules and optimizers
-    of torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
-    """
+    """The class or function that ``_target_`` names; :class:`UserError` if a config may not name it."""
     path, home = str(path), HOMES.get(group, f"bnexp.{group}")
     known = f"{home} or torch's {KINDS[group].__name__}s" if group in KINDS else home
-    refused = UserError(f"{group}._target_={path}: nothing that {group}= takes; name one of {known}")
+    refused = UserError(f"{group}._target_={path}: not a part that {group}= takes; name one of {known}")
     package = path.partition(".")[0]
     if package not in ("bnexp", "torch", "torchvision", *allow):
         raise UserError(
@@ -61,13 +58,13 @@ def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., 
 
 
 def check_options(group: str, node: DictConfig, allow: Collection[str], label: str = "") -> None:
-    """Every option of a group's entry must be one that its target takes, and of the type that it takes.
+    """Raise :class:`UserError` for an option that the entry's target does not take, or not with that type.
 
-    ``label`` is the entry's key where that is not the group's name.
+    ``label`` is the entry's key if it is not the group's name.
     """
     label = label or group
     if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # noqa: SIM118 (in hides what is missing)
-        raise UserError(f"{label}={node}: not an entry of the group, which has a _target_")
+        raise UserError(f"{label}={node}: an entry of the group is expected, which has a _target_")
     if missing := OmegaConf.missing_keys(node):
         raise UserError(f"{label}.{sorted(missing)[0].rpartition('.')[2]}: has to be given, it has no default")
     options = OmegaConf.to_container(node, resolve=True)
@@ -78,7 +75,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     for key, value in options.items():
         if key in ("_target_", "_partial_"):
             continue
-        is_decay = group == "optimizer" and key in OURS
+        is_decay = group == "optimizer" and key in DECAYS
         if not isinstance(key, str) or key.startswith("_") or _mentions_target(value):
             raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
         if not is_decay and key not in accepted and not takes_any:
@@ -97,6 +94,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
 
 
 def _mentions_target(value: Any) -> bool:
+    """Whether ``value`` holds a ``_target_`` at any depth."""
     if isinstance(value, Mapping):
         return "_target_" in value or any(map(_mentions_target, value.values()))
     return isinstance(value, list) and any(map(_mentions_target, value))

@@ -2,8 +2,8 @@
 
     checkpoint.pt  checkpoint.previous.pt (the one before)  best.pt, checkpoint-STEP.pt (if asked for)
 
-Each ends with the SHA-256 of everything before it, as the comment of the zip file that torch writes. The checksums
-inside the zip are not enough: they do not cover its table of contents, where one flipped bit can name other contents.
+Each file ends with the SHA-256 of everything before it, as the comment of the zip file that torch writes. The
+checksums inside the zip do not cover its table of contents, where one flipped bit can point to other contents.
 """
 
 import errno
@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from bnexp.errors import UserError
 from bnexp.store.files import replacing, writing
+from bnexp.store.untrusted import is_step
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
 MARK, NUM_DIGITS = b"sha256 ", 64
 
 
 def save(state: dict, folder: Path, *also: Path) -> Path:
-    """Write ``state`` to ``folder/checkpoint.pt``; the file that was there becomes ``checkpoint.previous.pt``.
+    """Write ``state`` to ``folder/checkpoint.pt``; the old file becomes ``checkpoint.previous.pt``.
 
-    At every moment checkpoint.pt is a whole file, the old or the new. ``also`` are further names of the new one.
+    checkpoint.pt is a whole file at every moment, the old or the new one. ``also`` are further names of the new file.
     """
     return write(state, folder / NAME, *also, previous=folder / PREVIOUS)
 
@@ -50,16 +51,17 @@ def write(state: dict, path: Path, *also: Path, previous: Path | None = None) ->
 
 
 def save_into(file: BinaryIO, state: dict) -> None:
+    """``torch.save``, but a full disk is the OSError that it is and not a RuntimeError."""
     try:
         torch.save(state, file)
-    except RuntimeError as error:  # raised while torch cleans up after the error that matters
+    except RuntimeError as error:  # raised while torch cleans up after the real error
         cause = error.__context__
         raise cause if isinstance(cause, OSError | KeyboardInterrupt) else error from None
 
 
 def seal(file: BinaryIO) -> None:
     """Append the checksum of the whole file, and flush it to the disk."""
-    file.seek(-2, os.SEEK_END)  # the length of a zip's comment, which comes last and is empty so far
+    file.seek(-2, os.SEEK_END)  # a zip file ends with its comment, which is empty so far, after its length (2 bytes)
     file.write((len(MARK) + NUM_DIGITS).to_bytes(2, "little") + MARK)
     num_bytes = file.tell()
     digest = checksum(file, num_bytes)
@@ -80,7 +82,7 @@ def checksum(file: BinaryIO, num_bytes: int) -> bytes:
 
 
 def also_call(path: Path, name: Path) -> None:
-    """Make ``name`` another name of the file at ``path``, in one move; a copy where there are no hard links."""
+    """Make ``name`` another name of the file at ``path``, in one move; a copy if there are no hard links."""
     scratch = name.with_name(f".{name.name}.new")
     try:
         scratch.unlink(missing_ok=True)
@@ -99,18 +101,18 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # from file systems that cannot flush a folder
             raise
     finally:
         os.close(handle)
 
 
 def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, mend: bool = False) -> dict | None:
-    """The last good checkpoint in a run's folder with its tensors on ``device``; None if there is none at all.
+    """The last good checkpoint in a run's folder with its tensors on ``device``; None if the folder has none.
 
-    A checkpoint is good if it is whole and, with a ``model``, :func:`fits <check_fits>` it. If the last one is not
-    good, stderr says so and the one before is taken; with ``mend`` the bad file is put aside and the good one takes its
-    name. :class:`UserError` if neither is good.
+    A checkpoint is good if it is whole and :func:`fits <check_fits>` the ``model``, if one is given. If the last one is
+    bad, the one before is taken, with a warning; ``mend`` then renames the bad file and gives its name to the good one.
+    :class:`UserError` if both are bad.
     """
     bad: list[tuple[Path, UserError]] = []
     for path in (folder / NAME, folder / PREVIOUS):
@@ -124,8 +126,8 @@ def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, 
             bad.append((path, error))
             continue
         for wrong, error in bad:
-            told = str(error).rpartition("; ")[0]  # without the remedy, which is not needed here
-            print(f"bnexp: warning: {told}; taking the one before, {path}, instead", file=sys.stderr)
+            problem = str(error).rpartition("; ")[0]  # without the remedy
+            print(f"bnexp: warning: {problem}; taking the one before, {path}, instead", file=sys.stderr)
             if mend:
                 os.replace(wrong, folder / DAMAGED)
                 os.replace(path, wrong)
@@ -140,14 +142,14 @@ def read(path: Path, device: torch.device) -> object:
     try:
         check_whole(path)
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises a different type for each way in which a file can be broken
+    except Exception as error:  # torch raises many types for broken files
         code = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         reason = f"it names {code[1]}, which is code; none was run" if code else " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason}); delete it to start anew") from error
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError for a file that is not as it was written; torch itself verifies no checksum."""
+    """Raise ValueError for a damaged file; torch itself verifies no checksum."""
     if not path.is_file():  # a pipe would block
         raise ValueError("not a file")
     if not zipfile.is_zipfile(path):
@@ -164,9 +166,9 @@ def check_whole(path: Path) -> None:
                 raise ValueError("damaged: its contents do not match the checksum at its end")
             return
         file.seek(-2, os.SEEK_END)
-        if file.read() != bytes(2):  # a zip without a comment ends with the length 0
+        if file.read() != bytes(2):  # a zip file without a comment ends with the length 0
             raise ValueError("damaged or cut short where its checksum should be")
-    with zipfile.ZipFile(path) as file:  # written by torch alone, without our checksum
+    with zipfile.ZipFile(path) as file:  # a file without our checksum, such as torch writes
         if damaged := file.testzip():
             raise ValueError(f"damaged in {damaged}")
 
@@ -179,8 +181,7 @@ def check_fits(state: object, model: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: not the checkpoint of a run, but a {type(state).__name__}; put back the run's own")
     weights, wanted = state.get("model"), model.state_dict()
-    num_steps = state.get("num_steps")
-    if not isinstance(weights, Mapping) or type(num_steps) is not int or not 0 <= num_steps < 2**53:
+    if not isinstance(weights, Mapping) or not is_step(state.get("num_steps")):
         raise UserError(f"{path}: not the checkpoint of a run, it has no model or no num_steps; put back the run's own")
     for key in [*wanted, *weights]:
         one, other = (_shape(each, key) for each in (weights, wanted))
@@ -192,6 +193,7 @@ def check_fits(state: object, model: nn.Module, path: Path) -> None:
 
 
 def _shape(weights: Mapping, key: str) -> str:
+    """``3x4``, ``one number``, ``a list`` or ``missing``, for an error text."""
     if key not in weights:
         return "missing"
     tensor = weights[key]

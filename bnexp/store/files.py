@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and says which file could not be written, why, and what to do."""
+"""Writes files whole or not at all, with errors that name the file, the reason and a remedy."""
 
 import errno
 import json
@@ -9,26 +9,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-FREE_SPACE = "free some space"
-LOST = "see whether the file system is still mounted and its server answers"
+NETWORK = (  # errors of a server that does not answer, or of a device that is gone
+    errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN,
+    errno.ECONNRESET, errno.EREMOTEIO,
+)  # fmt: skip
 REMEDIES = {
-    errno.ENOSPC: FREE_SPACE,
+    errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space or ask for a larger quota",
     errno.EFBIG: "the file system takes no files of this size; choose another",
-    errno.EROFS: "make it writable again",
-    errno.EACCES: "make it writable again",
-    errno.EPERM: "make it writable again",
-    errno.EIO: "see to its disk",
-    errno.ENODEV: LOST, errno.ENXIO: LOST, errno.ESTALE: LOST, errno.ETIMEDOUT: LOST, errno.EHOSTDOWN: LOST,
-    errno.EHOSTUNREACH: LOST, errno.ENOTCONN: LOST, errno.ECONNRESET: LOST, errno.EREMOTEIO: LOST,
-    errno.EMFILE: "close other programs, or raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "close other programs, or raise the limit of open files (ulimit -n)",
-}  # fmt: skip
+    errno.EIO: "check its disk",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable again"),
+    **dict.fromkeys(NETWORK, "check that the file system is mounted and its server answers"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other programs, or raise the limit of open files (ulimit -n)"),
+}
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have an OSError raised inside name ``path``: a failed write names nothing, and a failed move another file."""
+    """Set the file name of an OSError that the block raises to ``path``.
+
+    The error of a failed write names no file, and that of a failed move another one.
+    """
     try:
         yield
     except OSError as error:
@@ -38,9 +39,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def not_written(error: OSError, folder: Path) -> str:
-    """Which file of the run in ``folder`` could not be written, why, and what to do."""
+    """The error text for a file of the run in ``folder`` that could not be written: which, why, and what to do."""
     file, why = error.filename or folder, error.strerror or str(error)
-    remedy = REMEDIES.get(error.errno, "mend that")
+    remedy = REMEDIES.get(error.errno, "remove the cause")
     return (
         f"{file} could not be written: {why}; what was written before stays readable in {folder}; {remedy}, "
         f"then go on with bnexp resume {folder}"
@@ -51,19 +52,20 @@ def not_written(error: OSError, folder: Path) -> str:
 def replacing(path: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading, that takes the name ``path`` in one move when the block ends.
 
-    A reader sees the old file or the new one and never half of one. A block that raises leaves the old file and no
-    scratch file. The writer must be the only one of its kind: it holds the lock, or ``scratch`` names its process.
+    A reader sees the whole old file or the whole new one. If the block raises, the old file stays and the scratch file
+    is removed. Two processes must not write the same scratch file: either the caller holds the run's lock, or
+    ``scratch`` holds the process id.
     """
     scratch = scratch or path.with_name(f".{path.name}.new")
     with writing(path):
         try:
             with suppress(FileNotFoundError):
-                scratch.unlink()  # what lies there may be a link
+                scratch.unlink()  # it could be a link
             with open(scratch, "x+b") as file:
                 yield file
             os.replace(scratch, path)
         except BaseException:
-            with suppress(OSError):  # the first error says more
+            with suppress(OSError):  # the first error matters
                 scratch.unlink(missing_ok=True)
             raise
 
@@ -76,7 +78,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write every file into ``folder``, made if need be, each in one move."""
+    """Write every file into ``folder`` in one move each; makes the folder if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with replacing(folder / name, folder / f".{name}.{os.getpid()}") as file:
@@ -84,7 +86,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_new(path: Path, text: str) -> bool:
-    """Make a file with its whole content in one move, unless it exists; returns whether it was made."""
+    """Make a file with its whole content in one move; returns False if it exists already."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
@@ -101,7 +103,7 @@ def write_new(path: Path, text: str) -> bool:
 
 
 def _write_exclusively(path: Path, text: str) -> bool:
-    """:func:`write_new` where the name comes before the content; leaves no file with half its content."""
+    """:func:`write_new` without hard links: makes the file, then writes it, and removes it if that fails."""
     try:
         file = open(path, "xb")  # noqa: SIM115
     except FileExistsError:
@@ -117,7 +119,7 @@ def _write_exclusively(path: Path, text: str) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every float that JSON cannot hold replaced by None, in tables and lists too."""
+    """``value`` with None in the place of infinite and NaN floats, inside dictionaries and lists too."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -31,7 +31,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head: texts, numbers, tuples of numbers, or None for what there is not."""
+    """Rows of cells under a head; a cell is a text, a number, a tuple of numbers, or None if there is no value."""
 
     tag: str
     head: tuple[str, ...]
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Band:
-    """A mean over seeds and the interval around it; ``lower`` and ``upper`` are the mean where there is none."""
+    """A mean over seeds and its interval; ``lower`` and ``upper`` are the mean if there is no interval."""
 
     tag: str
     mean: float
@@ -52,4 +52,4 @@ class Band:
     upper: float
 
 
-Reading = Scalar | Histogram | Image | Table  # of one run; bands are of several
+Reading = Scalar | Histogram | Image | Table  # of one run; a Band is of several runs

@@ -1,11 +1,12 @@
 """A run's folder: claimed once, described by ``status.json``, never overwritten.
 
-    config.yaml  status.json  metrics.jsonl  probes.jsonl (if probes had more to say than numbers)
+    config.yaml  status.json  metrics.jsonl  probes.jsonl (if probes yielded histograms or tables)
     events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
 """
 
 import errno
 import fcntl
+import itertools
 import os
 import platform
 import socket
@@ -13,8 +14,9 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,17 +26,16 @@ from bnexp.errors import StorageError, UserError
 from bnexp.store.files import not_written, write_json, write_new, writing
 from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
 
-CONFIG, STATUS, METRICS, LOCK = "config.yaml", "status.json", "metrics.jsonl", ".lock"
-PROBES = "probes.jsonl"
+CONFIG, STATUS, METRICS, PROBES, LOCK = "config.yaml", "status.json", "metrics.jsonl", "probes.jsonl", ".lock"
 WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
-OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # prefixes of its files
-STATUS_EVERY = 1.0  # seconds between two writes of status.json that only readings ask for
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # of flock, on some network file systems
-DONE = ("finished", "diverged")  # results; a run with any other status can go on
+OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # prefixes of the files of a run
+STATUS_EVERY = 1.0  # seconds between two writes of status.json that hold only new readings
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # from flock on some network file systems
+DONE = ("finished", "diverged")  # a run with any other status can be resumed
 
 
 def check_free(out: str | Path) -> None:
-    """Raise :class:`UserError` for a folder that cannot be written, or that holds a run or remains of one."""
+    """Raise :class:`UserError` for a folder that cannot be written, or that holds files of a run."""
     if out == "":
         raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     path = Path(out)
@@ -42,7 +43,7 @@ def check_free(out: str | Path) -> None:
         check_own(path)
         found = [each.name for pattern in WRITTEN for each in path.glob(pattern)]
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    except OSError as error:  # a name that is too long, say
+    except OSError as error:  # such as a name that is too long
         raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
     if found:
         if is_taken(path):
@@ -58,21 +59,14 @@ def check_free(out: str | Path) -> None:
 def check_own(folder: Path) -> None:
     """Raise :class:`UserError` for a folder with links or pipes where a run writes its files.
 
-    The folder may come from a stranger: writing through a link would reach other files, and a pipe would block.
+    The folder may come from a stranger. Writing through a link would change other files, and a pipe would block.
     """
     if UNPRINTABLE.search(str(folder)):
         raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.lstrip(".").startswith(OWN) and not _is_file_or_gone(path):
-            raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file of its own; remove it")
-
-
-def _is_file_or_gone(path: Path) -> bool:
-    """Whether ``path`` is a regular file, or gone: the process that holds the run may rename it meanwhile."""
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except FileNotFoundError:
-        return True
+        with suppress(FileNotFoundError):  # the process that holds the run can rename its files at any time
+            if path.name.lstrip(".").startswith(OWN) and not stat.S_ISREG(path.lstat().st_mode):
+                raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file; remove it")
 
 
 def claim(path: Path, config: str) -> Path:
@@ -89,14 +83,11 @@ def claim(path: Path, config: str) -> Path:
 
 
 def claim_new(parent: Path, name: str, config: str) -> Path:
-    """A new folder ``parent/name``, or ``parent/name-2``, ... if that exists; atomic."""
-    suffix = 1
-    while True:
-        path = parent / (name if suffix == 1 else f"{name}-{suffix}")
+    """:func:`claim` a new folder ``parent/name``, or ``parent/name-2``, ... if that exists."""
+    for path in (parent / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1)):
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            suffix += 1
             continue
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
@@ -105,10 +96,10 @@ def claim_new(parent: Path, name: str, config: str) -> Path:
 
 @contextmanager
 def taken(folder: Path) -> Iterator[bool]:
-    """Hold a run's lock, if no living process holds it; yields whether this process does.
+    """Take a run's lock inside the block; yields False if another living process holds it.
 
     The operating system releases the lock when the process ends, however it ends. An OSError about a file of the
-    folder, raised inside, becomes a :class:`StorageError`.
+    folder that the block raises becomes a :class:`StorageError`.
     """
     check_own(folder)
     try:
@@ -134,9 +125,9 @@ def taken(folder: Path) -> Iterator[bool]:
 
 @cache
 def _warn_of_no_locks(folder: Path, reason: str) -> None:
-    """Say on stderr, once for each folder of runs, that nothing keeps two processes from one run there."""
+    """Warn on stderr, once for each folder of runs, that nothing prevents two processes from writing one run."""
     print(
-        f"bnexp: warning: {folder}: its file system has no locks ({reason}); go on without, and start no two "
+        f"bnexp: warning: {folder}: its file system has no locks ({reason}); training without, so do not start two "
         "processes on one run there",
         file=sys.stderr,
     )
@@ -148,7 +139,7 @@ def in_other_hands(folder: Path) -> UserError:
 
 
 def holder(folder: Path) -> str:
-    """Which process is at work on the run, as far as its status tells."""
+    """The process that holds the run, named by host and pid if its status is readable and current."""
     status = read_status(folder)
     if status.get("status") != "running" or not is_alive(status.get("host"), status.get("pid")):
         return "another process"
@@ -157,7 +148,7 @@ def holder(folder: Path) -> str:
 
 
 def is_alive(host: object, pid: object) -> bool:
-    """Whether the process exists; of another host, which cannot be asked, it is assumed to."""
+    """Whether the process exists; a process on another host counts as existing."""
     if not isinstance(pid, int) or host is None:
         return False
     try:
@@ -165,18 +156,18 @@ def is_alive(host: object, pid: object) -> bool:
             os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # a process of another user
         return True
     return True
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a living process of this machine is at work on the run. Only looks, so the folder may be read-only.
+    """Whether a living process of this machine holds the run's lock. Writes nothing: the folder may be read-only.
 
-    Where the file system has no locks, the run's status tells.
+    If the file system has no locks, the run's status decides.
     """
-    try:
-        with open(folder / LOCK, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:  # or a pipe
+    try:  # O_NONBLOCK: the file could be a pipe
+        with open(folder / LOCK, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -192,7 +183,7 @@ def is_taken(folder: Path) -> bool:
 
 
 def load_status(folder: Path) -> dict:
-    """The content of ``status.json``; ValueError if no run can have written it, FileNotFoundError if there is none."""
+    """The content of ``status.json``; ValueError if its fields have other types, FileNotFoundError if it is missing."""
     status = {"status": None, "step": 0, "metrics": {}, "overrides": []} | read_json(folder / STATUS)
     for name, kind in {"status": str, "step": int, "metrics": dict, "overrides": list}.items():
         if not isinstance(status[name], kind):
@@ -215,33 +206,24 @@ def read_status(folder: Path) -> dict:
 class Status:
     """``status.json``: how far a run is and how it ended; its metrics hold the last value of every tag.
 
-    A process that is killed leaves ``running`` behind; host and pid name the process, heartbeat its last write.
+    A killed process leaves ``running`` behind. ``host`` and ``pid`` name the process, ``heartbeat`` is the time of its
+    last write.
     """
 
     def __init__(self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False) -> None:
         self.path = folder / STATUS
+        first = {"step": 0, "epoch": 0.0, "seconds": 0.0, "metrics": {}, "started": time.time()}
         earlier = read_status(folder) if goes_on else {}
-        self.content = {
-            "status": "running",
-            "step": earlier.get("step", 0),
-            "epoch": earlier.get("epoch", 0.0),
-            "seconds": earlier.get("seconds", 0.0),
-            "metrics": earlier.get("metrics", {}),
-            "device": device,
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "overrides": overrides,
-            "started": earlier.get("started", time.time()),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        self.content = {"status": "running"} | {key: earlier.get(key, value) for key, value in first.items()}
+        self.content |= {"device": device, "versions": versions(), "git_commit": git_commit(), "overrides": overrides}
+        self.content |= {"host": socket.gethostname(), "pid": os.getpid()}
         self.written = 0.0
         self.update()
 
     def update(self, metrics: dict[str, float] | None = None, **fields: Any) -> None:
-        """Write ``fields`` at once; with ``metrics`` (a reading) only if the last write is a second ago.
+        """Write ``fields`` at once; with ``metrics`` (a reading) only if the last write was a second ago.
 
-        There can be many readings a second, and each is in metrics.jsonl already.
+        There can be many readings a second, and metrics.jsonl holds all of them.
         """
         self.content["metrics"] |= metrics or {}
         self.content |= {"heartbeat": time.time(), **fields}
@@ -250,10 +232,20 @@ class Status:
             self.written = time.monotonic()
 
 
+def bnexp_version() -> str:
+    """The version that is installed; in a clone that is not installed, the one in its ``pyproject.toml``."""
+    try:
+        return version("bnexp")
+    except PackageNotFoundError:
+        project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.exists() else "?"
+
+
 @cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("bnexp", "torch", "torchvision", "hydra-core", "numpy", "triton"):
+    """The versions of Python, bnexp and the packages that decide its numbers."""
+    found = {"python": platform.python_version(), "bnexp": bnexp_version()}
+    for package in ("torch", "torchvision", "hydra-core", "numpy", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -263,7 +255,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` if files differ from it; None outside a clone."""
+    """The git commit of this package, with ``-dirty`` if its files differ; None outside a clone."""
     here = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -273,7 +265,7 @@ def git_commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != here.parent:
-            return None  # installed inside another repository
+            return None  # the package lies in another project's repository
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

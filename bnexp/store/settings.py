@@ -1,6 +1,6 @@
-"""Settings as plain dictionaries, and the one table of what each run-level setting decides.
+"""The table of what each setting decides, and settings as flat dictionaries.
 
-Resuming, sweeps, variants, studies, folds and inspections all read this table.
+Resume, sweeps, variants, studies, folds and inspect all read this table.
 """
 
 from collections.abc import Mapping
@@ -9,24 +9,23 @@ from typing import Any
 
 
 class Decides(Flag):
-    """What a setting decides; some decide two things."""
+    """What a setting decides; a setting can decide several things."""
 
     NUMBERS = auto()  # what is trained and measured: part of the variant
     SEED = auto()  # the initial weights and the batches
-    LOOKING = auto()  # when the run is looked at and what is kept of it
-    PLACE = auto()  # where and how it is computed: may change when a run is resumed
-    COMMAND = auto()  # this start alone: not read from a run's folder
-    PERSON = auto()  # for the person at the keyboard to say: not allowed in a study
+    LOOKING = auto()  # when the run is evaluated and probed, and which checkpoints stay
+    PLACE = auto()  # where and how the run is computed: may change when it is resumed
+    COMMAND = auto()  # this start of the run only: not read from a run's folder
+    PERSON = auto()  # only the person at the keyboard may set it: not allowed in a study
 
 
 NUMBERS, SEED, LOOKING, PLACE, COMMAND, PERSON = Decides
 NOTHING = Decides(0)
 DECIDES = {
     "model": NUMBERS, "norm": NUMBERS, "data": NUMBERS, "optimizer": NUMBERS, "schedule": NUMBERS,
-    # Engines and kinds of device round differently, so variants name them. Two GPUs of one kind are one place.
+    # Engines and kinds of device round differently. Of a device only the kind is part of the variant, see select().
     "engine": NUMBERS, "device": NUMBERS | PLACE,
-    # Which images a folder holds, and where they lie.
-    "data.root": NUMBERS | PLACE,
+    "data.root": NUMBERS | PLACE,  # another folder can hold other images, or the same ones in another place
     "batch_size": NUMBERS, "epochs": NUMBERS, "steps": NUMBERS, "drop_last": NUMBERS, "classes_per_batch": NUMBERS,
     "precision": NUMBERS, "channels_last": NUMBERS,
     "eval_every": NUMBERS,  # the best of several readings depends on how many there are
@@ -40,12 +39,12 @@ DECIDES = {
 
 
 def decides(key: str) -> Decides:
-    """What the setting with this dotted key decides; an option decides what its group does, if it has no line."""
+    """What the setting with this dotted key decides; an option without a line here decides what its group does."""
     return DECIDES.get(key) or DECIDES.get(key.partition(".")[0], NUMBERS)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values, without Hydra's ``_partial_``; an empty table is a value."""
+    """``config`` as {dotted key: value}, without Hydra's ``_partial_``; an empty dictionary is a value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
@@ -56,7 +55,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def select(config: Mapping[str, Any], what: Decides, but: Decides = NOTHING) -> dict[str, Any]:
-    """The flat settings that decide any of ``what`` and none of ``but``; of a device its kind, ``cuda`` for cuda:1."""
+    """The flat settings that decide any of ``what`` and none of ``but``. A device is given by its kind, ``cuda``."""
     flat = {key: value for key, value in flatten(config).items() if decides(key) & what and not decides(key) & but}
     return flat | ({"device": str(flat["device"]).partition(":")[0]} if "device" in flat else {})
 
@@ -67,7 +66,7 @@ def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], but: Decides = NOTHING) -> list[str]:
-    """``key is X there and Y here`` for every setting that differs, decides more than a start, and none of ``but``."""
+    """``key is X there and Y here`` for every differing setting that decides numbers, seed or looking, not ``but``."""
     there, here = (select(each, NUMBERS | SEED | LOOKING, but) for each in (there, here))
     return [
         f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here"

@@ -1,7 +1,7 @@
-"""Readers for files that a stranger may have written: none can hang the process, fill the memory or look things up.
+"""Readers for files that a stranger may have written, such as a run's folder, a sweep or a study.
 
-A run's folder, a sweep or a study can come from anybody. A file that is refused is a ValueError that names the file
-and the reason, raised before it does harm. A missing file is a FileNotFoundError.
+No file can hang the process, fill its memory, run code or read the environment. A file that could is refused by a
+ValueError that names the file and the reason. A missing file is a FileNotFoundError.
 """
 
 import json
@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 MOST_YAML, MOST_JSON, MOST_LINE = 100_000, 2**24, 2**22  # bytes of a file, of a file and of a line
 DEEPEST = 30  # nested lists and tables
-LARGEST = 2**63  # bound of whole numbers: torch has no larger ones, and Python refuses to print very large ones
-# What is not text: control characters, line and paragraph separators, changes of direction, lone surrogates.
+LARGEST = 2**63  # bound of whole numbers: torch has no larger ones, and Python does not print very large ones
+# Control characters, line and paragraph separators, changes of direction, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: object, most: int = 10_000) -> str:
-    """``text`` on one line, with control characters escaped (``\\x1b``) so that no terminal obeys them."""
+    """``text`` on one line, at most ``most`` characters, with control characters escaped (``\\x1b``)."""
     text = str(text)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -84,10 +84,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 if not file.peek(1):
                     return
                 raise ValueError(f"{path.name}: line {number} is not JSON") from None
-            step = row.get("step") if isinstance(row, dict) else None
-            if type(step) is not int or not 0 <= step < 2**53:
+            if not isinstance(row, dict) or not is_step(row.get("step")):
                 raise ValueError(f"{path.name}: line {number} is not a JSON object with a step")
             yield row
+
+
+def is_step(value: object) -> bool:
+    """Whether ``value`` can be a number of steps: a whole number that a float holds exactly."""
+    return type(value) is int and 0 <= value < 2**53
 
 
 def number(value: object, what: str) -> float:
@@ -131,7 +135,7 @@ def _check_events(text: bytes) -> None:
         if depth > DEEPEST:
             raise ValueError(f"{where}: nested deeper than {DEEPEST} levels")
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"{where}: *{event.anchor} refers to another place; write out what stands there")
+            raise ValueError(f"{where}: *{event.anchor} refers to another place; write the value itself")
         if getattr(event, "tag", None):
             raise ValueError(f"{where}: the tag {event.tag} is not allowed in settings")
 

@@ -1,7 +1,7 @@
-"""Turns readings into TensorBoard events and JSON lines in a run's folder.
+"""Writes readings as TensorBoard events and JSON lines into a run's folder.
 
 ``metrics.jsonl`` holds the scalars, one line per step; reports read it. ``probes.jsonl`` holds histograms and tables,
-one line each. The event file holds the same for TensorBoard, and images, which are nowhere else.
+one line each. The event file holds all of these for TensorBoard, and the images.
 """
 
 import io
@@ -23,19 +23,19 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from bnexp.store.files import finite, writing
 from bnexp.store.readings import Band, Histogram, Image, Reading, Scalar, Table
 from bnexp.store.run_folder import METRICS, PROBES
-from bnexp.store.untrusted import MOST_LINE
+from bnexp.store.untrusted import MOST_LINE, is_step
 
 
 class Writer:
-    """Writes the readings of one run; ``step`` is that of the checkpoint it goes on from, 0 for a new run."""
+    """Writes the readings of one run; ``step`` is the step of its checkpoint, 0 for a new run."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         self.folder = folder
         self.metrics = Lines(folder / METRICS, step)
         self.probes = Lines(folder / PROBES, step) if (folder / PROBES).exists() else None
         self.events = EventFile(folder)
-        # START at a later step makes TensorBoard drop what an earlier file holds beyond it. It ignores a run's first
-        # START, so a new run writes one too.
+        # START at a later step makes TensorBoard drop the later events of earlier files. TensorBoard ignores the first
+        # START of a run, so a new run writes one too.
         self.events.add(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, epoch: float, seconds: float, readings: Iterable[Reading]) -> dict[str, float]:
@@ -55,8 +55,8 @@ class Writer:
     def describe(self, config: str, hparams: Mapping[str, bool | int | float | str], group: str) -> None:
         """Write the resolved config as text, and HParams that TensorBoard averages over the runs of one ``group``."""
         self.events.add(summary=text("config", f"```yaml\n{config}\n```"))
-        # Without a list of columns: TensorBoard would take the first run's list for all, and miss norm.eps if that run
-        # has norm=none. Without one it collects the settings of all runs and sorts those that differ first.
+        # No list of columns: TensorBoard would take the first run's list for all runs, and miss norm.eps if that run
+        # has norm=none. Without a list it collects the settings of all runs and puts those that differ first.
         self.events.add(summary=summary_v2.hparams_pb(dict(hparams), trial_id=group))
 
     def sync(self) -> None:
@@ -85,22 +85,19 @@ class Lines:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        with writing(path):
-            self._drop_after(path, step)
-
-    def _drop_after(self, path: Path, step: int) -> None:
-        """Drop lines after ``step``: written by a process that died before its next checkpoint."""
         keep = 0
-        with open(path, "rb") as file, suppress(ValueError, KeyError, TypeError, RecursionError):
-            while (line := file.readline(MOST_LINE)) and json.loads(line)["step"] <= step:
-                keep += len(line)
-        os.truncate(path, keep)
+        with writing(path):  # later lines are from a process that died before its next checkpoint
+            with open(path, "rb") as file, suppress(ValueError, KeyError, TypeError, RecursionError):
+                while (line := file.readline(MOST_LINE)) and is_step(at := json.loads(line)["step"]) and at <= step:
+                    keep += len(line)
+            os.truncate(path, keep)
 
     def add(self, *rows: dict) -> None:
         """Write a line for each of ``rows``, all or none; numbers that are not finite become null."""
         append(self.file, b"".join(json.dumps(finite(row), allow_nan=False).encode() + b"\n" for row in rows))
 
     def sync(self) -> None:
+        """Flush the lines to the disk."""
         with writing(self.path):
             os.fsync(self.file.fileno())
 
@@ -118,13 +115,14 @@ class EventFile:
         self.add(file_version="brain.Event:2")
 
     def add(self, **fields: object) -> None:
+        """Write an event with these fields of TensorBoard's message."""
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
         append(self.file, record.getvalue())
 
 
 def append(file: io.FileIO, data: bytes) -> None:
-    """Append all of ``data`` or nothing: if the disk is full, the file is cut back to what it was."""
+    """Append all of ``data`` or nothing: if the disk is full, the file is cut back to its old length."""
     before = os.fstat(file.fileno()).st_size
     with writing(file.name):
         try:
@@ -157,7 +155,7 @@ def as_summary(reading: Histogram | Image | Table) -> Summary:
         rows = [reading.head, ["---"] * len(reading.head), *reading.rows]
         lines = ("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
         return text(reading.tag, "\n".join(lines))
-    from PIL import Image as Picture  # here, because most runs have no use for it
+    from PIL import Image as Picture  # here, because most runs write no images
 
     png = io.BytesIO()
     Picture.fromarray(reading.pixels.numpy()).save(png, format="PNG")
@@ -174,7 +172,7 @@ def text(tag: str, markdown: str) -> Summary:
 
 
 def histogram_proto(reading: Histogram) -> HistogramProto:
-    """The histogram as TensorBoard's message; its sums take every value to be in the middle of its bin."""
+    """The histogram as TensorBoard's message; its sums put every value in the middle of its bin."""
     edges, counts = reading.edges, reading.counts
     middles = [(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]
     return HistogramProto(
@@ -213,8 +211,8 @@ def write_bands(folder: Path, label: str, bands: Iterable[tuple[int, Band]]) -> 
 
 
 def write_layout(folder: Path, tags: Sequence[str]) -> None:
-    """Write the layout with which TensorBoard's custom-scalars page draws the bands of ``tags`` as margin charts."""
-    from torch.utils.tensorboard import summary  # here, because it imports TensorFlow where there is one
+    """Write the layout by which TensorBoard's custom-scalars page draws the bands of ``tags`` as margin charts."""
+    from torch.utils.tensorboard import summary  # here, because it imports TensorFlow if that is installed
 
     charts: dict[str, dict] = {}
     for tag in tags:

@@ -156,7 +156,7 @@ def test_every_command_explains_itself(command, flag, bnexp, capsys):
     ("arguments", "complaint"),
     [
         ([], "resume: which run? Give the folder of an interrupted one"),
-        (["run", "epochs=3"], "epochs=3: resume keeps the settings of the run, but for those of the place"),
+        (["run", "epochs=3"], "epochs=3: resume keeps the settings of the run and takes only"),
         (["run", "other"], "other: not a setting; write it as name=value"),
         (["nowhere"], "nowhere: no such folder; give that of a run"),
         (["."], ".: holds no run, there is no config.yaml in it"),
@@ -252,14 +252,14 @@ def test_the_module_runs_like_the_command_and_a_full_stdout_of_a_fresh_process_i
 
 
 def test_what_running_statistics_cannot_do_is_said_before_training_and_once(bnexp, capfd, monkeypatch):
-    monkeypatch.setattr(start, "SAID", set())
+    monkeypatch.setattr(start, "PRINTED", set())
     few = ("data.limit=64", "batch_size=32", "model=mlp", "threads=1", "steps=2", "norm=library")
     told = "after the planned 2 steps the running statistics still hold 81% of their initial value"
     assert bnexp("train", *few, "out=one") == 0
     assert capfd.readouterr().err.count(told) == 1
     assert bnexp("train", *few, "out=quiet", "quiet=true") == 0
     assert told not in capfd.readouterr().err
-    monkeypatch.setattr(start, "SAID", set())
+    monkeypatch.setattr(start, "PRINTED", set())
     assert bnexp("compare", *few, "model.activation=tanh,relu", "seed=0,1", "out=four") == 0
     assert capfd.readouterr().err.count(told) == 1
 

@@ -37,7 +37,7 @@ def test_runs_and_sweeps_go_on_with_one_warning(number, no_locks, bnexp, capfd, 
     assert bnexp("train", "-m", *TINY, "seed=0,1", "out=sweep") == 0
     assert bnexp("report", "sweep") == 0
     err = capfd.readouterr().err
-    assert err.count("its file system has no locks") == 2 and "start no two processes on one run" in err
+    assert err.count("its file system has no locks") == 2 and "do not start two processes on one run" in err
     assert read_status(tmp_path / "run")["status"] == "finished"
 
 
@@ -58,7 +58,7 @@ def test_without_locks_the_status_tells_who_is_at_work(no_locks, tmp_path):
 def test_another_error_of_a_lock_is_told(no_locks, bnexp, capsys):
     no_locks(errno.EIO)
     assert bnexp("train", *TINY, "out=run") == 1
-    assert "see to its disk" in capsys.readouterr().err
+    assert "check its disk" in capsys.readouterr().err
 
 
 LOST = [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS, errno.EDQUOT, errno.EFBIG]
