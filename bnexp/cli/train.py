@@ -2,13 +2,14 @@
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from bnexp.cli.flags import Line, parse_line, was_shown
+from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
 from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError
@@ -19,15 +20,11 @@ from bnexp.store.settings import PLACE, differences, first_few
 if TYPE_CHECKING:
     from bnexp.train.run import Run
 
-ABOUT = """\
-bnexp train: train one model and log it to TensorBoard.
-probe takes a list, probe=[activations,gradients]; a study is a command of its own, bnexp study NAME."""
-
 
 def train(arguments: list[str]) -> int:
     """``bnexp train``: one run, whose folder is the last line printed; with ``-m`` a sweep."""
     line = parse_line("train", arguments)
-    if was_shown(line, ABOUT, "[-m] "):
+    if was_shown(line):
         return 0
     if line.multirun:
         return train_many(line)
@@ -36,7 +33,7 @@ def train(arguments: list[str]) -> int:
     return train_one(cfg, [word for word in line.words if not word.startswith("hydra")])
 
 
-def train_many(line: Line) -> int:
+def train_many(line: Namespace) -> int:
     """``bnexp train -m``: every job of the sweep that is not done yet; 1 if any failed."""
     with quick_imports():
         from bnexp.cli.sweep.grid import read_grid
@@ -46,13 +43,12 @@ def train_many(line: Line) -> int:
 
     with session(line.source):
         grid = read_grid(line.words)
-        hydra_config(grid, Path())  # a launcher that does not exist is refused before any work
-        folder, jobs, configs = prepare(grid, "sweep")
-        quiet = next(iter(configs.values())).quiet
+        hydra_config(grid.hydra)  # refuses a launcher that does not exist before any work
+        folder, jobs = prepare(grid, "sweep")
         try:
-            failed = run_all(grid, folder, jobs, configs)
+            failed = run_all(grid.hydra, folder, jobs)
         finally:
-            if not quiet and any(written_at(job.folder) for job in jobs):
+            if not jobs[0].cfg.quiet and any(written_at(job.folder) for job in jobs):
                 show_sweep(folder)
             print(folder, flush=True)
     return 1 if failed else 0

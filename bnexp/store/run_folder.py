@@ -6,6 +6,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import platform
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,18 +90,22 @@ def claim(path: Path, config: str) -> Path:
 
 
 def claim_new(parent: Path, name: str, config: str) -> Path:
-    """A new folder ``parent/name``, or ``parent/name-2``, ... if that exists; atomic."""
-    suffix = 1
-    while True:
-        path = parent / (name if suffix == 1 else f"{name}-{suffix}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            suffix += 1
-            continue
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
-        return claim(path, config)
+    """:func:`claim` a :func:`new_folder`."""
+    return claim(new_folder(parent, name), config)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make the folder ``parent/name``, or ``parent/name-2``, ... if that exists, and return its path; atomic."""
+    path = parent / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+            path = parent / f"{name}-{number}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
 
 
 @contextmanager

@@ -428,8 +428,8 @@ def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size):
 
 def grouped(configs):
     """The jobs of these names and configs in groups, as names."""
-    jobs = [Job(name, name, (), Path(name)) for name in configs]
-    return [" | ".join(job.name for job in members) for members in together(jobs, configs)]
+    jobs = [Job(name, name, (), Path(name), cfg) for name, cfg in configs.items()]
+    return [" | ".join(job.name for job in members) for members in together(jobs)]
 
 
 def test_runs_are_grouped_that_differ_in_nothing_but_seed_and_the_optimizers_numbers():

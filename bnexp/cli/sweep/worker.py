@@ -121,7 +121,7 @@ def thread_share(cfg: DictConfig, launcher: DictConfig) -> int:
     if "n_jobs" not in launcher:
         return 1
     num_cores, asked = len(os.sched_getaffinity(0)), launcher.n_jobs or 1
-    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.NAME).read_bytes())["jobs"])
+    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.SWEEP).read_bytes())["jobs"])
     at_most = num_cores // min(num_jobs, asked if asked > 0 else max(1, num_cores + 1 + asked))
     if at_most < 2:
         return 1
