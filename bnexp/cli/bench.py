@@ -1,4 +1,4 @@
-"""``bnexp bench``: every implementation of batch norm, compared with float64 and then timed."""
+"""``bnexp bench``: compares every implementation of batch norm with float64 and times it."""
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -58,10 +58,10 @@ def bench(arguments: list[str]) -> int:
 def read_settings(
     command: str, words: Sequence[str], schema: type[Schema], allowed: Mapping[str, Collection[str]]
 ) -> Schema:
-    """The settings that ``words``, each ``setting=value``, give; those that no word names have their defaults.
+    """Return ``schema`` with the values of ``words``, each ``setting=value``; other settings keep their defaults.
 
     ``schema`` is a dataclass with fields of str, int (a count, 1 or more), or a list of these, whose values are
-    separated by commas. ``allowed`` holds the values of some settings. Raises :class:`UserError` for any other word.
+    separated by commas. ``allowed`` holds the allowed values by setting. Raises :class:`UserError` for bad words.
     """
     settings = OmegaConf.structured(schema)
     given: set[str] = set()
@@ -97,4 +97,4 @@ def check_values(word: str, values: Sequence[str], allowed: Collection[str]) -> 
         if "${" in value or value == "???":
             raise UserError(f"{word}: ${{...}} and ??? have a meaning of their own in settings; give another value")
     if len(set(values)) < len(values):
-        raise UserError(f"{word}: a value stands there twice; give each once")
+        raise UserError(f"{word}: holds a value twice; give each once")

@@ -1,4 +1,4 @@
-"""Dispatches commands and prints errors; imports neither torch nor Hydra before a command runs."""
+"""Finds the command, runs it and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             where = f"{error.filename}: " if error.filename else ""
             complain(where + (error.strerror or str(error)))
             return 1
-        # The reader of the output has gone, or its disk is full; run folders are not touched by that.
+        # The output went to a closed pipe or a full disk; the run folders are not affected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(f"cannot write the output: {error.strerror}")
         return 1
@@ -70,6 +70,7 @@ def find_command(name: str) -> Callable[[list[str]], int]:
 
 
 def complain(what: object) -> None:
+    """Print an error on stderr."""
     print(f"bnexp: error: {printable(what)}", file=sys.stderr)
 
 

@@ -1,8 +1,8 @@
 """Expands a command line with lists of values into the jobs of a sweep.
 
-A sweep is a folder with one run folder per job and ``sweep.json``, which lists the jobs. A process that is started on
-it, for the first time, again or beside others, learns from the folder alone what is left: a job is done when its
-``status.json`` says so, and taken while a living process holds its lock.
+A sweep is a folder with one run folder per job and ``sweep.json``, which lists the jobs. A job is done when its
+``status.json`` says so, and taken while a living process holds its lock. Therefore the same command can be repeated
+after an interruption, or started in several processes that share the jobs.
 """
 
 import hashlib
@@ -107,6 +107,7 @@ def read_grid(words: Sequence[str]) -> Grid:
 
 
 def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
+    """The combinations of the lists' values, in the order ``product`` or ``zip``."""
     if order == "product":
         return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     if order != "zip":
@@ -121,13 +122,13 @@ def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
 
 
 def _name(values: dict[str, str]) -> str:
-    """``none-s0``: the values that vary, after the last part of their key where the value alone is not clear."""
+    """``none-s0``: the values that vary, each after the last part of its key unless the key is a group."""
     parts = []
     for key, value in values.items():
         prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
         parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
     name = "-".join(parts).strip(".") or "run"
-    if len(name.encode()) > LONGEST_NAME:  # what sets it apart may stand at its end
+    if len(name.encode()) > LONGEST_NAME:  # two long names may differ only in the part that is cut off
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
     return name

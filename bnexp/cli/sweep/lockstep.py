@@ -1,4 +1,4 @@
-"""The runs of a sweep in lockstep, and which of them are computed as one (``replicas`` at a time)."""
+"""Drives the runs of a sweep in lockstep, and decides which are computed as one (``replicas`` at a time)."""
 
 import json
 import sys
@@ -71,7 +71,7 @@ def standings(loops: Mapping[Job, Loop]) -> list[list[str]]:
 
 
 def check_sweep(hydra: Sequence[str], configs: Mapping[str, DictConfig]) -> None:
-    """Raise :class:`UserError` if ``replicas`` is above 1 and the jobs, each checked by itself, cannot be folded."""
+    """Raise :class:`UserError` if ``replicas`` is above 1 and the jobs cannot be folded."""
     values = sorted({cfg.replicas for cfg in configs.values()})
     if len(values) > 1:
         raise UserError(f"replicas={','.join(map(str, values))}: belongs to the sweep as a whole; give one value")
@@ -94,14 +94,15 @@ def check_replicas(cfg: DictConfig) -> None:
     given = f"replicas={cfg.replicas}"
     if traits_of(parts.part(cfg, "engine").func).make_stack is None:
         raise UserError(
-            f"{given}: {cfg.engine._target_} makes the step of one run, folded runs take theirs together; "
+            f"{given}: {cfg.engine._target_} computes the step of one run, and folded runs take a common one; "
             "use engine=eager or engine=graph, or leave out replicas"
         )
     if cfg.precision != "fp32":
-        reason = "autocast does not see what torch.vmap makes of a model's operations"
+        reason = "torch.vmap hides the operations of a model from autocast"
         raise UserError(f"{given} and precision={cfg.precision}: {reason}; use precision=fp32, or leave out replicas")
     if cfg.channels_last:
-        raise UserError(f"{given} and channels_last=true: what is stacked has one memory format; leave out either")
+        reason = "folded runs use torch's default memory format"
+        raise UserError(f"{given} and channels_last=true: {reason}; leave out one of the two")
     source = parts.part(cfg, "data")()
     try:
         model, batch = parts.meta_model(cfg, source), (cfg.batch_size, *source.in_shape)
@@ -124,7 +125,7 @@ def together(jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 def common(cfg: DictConfig) -> str:
-    """The settings that runs computed as one share: all but the seed and the optimizer's numbers."""
+    """The settings, as JSON, that runs computed as one share: all but the seed and the optimizer's numbers."""
     shared = select(OmegaConf.to_container(cfg, resolve=True), NUMBERS | LOOKING | PLACE)
     shared = {k: None if k.startswith("optimizer.") and is_number(value) else value for k, value in shared.items()}
     return json.dumps(shared, sort_keys=True, default=str)
