@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from bnexp.cli.sweep import worker
-from bnexp.cli.sweep.jobs import NAME
+from bnexp.cli.sweep.jobs import SWEEP
 from bnexp.config.compose import composed
 from bnexp.data import digits
 from bnexp.data.digits import Digits
@@ -189,7 +189,7 @@ def test_a_sweep_loads_a_dataset_once_and_never_holds_two(bnexp, monkeypatch):
 @pytest.fixture
 def one_of_four(tmp_path):
     """``one_of_four(*overrides) -> config`` of a job of a sweep of four."""
-    (tmp_path / NAME).write_text(json.dumps({"jobs": dict.fromkeys("abcd", {})}))
+    (tmp_path / SWEEP).write_text(json.dumps({"jobs": dict.fromkeys("abcd", {})}))
     return lambda *overrides: composed(["device=cpu", f"out={tmp_path}/a", *overrides])
 
 

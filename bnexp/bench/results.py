@@ -7,9 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from rich.table import Table
 
 from bnexp.errors import UserError
 from bnexp.store.files import write_new
-from bnexp.store.run_folder import check_free, git_commit, versions
+from bnexp.store.run_folder import check_free, git_commit, new_folder, versions
 
 if TYPE_CHECKING:  # torch takes seconds to import; a misspelt setting is refused before
     import torch
@@ -39,19 +37,14 @@ def make_results_folder(out: str | None) -> Path:
     A new folder belongs to this process alone: of two in the same second, the second gets the suffix ``-2``.
     Raises :class:`UserError` if ``out`` cannot be used.
     """
+    if not out:
+        return new_folder(Path("outputs") / time.strftime("%Y-%m-%d"), time.strftime("bench-%H%M%S"))
     try:
-        if out:
-            check_results_folder(Path(out))
-            Path(out).mkdir(parents=True, exist_ok=True)
-            return Path(out)
-        path = first = Path("outputs") / time.strftime("%Y-%m-%d/bench-%H%M%S")
-        for suffix in count(2):
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                return path
-            path = first.with_name(f"{first.name}-{suffix}")
+        check_results_folder(Path(out))
+        Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out or path}: cannot be made ({error.strerror}); choose another folder") from error
+        raise UserError(f"out={out}: cannot be made ({error.strerror}); choose another folder") from error
+    return Path(out)
 
 
 def write_results(path: Path, content: Mapping[str, Any], rows: Sequence[Mapping]) -> None:

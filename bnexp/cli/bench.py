@@ -1,4 +1,4 @@
-"""``bnexp bench``: every implementation of batch norm, compared with float64 and then timed."""
+"""``bnexp bench``: compares every implementation of batch norm with float64 and times it."""
 
 import os
 import shlex

@@ -4,12 +4,11 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from bnexp.cli.flags import parse_line
-from bnexp.cli.sweep.grid import Grid, read_grid
-from bnexp.cli.sweep.jobs import prepare, take_all
+from bnexp.cli.sweep.grid import Grid, Job, read_grid
+from bnexp.cli.sweep.jobs import BANDS, all_taken, folder_told, prepare
 from bnexp.cli.sweep.lockstep import race
 from bnexp.config.compose import session
 from bnexp.config.explain import parse_words
@@ -26,62 +25,52 @@ from bnexp.store.writer import write_bands, write_layout
 
 
 def compare(arguments: Sequence[str]) -> int:
-    """``bnexp compare``: the runs of ``train -m`` in lockstep, and a report; 1 if any failed."""
+    """``bnexp compare``: the runs of ``train -m`` in lockstep, and a report; returns 1 if a run failed."""
     named = [word for word in arguments if word.startswith("baseline=")]
-    line = parse_line("compare", [word for word in arguments if word not in named], many=True)
-    with session(line.source), ExitStack() as locks:
+    line = parse_line("compare", [word for word in arguments if word not in named])
+    with session(line.source):
         grid = read_grid(line.words)
         baseline = find_baseline(grid, named[-1].partition("=")[2] if named else None)
-        folder, jobs, configs = prepare(grid, "compare")
-        take_all(jobs, locks)
-        quiet = next(iter(configs.values())).quiet
-        try:
-            failed = race(jobs, configs, baseline, quiet)
-            conclude(folder, baseline, [job.folder for job in jobs if job.variant == baseline], quiet)
-        except KeyboardInterrupt:
-            print(f"to go on, repeat the command with out={folder}", file=sys.stderr)
-            raise
-        finally:
-            print(folder, flush=True)
+        folder, jobs = prepare(grid, "compare")
+        jobs.sort(key=lambda job: job.variant != baseline)
+        with all_taken(jobs), folder_told(folder):
+            failed = race(jobs)
+            conclude(baseline, [job for job in jobs if job.variant == baseline])
     return 1 if failed else 0
 
 
-def find_baseline(grid: Grid, wanted: str | None) -> str:
-    """The variant that the others are compared with: the one that ``wanted`` names, by default the first."""
+def find_baseline(grid: Grid, given: str | None) -> str:
+    """The variant that the others are compared with: the one that ``baseline=`` gives, by default the first."""
     varied = [key for key in grid.swept if decides(key) & NUMBERS]
     if not varied:
-        raise UserError("compare: nothing varies but the seed; give a setting several values, norm=none,library say")
-    words = [] if wanted is None else re.split(r",(?=[^,=]+=)", wanted)
+        raise UserError("compare: nothing varies but the seed; give a setting several values: norm=none,library")
+    words = [] if given is None else re.split(r",(?=[^,=]+=)", given)
     parsed = parse_words([word for word in words if "=" in word])
-    asked = {f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed}  # 1e-2 is 0.01
-    for variant, point in zip(grid.variants, grid.points, strict=True):
-        own = {word for word in point if word.partition("=")[0] in varied}
-        if wanted in (None, variant) or (asked and asked <= own):
+    wanted = {f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in parsed}  # 1e-2 is 0.01
+    for _, variant, overrides in grid.points:
+        own = {word for word in overrides if word.partition("=")[0] in varied}
+        if given in (None, variant) or (wanted and wanted <= own):
             return variant
-    known = ", ".join(dict.fromkeys(grid.variants))
-    raise UserError(f"baseline={wanted}: not among the variants, which are {known}; write baseline=norm=none, say")
+    known = ", ".join(dict.fromkeys(point.variant for point in grid.points))
+    raise UserError(f"baseline={given}: not among the variants {known}; give one, as in baseline=norm=none")
 
 
 def conclude(
-    folder: Path,
-    baseline: str,
-    runs: Sequence[Path],
-    quiet: bool,
-    best_over: str | None = None,
-    names: Mapping[Path, str] | None = None,
+    baseline: str, runs: Sequence[Job], best_over: str | None = None, names: Mapping[Path, str] | None = None
 ) -> None:
-    """Report on the runs in ``folder``; ``runs`` are the baseline's. Writes figures, tables and bands there."""
-    names = names or {}
-    label = find_label(runs, best_over, names)
-    if label is not None:
-        comparison = make_report(
-            [folder], baseline=label, best_over=best_over, out=folder, quiet=quiet, names=names
-        )  # fmt: skip
-        write_band_runs(folder, comparison.variants)
+    """Report on all runs of the sweep that ``runs``, those of the baseline, belong to; write the results in its folder.
+
+    ``names`` names variants by the folders of their runs; without it the settings that differ are the names.
+    """
+    folder, quiet = runs[0].folder.parent, runs[0].cfg.quiet
+    label = find_label([job.folder for job in runs], best_over, names or {})
+    if label is None:
+        if not quiet:
+            show_sweep(folder)
+        print(f"no comparison: no run of the baseline, {baseline}, has finished", file=sys.stderr)
         return
-    if not quiet:
-        show_sweep(folder)
-    print(f"no comparison: no run of the baseline, {baseline}, has finished", file=sys.stderr)
+    comparison = make_report([folder], baseline=label, best_over=best_over, out=folder, quiet=quiet, names=names)
+    write_band_runs(folder, comparison.variants)
 
 
 def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Path, str]) -> str | None:
@@ -96,7 +85,7 @@ def find_label(folders: Sequence[Path], best_over: str | None, names: Mapping[Pa
 def write_band_runs(folder: Path, variants: Sequence[Variant]) -> None:
     """Write a TensorBoard run of means and intervals for each variant under ``bands/``, and their layout."""
     tags = [tag for tag in PANELS if any(tag in run.curves for variant in variants for run in variant.runs)]
-    bands = folder / "bands"
+    bands = folder / BANDS
     shutil.rmtree(bands, ignore_errors=True)  # from an earlier start of this comparison
     for variant in variants:
         rows = [

@@ -1,60 +1,80 @@
-"""Help, usage and shell completion, answered without importing torch or Hydra."""
+"""Help, usage errors and shell completion, answered without importing torch or Hydra."""
 
+import argparse
 import os
 import textwrap
+from typing import NoReturn
 
 from bnexp.config.choices import GROUPS, choices
+from bnexp.errors import UserError
 
 COMMANDS = {
     "train": "train one model and log it to TensorBoard; -m trains every combination of several values",
-    "resume": "go on with an interrupted run from its last checkpoint",
-    "rerun": "run a run folder's config again, with other values if you give any",
-    "compare": "train variants in lockstep, with the same seeds, and say which is better and how sure that is",
-    "study": "a published claim, from its settings to whether it holds; alone it lists them",
-    "report": "the same verdict, tables and figure from run folders that are finished",
-    "inspect": "a trained model looked at again: statistics of its norms, mistakes, feature maps",
-    "summary": "a table of the model: layers, shapes, parameters and where norms sit",
+    "resume": "continue an interrupted run from its last checkpoint",
+    "rerun": "train again with the settings of an earlier run, some of them changed if you like",
+    "compare": "train variants with the same seeds and report which is better, and how certain that is",
+    "study": "test a published claim: train its variants and report whether it holds; alone: list the studies",
+    "report": "compare finished runs: the tables, verdict and figure of compare",
+    "inspect": "examine a trained model: statistics of its norms, mistakes, feature maps",
+    "summary": "print the layers of a model, with shapes and parameters, and where its norms are",
     "bench": "compare every implementation of batch norm with float64, then time those that agree",
     "completion": "print the bash script that completes commands, groups and values",
 }
 EXAMPLES = """\
-bnexp train                                          LeNet with batch norm on embedded digits, seconds
-bnexp train model=resnet norm=scratch                the textbook batch norm in a ResNet
+bnexp train                                          LeNet with batch norm on small digits, in seconds
+bnexp train model=resnet norm=scratch                a ResNet with the textbook batch norm
 bnexp train data=mnist optimizer=sgd optimizer.lr=0.1 schedule=cosine epochs=10
 bnexp summary model=densenet data.size=224           layers, shapes, parameters
-bnexp compare norm=none,library 'seed=range(5)'      does batch norm help, and how sure is that"""
+bnexp compare norm=none,library 'seed=range(5)'      does batch norm help, and how certain is that?"""
+SETTINGS = "bnexp train --help lists the settings."
 USAGE = {
     "resume": """\
-usage: bnexp resume RUN
+usage: bnexp resume RUN [device=NAME] [data.root=DIR] [threads=N] [setting=value]
 
-Goes on with an interrupted run from its last checkpoint, in its own folder and with its own settings.
-bnexp train ... out=RUN resume=true begins the run if there is none yet, and else does the same.""",
-    "rerun": """\
+Continues an interrupted run from its last checkpoint, in its own folder and with its own settings.
+Only settings of the place can be given: where the data are, which device, how many threads.
+bnexp train ... out=RUN resume=true starts the run if there is none in RUN yet, and otherwise continues it.""",
+    "rerun": f"""\
 usage: bnexp rerun RUN [setting=value] ... [out=DIR]
 
-Trains once more with the settings of a run, but for those given, in a folder of its own.
-Settings are those of bnexp train --help.""",
-    "summary": """\
+Trains again with the settings of a run, in a new folder. Settings given here replace those of the run.
+{SETTINGS}""",
+    "summary": f"""\
 usage: bnexp summary [model=NAME] [norm=NAME] [setting=value] ...
 
-Prints the layers of a model with their shapes and parameters, and where norms sit; reads no data and writes nothing.
-Settings are those of bnexp train --help.""",
-    "compare": """\
-usage: bnexp compare norm=none,library 'seed=range(5)' [setting=value] [baseline=norm=none] [out=DIR]
+Prints the layers of a model with their shapes and parameters, and where its norms are.
+Reads no data and writes nothing. {SETTINGS}""",
+    "compare": f"""\
+usage: bnexp compare norm=none,library 'seed=range(5)' [setting=value] ... [baseline=norm=none] [out=DIR]
 
-Trains every combination in lockstep and says how each variant differs from the baseline, the first.
-Settings are those of bnexp train --help.""",
-    "study": """\
-usage: bnexp study [NAME [quick=true | full=true] [setting=value] [variants.ROLE=override] [out=DIR]]
+Trains every combination of the values in lockstep, and reports how each variant differs from the baseline.
+The baseline is the first variant, unless baseline= names another.
+{SETTINGS}""",
+    "study": f"""\
+usage: bnexp study [NAME [quick=true | full=true] [setting=value] ... [variants.ROLE=override] [out=DIR]]
 
-Without a name, lists the studies. A study trains its variants with at least three seeds, writes what compare writes,
-and ends with each expectation, the number found, and whether it holds; exit code 3 if one does not. NAME may
-also be a yaml file of your own.""",
+Without a name, lists the studies. NAME can also be a yaml file of your own.
+Trains the variants of the study with at least three seeds, writes what compare writes, and then prints each
+expectation, the measured value and whether the expectation holds. The exit code is 3 if one does not hold.
+
+  quick=true, full=true   the short form of the study, or the one at full size, if it has one
+  variants.ROLE=override  train this instead of the variant that has this role in the study
+
+{SETTINGS}""",
     "completion": """\
 usage: eval "$(bnexp completion)"
 
 Prints the bash script that completes commands, groups and values.""",
-}  # the other commands build theirs from what they take
+}  # train, report, inspect and bench print their own
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are :class:`UserError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('bnexp ')}: {message}; {self.prog} --help shows what it takes")
+
+
 BASH = """\
 # bash completion for bnexp; load it with: eval "$(bnexp completion)"
 _bnexp() {
@@ -68,7 +88,7 @@ complete -o default -F _bnexp bnexp"""
 def help_text() -> str:
     commands = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
     groups = "\n".join(f"  {group + '=':<12}{' | '.join(choices(group))}" for group in GROUPS)
-    groups += f"\n  {'probe=':<12}[{','.join(choices('probe'))}], any of them"
+    groups += f"\n  {'probe=':<12}[{','.join(choices('probe'))}], one or more of these"
     return (
         "bnexp: what does batch normalization do to this network?\n\n"
         "usage: bnexp COMMAND [group=choice] [setting=value] ...\n\n"
@@ -78,7 +98,7 @@ def help_text() -> str:
 
 
 def completion(arguments: list[str]) -> int:
-    """Print the bash script, or with ``query`` what can stand where COMP_LINE ends."""
+    """Print the bash script or, with ``query``, the words that complete COMP_LINE."""
     if arguments != ["query"]:
         print(BASH)
         return 0
@@ -92,18 +112,13 @@ def completion(arguments: list[str]) -> int:
         if len(words) - bool(typed) == 2:
             print("\n".join(name for name in choices("study") if name.startswith(typed)))
     elif words[1] in ("train", "summary"):
-        # Hydra completes "program overrides"; it must not see the command's word.
+        # Hydra completes "program overrides", so the command's word is taken out.
         os.environ["COMP_LINE"] = line = line.replace(f" {words[1]}", "", 1)
         os.environ["COMP_POINT"] = str(len(line))
-        complete()
+        from hydra.core.global_hydra import GlobalHydra
+
+        from bnexp.config.compose import session
+
+        with session():
+            GlobalHydra.instance().hydra.shell_completion("train", ["query=bash"])
     return 0
-
-
-def complete() -> None:
-    """Print what Hydra offers where COMP_LINE ends."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    from bnexp.config.compose import session
-
-    with session():
-        GlobalHydra.instance().hydra.shell_completion("train", ["query=bash"])

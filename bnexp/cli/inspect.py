@@ -1,4 +1,4 @@
-"""``bnexp summary`` and ``bnexp inspect``: a model before it is trained, and a run that has a checkpoint."""
+"""``bnexp summary`` prints a model's layers; ``bnexp inspect`` examines a run that has a checkpoint."""
 
 import argparse
 import re
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from bnexp.cli.flags import parse_line, was_shown
+from bnexp.cli.help import Parser
 from bnexp.config import build, check, parts, schema
 from bnexp.config.compose import composed, session
 from bnexp.config.start import fitting
@@ -38,13 +39,13 @@ from bnexp.store.untrusted import printable
 from bnexp.train.run import EVALUATION_BATCH, Run
 
 POPULATION_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
-MOST_LAYERS = 8  # pictured by default
-SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is looked at
+MOST_LAYERS = 8  # shown by default
+SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is evaluated
 UNMARKED = {"markup": False, "highlight": False, "emoji": False}
 
 
 def summary(arguments: list[str]) -> int:
-    """``bnexp summary [overrides]``: the layers of the model that these overrides make; reads no data."""
+    """``bnexp summary [overrides]``: print the layers of the model that the overrides make; reads no data."""
     line = parse_line("summary", arguments)
     if was_shown(line):
         return 0
@@ -57,10 +58,9 @@ def summary(arguments: list[str]) -> int:
 
 
 def summary_table(model: nn.Module, in_shape: Sequence[int]) -> Table:
-    """A table of the layers, closed by totals: parameters, buffer elements and multiply-adds per image.
+    """A table of the layers with their output shapes for one image, then totals: parameters, buffers, multiply-adds.
 
-    Outputs are those of one image; the layers of every shipped model fit a terminal of 80 columns. A copy of the model
-    runs on torch's meta device, where tensors have shapes and no contents, so that a large image costs nothing.
+    A copy of the model runs on torch's meta device, where tensors have no contents, so a large image costs nothing.
     """
     layers = list_layers(model, in_shape)
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
@@ -84,11 +84,11 @@ def summary_table(model: nn.Module, in_shape: Sequence[int]) -> Table:
 
 
 def inspect(arguments: list[str]) -> int:
-    """``bnexp inspect RUN``: a finished run under probes, from its last checkpoint; its own files stay as they are."""
+    """``bnexp inspect RUN``: evaluate and probe a run's last checkpoint; the files of the run are not changed."""
     options = parse_inspect(arguments)
     run = load_run(options)
     name, indices = choose_images(run, options.images)
-    with writing_to(options.out):  # find out before the work
+    with writing_to(options.out):  # refuses a folder that cannot be written before the work
         options.out.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=options.out).close()
     show_inspection(run, options, name, list(look_at_run(run, name, indices, options.layers)), Console())
@@ -96,70 +96,62 @@ def inspect(arguments: list[str]) -> int:
 
 
 def parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
-    """``folder``, ``images``, ``layers``, ``out`` and ``overrides`` of the command line.
+    """The command line as ``folder``, ``images``, ``layers``, ``out`` and ``overrides``.
 
-    ``images`` and ``layers`` are None where they are not given; :class:`UserError` for what no run can have.
+    ``images`` and ``layers`` are lists, or None if they are not given. Raises :class:`UserError` for values that are
+    wrong for every run, and for a folder without a run.
     """
-    parser = argparse.ArgumentParser(
-        "bnexp inspect",
-        description="Look at a run that has a checkpoint; its own files stay as they are.",
-    )
+    about = "Examine a run that has a checkpoint; the files of the run are not changed."
+    parser = Parser("bnexp inspect", description=about)
     parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
-    where = "data.root=DIR, device=NAME, threads=N or allow=[PACKAGE], where they are others here than in training"
+    where = "data.root=DIR, device=NAME, threads=N or allow=[PACKAGE], if they are not the same as in training"
     parser.add_argument("overrides", metavar="setting=value", nargs="*", help=where)
-    parser.add_argument("--images", metavar="0,1,2", help="test images to picture, counted from 0; the first three")
-    parser.add_argument("--layers", metavar="conv1,...", help="layers to picture; at most 8 that put out maps")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write; inspect/ in the run's folder")
-
-    def refuse(message: str) -> None:
-        raise UserError(f"inspect: {message}; bnexp inspect --help shows what it takes")
-
-    parser.error = refuse
+    images = "test images to show, counted from 0; the first three by default"
+    parser.add_argument("--images", metavar="0,1,2", type=read_images, help=images)
+    layers = "layers to show; by default up to 8 whose outputs are maps"
+    parser.add_argument("--layers", metavar="conv1,...", help=layers)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write, by default RUN/inspect")
     options = parser.parse_intermixed_args(list(arguments))
     check_folder(options.folder)
     inside = options.folder / "inspect"
     if options.out is None and inside.is_symlink():
-        why = "a link to another place, where nothing is written; remove it or choose with --out DIR"
-        raise UserError(f"{inside}: {why}")
+        raise UserError(f"{inside}: a link, and nothing is written through links; remove it, or give --out DIR")
     options.out = options.out or inside
-    options.images = read_images(options.images)
     if options.layers is not None:
         options.layers = list(dict.fromkeys(name.strip() for name in options.layers.split(",")))
     return options
 
 
-def check_folder(path: Path) -> None:
-    """Refuse what is not the folder of a run with a checkpoint."""
-    holds = f"the folder of a run, which holds {CONFIG}, {STATUS} and {checkpoint.NAME}"
-    if not path.is_dir():
-        if path.is_file() and (path.parent / CONFIG).is_file():
-            raise UserError(f"{path}: a file; give the folder that it lies in, {path.parent}")
-        raise UserError(f"{path}: no such folder; give {holds}")
-    if not (path / CONFIG).is_file():
-        runs = [each for each in run_folders(path) if (each / CONFIG).is_file() and (each / checkpoint.NAME).is_file()]
-        if runs:
-            many = "a run" if len(runs) == 1 else f"{len(runs)} runs"
-            raise UserError(f"{path}: holds {many} and is none itself; give the folder of one, such as {runs[0]}")
-        raise UserError(f"{path}: holds no run; give {holds}")
-    if not (path / checkpoint.NAME).exists():
-        raise UserError(f"{path}: there is no {checkpoint.NAME} in it yet, so there are no weights to look at; "
-                        f"bnexp resume {path} goes on with a run that is not over")  # fmt: skip
-
-
-def read_images(text: str | None) -> list[int] | None:
-    """``0,1,2`` as numbers."""
-    if text is None:
-        return None
+def read_images(text: str) -> list[int]:
+    """``0,1,2`` as numbers, each once."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() for word in words):
-        raise UserError(f"--images {text}: not numbers of images; give such as 0,1,2, counted from 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a list of image numbers; give some such as 0,1,2")
     return list(dict.fromkeys(map(int, words)))
 
 
+def check_folder(path: Path) -> None:
+    """Raise :class:`UserError` if ``path`` is not the folder of a run with a checkpoint."""
+    holds = f"the folder of a run, which holds {CONFIG}, {STATUS} and {checkpoint.NAME}"
+    if path.is_file() and (path.parent / CONFIG).is_file():
+        raise UserError(f"{path}: a file; give the folder that it lies in, {path.parent}")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give {holds}")
+    if not (path / CONFIG).is_file():
+        runs = [each for each in run_folders(path) if (each / CONFIG).is_file() and (each / checkpoint.NAME).is_file()]
+        if not runs:
+            raise UserError(f"{path}: holds no run; give {holds}")
+        many = "a run" if len(runs) == 1 else f"{len(runs)} runs"
+        raise UserError(f"{path}: holds {many} and is none itself; give the folder of one, such as {runs[0]}")
+    if not (path / checkpoint.NAME).exists():
+        raise UserError(f"{path}: has no {checkpoint.NAME} yet, so there are no weights to examine; "
+                        f"continue the run with bnexp resume {path}")  # fmt: skip
+
+
 def load_run(options: argparse.Namespace) -> Run:
-    """The run as its last checkpoint left it."""
+    """The run at its last checkpoint."""
     cfg = moved(options.folder, options.overrides, "inspect")
-    cfg.engine = OmegaConf.structured(schema.Train).engine  # nothing is trained: a graph's run can be seen on a CPU
+    cfg.engine = OmegaConf.structured(schema.Train).engine  # nothing is trained, so engine=graph needs no GPU
     check.check(cfg, free=False)
     source = parts.part(cfg, "data")()
     model = parts.meta_model(cfg, source)
@@ -175,7 +167,7 @@ def load_run(options: argparse.Namespace) -> Run:
 
 
 def choose_images(run: Run, given: list[int] | None) -> tuple[str, list[int]]:
-    """The part of the data to look at, ``test``, ``valid`` or ``train``, and the images of it to picture."""
+    """The split to evaluate, ``test``, ``valid`` or ``train``, and the indices of the images to show."""
     name = next(name for name in SPLIT_NAMES if len(getattr(run.dataset, name)))
     num_images = len(getattr(run.dataset, name))
     if beyond := [index for index in given or () if index >= num_images]:
@@ -188,16 +180,15 @@ def choose_images(run: Run, given: list[int] | None) -> tuple[str, list[int]]:
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn an error of the file system inside into :class:`UserError`."""
+    """Turn an OSError raised inside into :class:`UserError` about ``--out``."""
     try:
         yield
     except OSError as error:
-        why = f"cannot be written to ({error.strerror}); choose another folder with --out DIR"
-        raise UserError(f"--out {folder}: {why}") from error
+        raise UserError(f"--out {folder}: cannot be written to ({error.strerror}); choose another folder") from error
 
 
 def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[str] | None) -> Iterator[Reading]:
-    """The readings of probes on a run that stays as it is: of its norms, of the part ``name``, of single images."""
+    """Yield readings of the norms, the whole split ``name`` and its images ``indices``; the run is not changed."""
     split, model = getattr(run.dataset, name), shadow(run).eval()
     recomputed = recomputed_model(run, POPULATION_IMAGES)
     yield norm_table(model, recomputed)
@@ -208,7 +199,10 @@ def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[st
 
 
 def choose_layers(layers: Sequence[Layer]) -> list[str]:
-    """The layers to picture by default: those with maps, or of more than 8 the last of every size; else the last 8."""
+    """The layers to show by default, at most 8: those whose outputs are maps, or if there are none the last layers.
+
+    If more than 8 have maps, the last one of every map size is chosen.
+    """
     shown = [layer for layer in layers if has_maps(layer.out_shape)]
     if len(shown) > MOST_LAYERS:
         shown = list({layer.out_shape[1:]: layer for layer in shown}.values())
@@ -217,16 +211,16 @@ def choose_layers(layers: Sequence[Layer]) -> list[str]:
 
 
 def why_one_score(layers: Sequence[Layer]) -> str:
-    """Why there is no other way to evaluate a model none of whose norms keeps running statistics."""
+    """Why a model without running statistics has one score only, in a sentence for the person."""
     norms = [layer.norm for layer in layers if layer.norm]
     if not norms:
         return "There is no norm in this model, so there are no statistics to choose between."
     if any(re.search(r"over .*\bN\b", norm) for norm in norms):
         return (
-            f"Its norms keep no running statistics: every {EVALUATION_BATCH} images that are evaluated together are "
-            "normalized by their own, and there is nothing to recompute."
+            f"Its norms keep no running statistics: they normalize each {EVALUATION_BATCH} evaluated images by the "
+            "statistics of these images, so there is nothing to recompute."
         )
-    return f"Its norms ({norms[0]}) look at one image at a time: no statistics of a batch are involved."
+    return f"Its norms ({norms[0]}) normalize one image at a time and use no statistics of the batch."
 
 
 def show_inspection(
@@ -260,7 +254,7 @@ def show_inspection(
 
 
 def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, Any]:
-    """What inspection.json holds besides the readings."""
+    """The content of inspection.json besides the readings."""
     tracks = bool(tracking_norms(run.model))
     return {
         "run": str(folder),
@@ -277,12 +271,12 @@ def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, A
 
 
 def opening_lines(about: dict[str, Any], status: dict) -> Iterator[str]:
-    """What is looked at, and what must be known before the numbers are read."""
+    """The lines above the tables: which run and checkpoint, and warnings about how to read the numbers."""
     ended, step = printable(about["status"] or "of unknown status", 40), status.get("step", about["step"])
     weights = f"weights of step {about['step']:,} (epoch {about['epoch']:.3g}) on {about['device']}"
     yield f"{printable(about['run'])}: {ended} at step {step:,}, {weights}"
     if ended == "diverged":
         since = printable(status.get("diverged_step", step), 40)
-        yield f"The loss is not finite since step {since}; what follows is about the last checkpoint."
+        yield f"The loss is not finite from step {since} on; the numbers below are of the last checkpoint."
     if about["split"] != "test":
-        yield f"There are no test images, so the {about['split']} images are looked at instead."
+        yield f"There are no test images, so the {about['split']} images are used instead."

@@ -1,10 +1,9 @@
-"""Dispatches commands and prints errors; imports neither torch nor Hydra before a command runs."""
+"""Finds the command, runs it and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
 import os
 import re
 import sys
-from collections.abc import Callable
 from importlib import import_module
 
 from bnexp import startup
@@ -12,7 +11,7 @@ from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
 from bnexp.errors import UserError, nearest
 from bnexp.store.untrusted import printable
 
-HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # commands without a file of their own name
+HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file of a command, if not its own name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
         startup.settle()
-        return find_command(command)(rest)
+        return getattr(import_module(f"bnexp.cli.{HOMES.get(command, command)}"), command)(rest)
     except UserError as error:
         complain(error)
         return error.exit_code
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             where = f"{error.filename}: " if error.filename else ""
             complain(where + (error.strerror or str(error)))
             return 1
-        # The reader of the output has gone, or its disk is full; run folders are not touched by that.
+        # The output went to a closed pipe or a full disk; the run folders are not affected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(f"cannot write the output: {error.strerror}")
         return 1
@@ -64,12 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def find_command(name: str) -> Callable[[list[str]], int]:
-    """The function ``name`` of the file in ``bnexp/cli`` that holds the command."""
-    return getattr(import_module(f"bnexp.cli.{HOMES.get(name, name)}"), name)
-
-
 def complain(what: object) -> None:
+    """Print an error on stderr."""
     print(f"bnexp: error: {printable(what)}", file=sys.stderr)
 
 

@@ -1,26 +1,22 @@
 """``bnexp report``: the verdict, tables and figures of finished runs."""
 
-import argparse
-
-from bnexp.errors import UserError
+from bnexp.cli.help import Parser
 
 
 def report(arguments: list[str]) -> int:
-    """``bnexp report RUN_OR_SWEEP...``: compare finished runs, sorted into variants by everything but the seed."""
+    """``bnexp report RUN_OR_SWEEP...``: compare finished runs; runs that differ only in the seed are one variant."""
     from bnexp.report.report import REPORT_FORMATS, make_report
 
-    parser = argparse.ArgumentParser("bnexp report", description="Compare finished runs.")
-    parser.add_argument("paths", nargs="+", metavar="RUN_OR_SWEEP", help="run folders, or folders of run folders")
-    parser.add_argument("--baseline", metavar="NAME", help="the variant to compare with: none, or norm=none")
-    parser.add_argument("--best-over", metavar="KEY", help="first pick each variant's best value of this setting")
-    parser.add_argument("--out", metavar="DIR", help="write comparison.png, .svg, .json and .md there")
+    parser = Parser("bnexp report", description="Compare finished runs: print tables and the verdict.")
+    parser.add_argument("paths", nargs="+", metavar="RUN_OR_SWEEP", help="folders of runs, or folders that hold runs")
+    baseline = "the variant to compare the others with, such as norm=none, which is the default if there is one"
+    parser.add_argument("--baseline", metavar="NAME", help=baseline)
+    best_over = "compare each variant at its best value of this setting, such as optimizer.lr"
+    parser.add_argument("--best-over", metavar="KEY", help=best_over)
+    parser.add_argument("--out", metavar="DIR", help="write comparison.png, .svg, .json and .md into this folder")
     shape = parser.add_mutually_exclusive_group()
     for name in REPORT_FORMATS:
-        shape.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=f"print {name} only")
-
-    def refuse(message: str) -> None:
-        raise UserError(f"report: {message}; bnexp report --help shows what it takes")
-
-    parser.error = refuse
+        help = f"print {name} instead of tables"
+        shape.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=help)
     make_report(**vars(parser.parse_args(arguments)))
     return 0

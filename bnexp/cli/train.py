@@ -1,14 +1,15 @@
-"""``bnexp train``, ``resume`` and ``rerun``: runs that are begun, gone on with and repeated."""
+"""``bnexp train``, ``resume`` and ``rerun``: start a run, continue it, and repeat it."""
 
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from bnexp.cli.flags import Line, parse_line, was_shown
+from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
 from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError
@@ -19,15 +20,11 @@ from bnexp.store.settings import PLACE, differences, first_few
 if TYPE_CHECKING:
     from bnexp.train.run import Run
 
-ABOUT = """\
-bnexp train: train one model and log it to TensorBoard.
-probe takes a list, probe=[activations,gradients]; a study is a command of its own, bnexp study NAME."""
-
 
 def train(arguments: list[str]) -> int:
-    """``bnexp train``: one run, whose folder is the last line printed; with ``-m`` a sweep."""
+    """``bnexp train``: train one run, or with ``-m`` a sweep, and print its folder last."""
     line = parse_line("train", arguments)
-    if was_shown(line, ABOUT, "[-m] "):
+    if was_shown(line):
         return 0
     if line.multirun:
         return train_many(line)
@@ -36,8 +33,8 @@ def train(arguments: list[str]) -> int:
     return train_one(cfg, [word for word in line.words if not word.startswith("hydra")])
 
 
-def train_many(line: Line) -> int:
-    """``bnexp train -m``: every job of the sweep that is not done yet; 1 if any failed."""
+def train_many(line: Namespace) -> int:
+    """``bnexp train -m``: run every job of the sweep that is not done; returns 1 if a run failed."""
     with quick_imports():
         from bnexp.cli.sweep.grid import read_grid
         from bnexp.cli.sweep.jobs import prepare
@@ -46,39 +43,40 @@ def train_many(line: Line) -> int:
 
     with session(line.source):
         grid = read_grid(line.words)
-        hydra_config(grid, Path())  # a launcher that does not exist is refused before any work
-        folder, jobs, configs = prepare(grid, "sweep")
-        quiet = next(iter(configs.values())).quiet
+        hydra_config(grid.hydra)  # refuses a launcher that does not exist before any work
+        folder, jobs = prepare(grid, "sweep")
         try:
-            failed = run_all(grid, folder, jobs, configs)
+            failed = run_all(grid.hydra, folder, jobs)
         finally:
-            if not quiet and any(written_at(job.folder) for job in jobs):
+            if not jobs[0].cfg.quiet and any(written_at(job.folder) for job in jobs):
                 show_sweep(folder)
             print(folder, flush=True)
     return 1 if failed else 0
 
 
 def train_one(cfg: DictConfig, words: Sequence[str]) -> int:
-    """Check, build, claim a folder, train; prints the folder's path last, even when interrupted."""
+    """Check the config, build the run, claim its folder and train; prints the folder last, even when interrupted."""
     with quick_imports():
         from bnexp.config import build, check
 
-    if cfg.resume and is_begun(cfg):
-        return resume_as(cfg)
+    if cfg.resume and not cfg.out:
+        raise UserError("resume=true: which run? Name its folder too, out=DIR; a new run starts there if it holds none")
+    if cfg.resume and (Path(cfg.out) / CONFIG).is_file():
+        return continue_same(cfg)
     check.check(cfg)
     run = build.build(cfg)
     text = OmegaConf.to_yaml(cfg, resolve=True)
     day = Path("outputs") / time.strftime("%Y-%m-%d")
     folder = claim_new(day, run_name(cfg), text) if cfg.out is None else claim(Path(cfg.out), text)
     with taken(folder) as is_mine:
-        if not is_mine:  # another process that resumes runs was quicker
+        if not is_mine:  # another process has resumed it at once
             raise in_other_hands(folder)
         finish(cfg, run, words, folder)
     return 0
 
 
 def finish(cfg: DictConfig, run: "Run", words: Sequence[str], folder: Path) -> None:
-    """Drive the run to its end; prints the folder last."""
+    """Train to the end, from the checkpoint in ``folder`` if there is one; prints the folder last."""
     from bnexp.config import build, start
     from bnexp.train import progress
     from bnexp.train.drive import drive
@@ -99,7 +97,7 @@ def finish(cfg: DictConfig, run: "Run", words: Sequence[str], folder: Path) -> N
 
 
 def rerun(arguments: list[str]) -> int:
-    """``bnexp rerun RUN [overrides]``: the config of a run folder again, in a folder of its own."""
+    """``bnexp rerun RUN [overrides]``: train again with the config of a run, in a new folder."""
     if not arguments or ("=" in arguments[0] and not Path(arguments[0]).is_dir()):
         raise UserError("rerun: which run? Give its folder first: bnexp rerun outputs/DATE/RUN seed=1")
     line = parse_line("rerun", arguments[1:])
@@ -109,7 +107,7 @@ def rerun(arguments: list[str]) -> int:
 
 
 def resume(arguments: list[str]) -> int:
-    """``bnexp resume RUN``: go on with an interrupted run, in its folder, from its last checkpoint."""
+    """``bnexp resume RUN``: continue an interrupted run, in its folder, from its last checkpoint."""
     if not arguments:
         raise UserError("resume: which run? Give the folder of an interrupted one: bnexp resume outputs/DATE/RUN")
     folder = Path(arguments[0]).expanduser()
@@ -119,17 +117,18 @@ def resume(arguments: list[str]) -> int:
     return 0
 
 
-def is_begun(cfg: DictConfig) -> bool:
-    """Whether ``out`` holds a run already."""
-    if not cfg.out:
-        raise UserError("resume=true: which run? Name its folder too, out=DIR; it is begun there if there is none yet")
-    return (Path(cfg.out) / CONFIG).is_file()
+def continue_same(cfg: DictConfig) -> int:
+    """Continue the run in ``out``, or leave it as it is if it has ended.
 
-
-def resume_as(cfg: DictConfig) -> int:
-    """Go on with the run in ``out``, whose settings must be those of ``cfg``; a run that has ended is left alone."""
+    Raises :class:`UserError` that names the settings in which it differs from ``cfg``.
+    """
     folder = Path(cfg.out)
-    check_same_run(folder, cfg)
+    there, here = (OmegaConf.to_container(each) for each in (stored_config(folder), cfg))
+    if found := differences(there, here, but=PLACE):
+        raise UserError(
+            f"out={folder}: holds a run with other settings ({first_few(found)}); "
+            "give those of the run, or another folder"
+        )
     if ended := go_on(cfg, folder):
         if not cfg.quiet:
             print(f"bnexp: {folder}: this run is {ended}, nothing is left to do", file=sys.stderr)
@@ -138,10 +137,7 @@ def resume_as(cfg: DictConfig) -> int:
 
 
 def go_on(cfg: DictConfig, folder: Path) -> str | None:
-    """Train from the last checkpoint in ``folder``, or from the first step if there is none, to the end.
-
-    A run that has ended is not touched; returns how it ended.
-    """
+    """Train the run in ``folder`` to its end and return None; if it has ended already, return how: its status."""
     with quick_imports():
         from bnexp.config import build, check
 
@@ -154,13 +150,3 @@ def go_on(cfg: DictConfig, folder: Path) -> str | None:
         check.check(cfg, free=False)
         finish(cfg, build.build(cfg), status.get("overrides", []), folder)
     return None
-
-
-def check_same_run(folder: Path, cfg: DictConfig) -> None:
-    """Raise :class:`UserError` that names what differs, unless the run in ``folder`` has the settings of ``cfg``."""
-    there, here = (OmegaConf.to_container(each) for each in (stored_config(folder), cfg))
-    if found := differences(there, here, but=PLACE):
-        raise UserError(
-            f"out={folder}: holds a run with other settings ({first_few(found)}); "
-            "give those of the run, or another folder"
-        )

@@ -83,15 +83,22 @@ def claim(path: Path, config: str) -> Path:
 
 
 def claim_new(parent: Path, name: str, config: str) -> Path:
-    """:func:`claim` a new folder ``parent/name``, or ``parent/name-2``, ... if that exists."""
-    for path in (parent / (f"{name}-{i}" if i > 1 else name) for i in itertools.count(1)):
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
-        return claim(path, config)
+    """:func:`claim` a :func:`new_folder`."""
+    return claim(new_folder(parent, name), config)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make the folder ``parent/name``, or ``parent/name-2``, ... if that exists, and return its path; atomic."""
+    path = parent / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(2):
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+            path = parent / f"{name}-{number}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
 
 
 @contextmanager

@@ -8,10 +8,12 @@ import struct
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from test_sweep import NAMES, SMALL, SWEEP, numbers, snapshot, statuses, step_that
 
 from bnexp.cli.main import main
-from bnexp.cli.sweep.lockstep import Entry, standings
+from bnexp.cli.sweep.grid import Job
+from bnexp.cli.sweep.lockstep import standings
 from bnexp.config import build
 from bnexp.config.compose import composed
 from bnexp.store.run_folder import read_status, taken
@@ -98,7 +100,9 @@ def test_the_live_table_shows_means_per_variant_and_the_difference_of_the_seeds_
     runs = [looped([], "a", 1), looped([], "a", 1), looped([], "b", 1), looped([], "b", 1)]
     for each, accuracy in zip(runs, (0.5, 0.7, 0.6, 0.9), strict=True):
         each.latest = {"loss/valid": accuracy, "accuracy/valid": accuracy}
-    assert standings(list(map(Entry, "aabb", (0, 1, 0, 2), runs))) == [
+    pairs = zip("aabb", (0, 1, 0, 2), strict=True)
+    jobs = [Job("", variant, (), Path(), OmegaConf.create({"seed": seed})) for variant, seed in pairs]
+    assert standings(dict(zip(jobs, runs, strict=True))) == [
         ["a", "2", "", "0.6000", "60.00%", ""],
         ["b", "2", "", "0.7500", "75.00%", "+10.00 points"],
     ]
@@ -206,8 +210,8 @@ def test_a_baseline_may_be_any_value(bnexp, swept, baseline, label):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["norm=none,library", "baseline=nonsense"], "not among the variants, which are none, library"),
-        (["norm=none,library", "baseline=norm=fused"], "not among the variants, which are none, library"),
+        (["norm=none,library", "baseline=nonsense"], "not among the variants none, library"),
+        (["norm=none,library", "baseline=norm=fused"], "not among the variants none, library"),
         (["norm=none,library", "baseline="], "not among the variants"),
         (["seed=0,1"], "nothing varies but the seed"),
         (["seed=0,1", "eval_train=true,false"], "nothing varies but the seed"),

@@ -291,8 +291,8 @@ def test_gaps_and_dead_channels_are_those_of_the_probe(folder, inspected):
     "name, sentence",
     [
         ("none", "There is no norm in this model"),
-        ("group", "Its norms (GroupNorm over C) look at one image at a time"),
-        ("untracked", "every 512 images that are evaluated together are normalized by their own"),
+        ("group", "Its norms (GroupNorm over C) normalize one image at a time"),
+        ("untracked", "normalize each 512 evaluated images by the statistics of these images"),
     ],
 )
 def test_a_model_without_running_statistics_has_one_score_and_a_reason(name, sentence, folder, inspected):
@@ -347,7 +347,7 @@ def test_a_diverged_run_is_said_to_be_one_and_its_json_is_strict(folder, inspect
     out, found = inspected(path := folder("diverged"))
     status = read_status(path)
     words = " ".join(out.split())  # wherever the lines break
-    assert f"diverged at step {status['step']}" in words and f"since step {status['diverged_step']}" in words
+    assert f"diverged at step {status['step']}" in words and f"from step {status['diverged_step']} on" in words
     assert found["scores"]["running"]["loss"] is None
     assert "not finite" in out and "nan" not in out
     assert (path / "inspect/image-0.png").is_file()
@@ -362,7 +362,7 @@ def test_without_test_images_validation_images_are_looked_at_and_it_is_said(fold
     options = ("data=folder", "data.root=photos", "data.size=8", "data.valid=5", "batch_size=3", "steps=2", "model=mlp")
     path = train(*options)
     out, found = inspected(path)
-    assert "There are no test images, so the validation images are looked at instead." in out
+    assert "There are no test images, so the validation images are used instead." in out
     assert (found["split"], found["images"]) == ("validation", 5)
     metrics = read_status(path)["metrics"]
     assert found["scores"]["running"]["accuracy"] == pytest.approx(metrics["accuracy/valid"], abs=1e-12)
@@ -663,13 +663,13 @@ def test_a_small_picture_has_the_colours_of_the_image(side):
         (["empty"], ["empty: holds no run", "config.yaml, status.json and checkpoint.pt"]),
         (["lenet/config.yaml"], ["a file", "the folder that it lies in, lenet"]),
         (["sweep"], ["sweep: holds 2 runs", "such as sweep/one"]),
-        (["bare"], ["bare: there is no checkpoint.pt", "bnexp resume bare"]),
+        (["bare"], ["bare: has no checkpoint.pt yet", "bnexp resume bare"]),
         (["lenet", "--images", "0,96"], ["--images 96", "96 test images", "the last is 95"]),
         (["lenet", "--images", "96", "--out", "new/below"], ["--images 96"]),
-        (["lenet", "--images", "one"], ["--images one", "0,1,2"]),
-        (["lenet", "--images", "0,-1"], ["--images 0,-1"]),
-        (["lenet", "--images", "1.5"], ["--images 1.5"]),
-        (["lenet", "--images", "²"], ["--images ²"]),
+        (["lenet", "--images", "one"], ["--images: one is not a list", "0,1,2"]),
+        (["lenet", "--images", "0,-1"], ["--images: 0,-1 is not a list"]),
+        (["lenet", "--images", "1.5"], ["--images: 1.5 is not a list"]),
+        (["lenet", "--images", "²"], ["--images: ² is not a list"]),
         (["lenet", "--images="], ["--images"]),
         (["lenet", "--layers", "conv1,conv9"], ["--layers conv9", "conv1, norm1, pool1", "classifier"]),
         (["lenet", "--layers="], ["--layers", "conv1, norm1"]),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bnexp.cli.main import main
-from bnexp.cli.sweep.grid import read_grid
+from bnexp.cli.sweep.grid import Job, read_grid
 from bnexp.config.compose import session
 from bnexp.store.run_folder import read_status
 from bnexp.train.run import Run
@@ -92,15 +92,15 @@ def table(text: str) -> str:
     ],
 )  # fmt: skip
 def test_lists_of_values_become_jobs_with_short_names_of_their_own(arguments, names):
-    assert " ".join(grid(*arguments).names) == names
+    assert " ".join(point.name for point in grid(*arguments).points) == names
 
 
 def test_every_job_gets_the_fixed_overrides_and_its_own_values():
     made = grid("batch_size=4", "seed=0,1", "out=x", "hydra/launcher=basic", "+optimizer.a=1,2")
     assert made.swept == ("seed", "+optimizer.a") and made.out == "x" and made.hydra == ("hydra/launcher=basic",)
-    assert made.points[1] == ("batch_size=4", "seed=0", "+optimizer.a=2")
-    assert made.variants == ("a1", "a2", "a1", "a2")
-    (job, *_) = made.jobs(Path("it is"))
+    assert made.points[1].overrides == ("batch_size=4", "seed=0", "+optimizer.a=2")
+    assert [point.variant for point in made.points] == ["a1", "a2", "a1", "a2"]
+    job = Job(*made.points[0], Path("it is/s0-a1"), None)
     assert job.arguments[-1] == "out='it is/s0-a1'"
 
 
@@ -113,8 +113,8 @@ def test_every_job_gets_the_fixed_overrides_and_its_own_values():
         (["norm=none,library,scratch", "data.size=8,9", "sweep_order=zip"], "norm has 3, data.size has 2"),
         (["seed=0,1", "sweep_order=random"], "choose product or zip"),
         (["out=a,b"], "out=a,b: belongs to the sweep as a whole"),
-        (["out='${seed}'", "seed=0,1"], "cannot be in a sweep's folder name"),
-        (["out=\"it's\"", "seed=0,1"], "cannot be in a sweep's folder name"),
+        (["out='${seed}'", "seed=0,1"], "a sweep's folder cannot have quotes"),
+        (["out=\"it's\"", "seed=0,1"], "a sweep's folder cannot have quotes"),
         (["seed=0,1", "hydra/launcher=nonsense"], "hydra/launcher=nonsense: there is no such hydra/launcher"),
         (["batch_size=20,0"], "batch_size0: batch_size=0: has to be a whole number"),
         (["norm=none,nonsense"], "norm=nonsense: there is no such norm"),

@@ -428,8 +428,8 @@ def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size):
 
 def grouped(configs):
     """The jobs of these names and configs in groups, as names."""
-    jobs = [Job(name, name, (), Path(name)) for name in configs]
-    return [" | ".join(job.name for job in members) for members in together(jobs, configs)]
+    jobs = [Job(name, name, (), Path(name), cfg) for name, cfg in configs.items()]
+    return [" | ".join(job.name for job in members) for members in together(jobs)]
 
 
 def test_runs_are_grouped_that_differ_in_nothing_but_seed_and_the_optimizers_numbers():
@@ -462,10 +462,10 @@ TWO = ("train", "-m", *SMALL, "seed=0,1", "replicas=2", "out=sweep")
         ((*TWO, "replicas=1,2"), "replicas=1,2: belongs to the sweep as a whole; give one value"),
         (("compare", *SMALL, "seed=0,1", "replicas=1,2"), "compare: nothing varies but the seed"),
         ((*TWO, "hydra/launcher=joblib"), "replicas=2 and hydra/launcher=joblib: folded runs share one process"),
-        ((*TWO, "engine=compile"), "replicas=2: bnexp.engines.compile.compiled makes the step of one run"),
+        ((*TWO, "engine=compile"), "replicas=2: bnexp.engines.compile.compiled computes the step of one run"),
         ((*TWO, "engine=graph"), "engine=graph: a CUDA graph needs a GPU"),
-        ((*TWO, "precision=bf16"), "replicas=2 and precision=bf16: autocast does not see what torch.vmap makes of"),
-        ((*TWO, "channels_last=true"), "replicas=2 and channels_last=true: what is stacked has one memory format"),
+        ((*TWO, "precision=bf16"), "replicas=2 and precision=bf16: torch.vmap hides the operations"),
+        ((*TWO, "channels_last=true"), "replicas=2 and channels_last=true: folded runs use torch's default"),
         ((*TWO, "norm.momentum=null"), "with norm.momentum=null every run reads back from the device how many batches"),
         ((*TWO, "norm=scratch", "norm.momentum=null"), "with norm.momentum=null every run reads back from the device"),
         ((*TWO, "norm=fused"), "cannot be computed as one (Batching rule not implemented for bnexp::batch_norm"),

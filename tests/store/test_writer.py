@@ -489,8 +489,9 @@ def days():
     return [time.strftime("%Y-%m-%d", time.localtime(time.time() - age)) for age in (0, 86400)]
 
 
-def test_a_run_that_cannot_make_a_folder_says_so(tmp_path, monkeypatch):
-    (tmp_path / "outputs").write_text("a file")
+@pytest.mark.parametrize("block", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "broken_link"])
+def test_a_run_that_cannot_make_a_folder_says_so(block, tmp_path, monkeypatch):
+    block(tmp_path / "outputs")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="outputs/day/run: cannot be made .* out=DIR"):
         claim_new(Path("outputs/day"), "run", "config")

@@ -1,8 +1,8 @@
 """Expands a command line with lists of values into the jobs of a sweep.
 
-A sweep is a folder with one run folder per job and ``sweep.json``, which lists the jobs. A process that is started on
-it, for the first time, again or beside others, learns from the folder alone what is left: a job is done when its
-``status.json`` says so, and taken while a living process holds its lock.
+A sweep is a folder with one run folder per job and ``sweep.json``, which lists the jobs. A job is done when its
+``status.json`` says so, and taken while a living process holds its lock. Therefore the same command can be repeated
+after an interruption, or started in several processes that share the jobs.
 """
 
 import hashlib
@@ -12,9 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import RangeSweep
+from omegaconf import DictConfig
 
 from bnexp.config.choices import GROUPS
 from bnexp.config.compose import plain_value, typed, values_of
@@ -24,65 +26,68 @@ from bnexp.errors import UserError
 MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
 
 
-@dataclass(frozen=True)
+class Point(NamedTuple):
+    """One combination of a sweep's values: its name, its variant (the name without the seed) and its overrides."""
+
+    name: str
+    variant: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
-    """One run of a sweep: its name, its variant (the name without the seed), its overrides, its folder."""
+    """One run of a sweep: a :class:`Point`, the run's folder and its composed config."""
 
     name: str
     variant: str
     overrides: tuple[str, ...]
     folder: Path
+    cfg: DictConfig
 
     @property
     def arguments(self) -> list[str]:
-        """The overrides and the folder, as Hydra's grammar wants them."""
+        """The overrides and the folder in Hydra's grammar."""
         return [*self.overrides, f"out='{self.folder}'"]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The jobs of a command line: the ``swept`` keys in order, and each job's overrides (``points``) and name."""
+    """What a command line asks for: the keys with several values, all combinations of these, ``out``, Hydra's words."""
 
     swept: tuple[str, ...]
-    points: tuple[tuple[str, ...], ...]
-    names: tuple[str, ...]
-    variants: tuple[str, ...]
+    points: tuple[Point, ...]
     out: str | None
     hydra: tuple[str, ...]
 
-    def jobs(self, folder: Path) -> list[Job]:
-        rows = zip(self.names, self.variants, self.points, strict=True)
-        return [Job(name, variant, point, folder / name) for name, variant, point in rows]
 
+def read_grid(words: Sequence[str]) -> Grid:
+    """Expand overrides in Hydra's grammar (``a,b``, ``range(5)``, ``choice(...)``, ``glob(*)``), inside a session.
 
-def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
-    """Read overrides in Hydra's grammar (``a,b``, ``range(5)``, ``choice(...)``, ``glob(*)``) into jobs.
-
-    ``sweep_order=product`` crosses all lists, ``sweep_order=zip`` pairs them by position; seeds are crossed with
-    everything either way.
+    ``sweep_order=product`` crosses all lists, ``sweep_order=zip`` pairs them by position. Both cross the seeds with
+    everything else.
     """
     fixed: list[str] = []
     lists: dict[str, list[str]] = {}
-    out, order, ours = None, "product", []
-    for override in parse_words(arguments, config_loader):
-        key = override.get_key_element()
+    out, order, hydra = None, "product", []
+    for override in parse_words(words, GlobalHydra.instance().config_loader()):
+        key, word = override.get_key_element(), override.input_line
         if key.startswith("hydra"):
-            ours.append(override.input_line)
+            hydra.append(word)
         elif override.is_sweep_override():
             if key in ("out", "sweep_order"):
-                raise UserError(f"{override.input_line}: belongs to the sweep as a whole; give one value")
+                raise UserError(f"{word}: belongs to the sweep as a whole; give one value")
             if not override.is_discrete_sweep():
-                raise UserError(f"{override.input_line}: not a list of values; write {key}=a,b or {key}=range(0,5)")
+                raise UserError(f"{word}: not a list of values; write {key}=a,b or {key}=range(0,5)")
             value = override.value()
             if isinstance(value, RangeSweep) and abs(value.stop - value.start) > MOST_JOBS * abs(value.step):
-                raise UserError(f"{override.input_line}: more than {MOST_JOBS:,} values; give fewer")
+                raise UserError(f"{word}: more than {MOST_JOBS:,} values; give fewer")
             lists[key] = values_of(override)
             if not lists[key]:
-                raise UserError(f"{override.input_line}: an empty list, so there is nothing to do; give values")
+                raise UserError(f"{word}: an empty list makes no runs; give values")
         elif key == "out":
             out = plain_value(override)
             if out and re.search(r"['\"\\]|\$\{", out):  # Hydra's launchers would read them differently
-                raise UserError(f"{override.input_line}: quotes, \\ and ${{}} cannot be in a sweep's folder name")
+                raise UserError(f"{word}: a sweep's folder cannot have quotes, \\ or ${{}} in its name; choose another")
         elif key == "sweep_order":
             order = str(override.value())
         else:
@@ -90,20 +95,19 @@ def expand(arguments: Sequence[str], config_loader: object = None) -> Grid:
             lists.pop(key, None)  # as in Hydra, the last word counts
     if (count := math.prod(map(len, lists.values()))) > MOST_JOBS and order == "product":
         raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
-    check_words(ours)
-    combinations = _combine(lists, order)
-    points = tuple((*fixed, *(f"{key}={value}" for key, value in each.items())) for each in combinations)
-    names: list[str] = []
-    for values in combinations:
+    check_words(hydra)
+    points: dict[str, Point] = {}
+    for values in _combine(lists, order):
         name = _name(values)
-        others = (f"{name}-{n}" for n in itertools.count(1))
-        names.append(next(each for each in itertools.chain([name], others) if each not in names))
-    variants = tuple(_name({k: v for k, v in values.items() if k != "seed"}) for values in combinations)
-    out = out and str(Path(out).expanduser())
-    return Grid(tuple(lists), points, tuple(names), variants, out, tuple(ours))
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(1)))
+        name = next(each for each in names if each not in points)
+        variant = _name({key: value for key, value in values.items() if key != "seed"})
+        points[name] = Point(name, variant, (*fixed, *(f"{key}={value}" for key, value in values.items())))
+    return Grid(tuple(lists), tuple(points.values()), out and str(Path(out).expanduser()), tuple(hydra))
 
 
 def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
+    """The combinations of the lists' values, in the order ``product`` or ``zip``."""
     if order == "product":
         return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     if order != "zip":
@@ -118,18 +122,13 @@ def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
 
 
 def _name(values: dict[str, str]) -> str:
-    """``none-s0``: the values that vary, after the last part of their key where the value alone is not clear."""
+    """``none-s0``: the values that vary, each after the last part of its key unless the key is a group."""
     parts = []
     for key, value in values.items():
         prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
         parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
     name = "-".join(parts).strip(".") or "run"
-    if len(name.encode()) > LONGEST_NAME:  # what sets it apart may stand at its end
+    if len(name.encode()) > LONGEST_NAME:  # two long names may differ only in the part that is cut off
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
     return name
-
-
-def read_grid(words: Sequence[str]) -> Grid:
-    """:func:`expand` the words of a command line, inside a session."""
-    return expand(words, GlobalHydra.instance().config_loader())

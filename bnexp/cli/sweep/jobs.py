@@ -1,10 +1,10 @@
-"""The folder of a sweep: opened or found again, its jobs checked, its runs locked."""
+"""The folder of a sweep: made or opened again, its jobs checked, its runs locked."""
 
-import itertools
 import json
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,95 +16,106 @@ from bnexp.config.compose import composed
 from bnexp.config.schema import Train
 from bnexp.errors import UserError
 from bnexp.store.files import finite, write_new
-from bnexp.store.run_folder import check_free, in_other_hands, taken
+from bnexp.store.run_folder import check_free, in_other_hands, new_folder, taken
 from bnexp.store.settings import LOOKING, NUMBERS, SEED, decides, differences, first_few
 from bnexp.store.untrusted import read_json
 
-
-def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job], dict[str, DictConfig]]:
-    """Compose and check every job, then open the folder: bad input ends here, before any work."""
-    configs = {}
-    for name, point in zip(grid.names, grid.points, strict=True):
-        try:
-            configs[name] = composed(point)
-            check.check(configs[name], many=True)
-        except UserError as error:
-            raise UserError(f"{name}: {error}" if len(grid.names) > 1 else str(error)) from error
-    check_sweep(grid, configs)
-    folder = open_folder(grid, default_folder(kind), configs)
-    return folder, grid.jobs(folder), configs
-
-
-def take_all(jobs: Sequence[Job], locks: ExitStack) -> None:
-    """Hold every run's lock until ``locks`` is closed; :class:`UserError` if another process holds one."""
-    for job in jobs:
-        if not locks.enter_context(taken(job.folder)):
-            raise in_other_hands(job.folder)
-
-
-NAME, BANDS = "sweep.json", "bands"
+SWEEP, BANDS = "sweep.json", "bands"
 FIXED = NUMBERS | SEED | LOOKING  # settings that decide these must be the same at every start of a sweep
 
 
-def open_folder(grid: Grid, default: Path, configs: dict[str, DictConfig]) -> Path:
-    """The sweep's folder, new or found again; :class:`UserError` for one that holds another sweep.
+def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job]]:
+    """Compose and check the config of every job, then open the sweep's folder; returns the folder and the jobs.
 
-    ``configs`` holds the composed config of every job by name.
+    By default the folder is a new one, ``outputs/DATE/KIND-TIME``. Raises :class:`UserError` before any work is done.
     """
-    content = {"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}
-    text = json.dumps(finite(content), indent=1)
+    configs = {}
+    for name, _, overrides in grid.points:
+        try:
+            configs[name] = composed(overrides)
+            check.check(configs[name], many=True)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if len(grid.points) > 1 else str(error)) from error
+    check_sweep(grid.hydra, configs)
+    text = json.dumps(finite({"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}), indent=1)
     if grid.out is None:
-        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))):
-            folder = default.with_name(default.name + suffix)
-            check_free(folder)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            write_new(folder / NAME, text)
-            return folder
-    check_free(grid.out)
-    folder = Path(grid.out)
+        folder = new_folder(Path("outputs") / time.strftime("%Y-%m-%d"), f"{kind}-{time.strftime('%H%M%S')}")
+        write_new(folder / SWEEP, text)
+    else:
+        check_free(grid.out)
+        folder = Path(grid.out)
+        open_folder(folder, text, configs)
+    jobs = [Job(*point, folder / point.name, configs[point.name]) for point in grid.points]
+    for job in jobs:
+        job.cfg.out = str(job.folder)
+    return folder, jobs
+
+
+@contextmanager
+def all_taken(jobs: Sequence[Job]) -> Iterator[None]:
+    """Hold the lock of every run; :class:`UserError` if another process holds one."""
+    with ExitStack() as locks:
+        for job in jobs:
+            if not locks.enter_context(taken(job.folder)):
+                raise in_other_hands(job.folder)
+        yield
+
+
+@contextmanager
+def folder_told(folder: Path) -> Iterator[None]:
+    """Print the folder last, however the work inside ends, and on stderr how to go on if it is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"to go on, repeat the command with out={folder}", file=sys.stderr)
+        raise
+    finally:
+        print(folder, flush=True)
+
+
+def open_folder(folder: Path, text: str, names: Iterable[str]) -> None:
+    """Make ``folder`` the sweep that ``text`` (sweep.json) lists, with jobs of these names, or open it again.
+
+    Raises :class:`UserError` for a folder that holds another sweep, or anything else that would be mixed with this one.
+    """
     _check_alone(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not write_new(folder / NAME, text):
+    if not write_new(folder / SWEEP, text):
         _check_same_sweep(folder, _read_jobs(folder), json.loads(text)["jobs"])
-    for path in (*(folder / name for name in configs), folder / BANDS):
+    for path in (folder / name for name in (*names, BANDS)):
         if path.is_symlink():
-            raise UserError(f"{path}: a link to another place, where nothing is written; remove it, or move it here")
-    return folder
+            raise UserError(f"{path}: a link, and nothing is written through links; remove it, or put a folder there")
 
 
 def _check_alone(folder: Path) -> None:
-    """Raise :class:`UserError` for a folder with runs or results of something else; other loose files may be there."""
+    """Raise :class:`UserError` for a folder with runs or results but no sweep; other loose files may be there."""
     if not folder.is_dir():
         return
     entries = [each for each in folder.iterdir() if not each.name.startswith(".")]
     in_the_way = [each.name for each in entries if each.is_dir() or each.stem in ("comparison", "study")]
-    if in_the_way and not (folder / NAME).exists():  # checked last: another process may be making it
+    if in_the_way and not (folder / SWEEP).exists():  # checked last: another process may be making it
         raise UserError(f"out={folder}: holds {min(in_the_way)} and no sweep; choose a new folder, or an empty one")
 
 
 def _read_jobs(folder: Path) -> dict[str, dict]:
-    """The config of every job of the sweep that ``folder`` holds, by name."""
+    """The settings of every job of the sweep in ``folder``, by name."""
     try:
-        jobs = read_json(folder / NAME).get("jobs")
+        jobs = read_json(folder / SWEEP).get("jobs")
     except (OSError, ValueError) as error:
         raise UserError(f"out={folder}: holds no sweep that can go on ({error}); choose another") from error
     if not isinstance(jobs, dict) or not all(isinstance(each, dict) for each in jobs.values()):
-        raise UserError(f"out={folder}: holds no sweep that can go on ({NAME} lists no jobs); choose another")
+        raise UserError(f"out={folder}: holds no sweep that can go on ({SWEEP} lists no jobs); choose another")
     return jobs
 
 
 def _comparable(cfg: DictConfig) -> dict:
-    """What a job is, as ``sweep.json`` lists it: all settings but those that may change between two starts."""
+    """The settings of a job that ``sweep.json`` lists: all but those that may change between two starts."""
     config = OmegaConf.to_container(cfg, resolve=True)
     return {key: value for key, value in config.items() if decides(key) & FIXED}
 
 
-def _check_same_sweep(folder: Path, there: dict, here: dict) -> None:
-    """Raise :class:`UserError` if the sweep in the folder is another one."""
+def _check_same_sweep(folder: Path, there: Mapping[str, dict], here: Mapping[str, dict]) -> None:
+    """Raise :class:`UserError` if the jobs ``there``, in the folder, are not those of the command line, ``here``."""
     found = [f"{name} only there" for name in there if name not in here]
     found += [f"{name} only here" for name in here if name not in there]
     defaults = OmegaConf.to_container(OmegaConf.structured(Train))  # of settings that are newer than that sweep
@@ -115,7 +126,3 @@ def _check_same_sweep(folder: Path, there: dict, here: dict) -> None:
         raise UserError(
             f"out={folder}: holds another sweep ({first_few(found)}); repeat its command or choose another folder"
         )
-
-
-def default_folder(kind: str) -> Path:
-    return Path("outputs") / time.strftime("%Y-%m-%d") / f"{kind}-{time.strftime('%H%M%S')}"

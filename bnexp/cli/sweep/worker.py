@@ -1,4 +1,4 @@
-"""Runs one job of a sweep, in the process that a launcher chose for it."""
+"""Runs one job of a sweep, in the process that Hydra's launcher calls."""
 
 import gc
 import json
@@ -27,26 +27,26 @@ from bnexp.train.drive import drive
 from bnexp.train.interrupt import PATIENCE
 from bnexp.train.loop import Loop
 
-LAST: dict[str, Dataset] = {}  # the dataset of the job before in this process
-asked_at = -math.inf  # when this process, if it is one of several, was last asked to stop
+LAST: dict[str, Dataset] = {}  # the dataset of the last job in this process
+interrupted_at = -math.inf  # time of the last interrupt in this process, if it is one of several
 
 
 def run_job(cfg: DictConfig) -> str:
-    """Run one job and return its status; ``taken`` if another process holds it.
+    """Run one job and return its status, or ``taken`` if another process holds it.
 
     With jobs in parallel, KeyboardInterrupt becomes the status ``interrupted`` of this job and of those that would come
     next. If it were raised, the launcher would end the other jobs before they have written a checkpoint.
     """
-    global asked_at
+    global interrupted_at
     is_alone = HydraConfig.get().launcher._target_.endswith("BasicLauncher")
     try:
         if not is_alone:
             watch_parent()
-        return run_held(cfg, is_alone) if time.monotonic() - asked_at > 10 else "interrupted"
+        return run_held(cfg, is_alone) if time.monotonic() - interrupted_at > 10 else "interrupted"
     except KeyboardInterrupt:
         if is_alone:
             raise
-        asked_at = time.monotonic()
+        interrupted_at = time.monotonic()
         return "interrupted"
     except StorageError as error:
         print(f"bnexp: error: {error}", file=sys.stderr)
@@ -55,7 +55,7 @@ def run_job(cfg: DictConfig) -> str:
 
 @cache
 def watch_parent() -> None:
-    """Send this process SIGTERM when its parent has died, because then nobody else would."""
+    """Send this process SIGTERM when its parent process has died."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -69,7 +69,7 @@ def watch_parent() -> None:
 
 
 def run_held(cfg: DictConfig, is_alone: bool) -> str:
-    """:func:`run_job` but for interrupts and storage errors, which are raised."""
+    """:func:`run_job`, but raise KeyboardInterrupt and :class:`StorageError`."""
     hydra_cfg = HydraConfig.get()
     overrides = [word for word in hydra_cfg.overrides.task if not word.startswith("out=")]
     folder = Path(cfg.out)
@@ -82,7 +82,7 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
         if not is_alone:
             startup.keep_memory()
             startup.replace_unprintable()
-            gc.freeze()  # imported objects stay: without collecting among them a worker trains and ends sooner
+            gc.freeze()  # imported objects stay anyway; a worker that does not check them for garbage is faster
             share_machine(cfg, hydra_cfg)
         try:
             run, recorder = open_job(cfg, overrides, cached_datasets(cfg))
@@ -94,11 +94,11 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
         except StorageError:
             raise
         except Exception:
-            return "failed"  # its status says why
+            return "failed"  # status.json has the reason
 
 
 def cached_datasets(cfg: DictConfig) -> dict[str, Dataset]:
-    """The dataset of the job before, if this job has the same: a sweep loads it once. Others are dropped first."""
+    """The dataset of the last job if this job has the same one, else an empty dictionary. Other datasets are freed."""
     key = build.data_key(cfg, parts.find_device(cfg.device))
     for other in LAST.keys() - {key}:
         del LAST[other]
@@ -106,7 +106,7 @@ def cached_datasets(cfg: DictConfig) -> dict[str, Dataset]:
 
 
 def share_machine(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
-    """Give parallel jobs the GPUs in turn, and their share of the usable cores."""
+    """Set the GPU of one of several parallel jobs, each gets the next one, and its share of the usable cores."""
     if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
         cfg.device = f"cuda:{hydra_cfg.job.num % torch.cuda.device_count()}"
     if cfg.threads == "auto":
@@ -114,15 +114,16 @@ def share_machine(cfg: DictConfig, hydra_cfg: DictConfig) -> None:
 
 
 def thread_share(cfg: DictConfig, launcher: DictConfig) -> int:
-    """``threads=auto`` for one of several parallel jobs: at most its share of the usable cores.
+    """The number of threads of one of several parallel jobs: at most its share of the usable cores.
 
-    1 for launchers that do not say how many jobs run at a time; joblib does (``n_jobs``, negative counts from the end).
+    A negative ``n_jobs`` of joblib counts from the number of cores. Other launchers do not say how many jobs run at a
+    time; their jobs get 1 thread.
     """
     if "n_jobs" not in launcher:
         return 1
-    num_cores, asked = len(os.sched_getaffinity(0)), launcher.n_jobs or 1
-    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.NAME).read_bytes())["jobs"])
-    at_most = num_cores // min(num_jobs, asked if asked > 0 else max(1, num_cores + 1 + asked))
+    num_cores, n_jobs = len(os.sched_getaffinity(0)), launcher.n_jobs or 1
+    num_jobs = len(json.loads((Path(cfg.out).parent / jobs.SWEEP).read_bytes())["jobs"])
+    at_most = num_cores // min(num_jobs, n_jobs if n_jobs > 0 else max(1, num_cores + 1 + n_jobs))
     if at_most < 2:
         return 1
     source = parts.part(cfg, "data")()
