@@ -127,6 +127,10 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
     decays = {key: cfg.optimizer.get(key, 0.0) for key in DECAYS}
     optimizer = part(cfg, "optimizer", without=DECAYS)
-    make = partial(without_compiler(optimizer.func), **optimizer.keywords)
+    options = {
+        key: [float(each) if type(each) is int else each for each in value] if isinstance(value, list) else value
+        for key, value in optimizer.keywords.items()
+    }  # torch refuses a whole number among the betas
+    make = partial(without_compiler(optimizer.func), **options)
     target = target_of(cfg, "optimizer")
     return make_optimizer(lambda groups: check_kind(target, make(groups), Optimizer), model, **decays)
