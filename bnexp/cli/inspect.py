@@ -1,6 +1,7 @@
 """``bnexp summary`` prints a model's layers; ``bnexp inspect`` examines a run that has a checkpoint."""
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -103,14 +104,14 @@ def parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     """
     about = "Examine a run that has a checkpoint; the files of the run are not changed."
     parser = Parser("bnexp inspect", description=about)
-    parser.add_argument("folder", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("folder", metavar="RUN", type=read_path, help="the folder of a run")
     where = "data.root=DIR, device=NAME, threads=N or allow=[PACKAGE], if they are not the same as in training"
     parser.add_argument("overrides", metavar="setting=value", nargs="*", help=where)
     images = "test images to show, counted from 0; the first three by default"
     parser.add_argument("--images", metavar="0,1,2", type=read_images, help=images)
     layers = "layers to show; by default up to 8 whose outputs are maps"
     parser.add_argument("--layers", metavar="conv1,...", help=layers)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where to write, by default RUN/inspect")
+    parser.add_argument("--out", metavar="DIR", type=read_path, help="where to write, by default RUN/inspect")
     options = parser.parse_intermixed_args(list(arguments))
     check_folder(options.folder)
     inside = options.folder / "inspect"
@@ -120,6 +121,11 @@ def parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     if options.layers is not None:
         options.layers = list(dict.fromkeys(name.strip() for name in options.layers.split(",")))
     return options
+
+
+def read_path(text: str) -> Path:
+    """``text`` as a path; ``~`` is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def read_images(text: str) -> list[int]:

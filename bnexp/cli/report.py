@@ -1,5 +1,7 @@
 """``bnexp report``: the verdict, tables and figures of finished runs."""
 
+import os
+
 from bnexp.cli.help import Parser
 
 
@@ -8,12 +10,14 @@ def report(arguments: list[str]) -> int:
     from bnexp.report.report import REPORT_FORMATS, make_report
 
     parser = Parser("bnexp report", description="Compare finished runs: print tables and the verdict.")
-    parser.add_argument("paths", nargs="+", metavar="RUN_OR_SWEEP", help="folders of runs, or folders that hold runs")
+    paths = "folders of runs, or folders that hold runs"
+    parser.add_argument("paths", nargs="+", metavar="RUN_OR_SWEEP", type=os.path.expanduser, help=paths)
     baseline = "the variant to compare the others with, such as norm=none, which is the default if there is one"
     parser.add_argument("--baseline", metavar="NAME", help=baseline)
     best_over = "compare each variant at its best value of this setting, such as optimizer.lr"
     parser.add_argument("--best-over", metavar="KEY", help=best_over)
-    parser.add_argument("--out", metavar="DIR", help="write comparison.png, .svg, .json and .md into this folder")
+    out = "write comparison.png, .svg, .json and .md into this folder"
+    parser.add_argument("--out", metavar="DIR", type=os.path.expanduser, help=out)
     shape = parser.add_mutually_exclusive_group()
     for name in REPORT_FORMATS:
         help = f"print {name} instead of tables"

@@ -50,7 +50,7 @@ class RunRecord:
 
     @property
     def evaluation(self) -> str:
-        """How the run was evaluated, in words, if not with running statistics; else empty."""
+        """What the run was evaluated with, in words, if not with running statistics; else empty."""
         words = self.status.get("evaluation")
         return printable(words, 300).rstrip(".") if isinstance(words, str) else ""
 

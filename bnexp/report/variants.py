@@ -49,7 +49,8 @@ class Variant:
     @property
     def evaluations(self) -> list[str]:
         """Sentences on how its runs were evaluated, if not with running statistics."""
-        return [f"{self.label}: {words}." for words in dict.fromkeys(run.evaluation for run in self.all_runs) if words]
+        ways = dict.fromkeys(run.evaluation for run in self.all_runs if run.evaluation)
+        return [f"{self.label}: evaluated with {way}." for way in ways]
 
 
 def group_names(run: RunRecord) -> dict[str, str]:

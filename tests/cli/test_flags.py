@@ -98,3 +98,10 @@ def test_the_config_can_be_looked_at(command, bnexp, capsys, tmp_path):
     assert bnexp(command, "--cfg", "job", "--resolve", "optimizer.lr=${seed}", "seed=3") == 0
     assert "lr: 3" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["report", "inspect"])
+def test_a_tilde_in_a_path_is_the_home_folder(command, bnexp, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert bnexp(command, "~/runs", "--out=~/out") == 2
+    assert f"{tmp_path}/home/runs: no such folder" in capsys.readouterr().err

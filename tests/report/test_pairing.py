@@ -184,12 +184,12 @@ def test_roles_on_other_batches_need_no_common_seeds_but_common_settings(write):
 
 def test_runs_that_were_evaluated_with_batch_statistics_are_named(write):
     folder = write({})
-    said = "evaluated with batch statistics over shuffled chunks of 512"
+    said = "batch statistics over shuffled chunks of 512"
     for name in ("b0", "b1", "b2"):
         path = folder / name / "status.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": said}))
-    assert [note for note in compared(folder).notes if "512" in note] == [f"library: {said}."]
-    assert f"library: {said}." in printed(paths=[folder], width=200)
-    assert f"library: {said}." in printed(sweep_table(*read_runs([folder])), width=200)
+    assert [note for note in compared(folder).notes if "512" in note] == [f"library: evaluated with {said}."]
+    assert f"library: evaluated with {said}." in printed(paths=[folder], width=200)
+    assert f"library: evaluated with {said}." in printed(sweep_table(*read_runs([folder])), width=200)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": ["\x1b[31m"]}))  # a stranger's
     assert "\x1b" not in printed(paths=[folder])
