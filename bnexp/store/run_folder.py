@@ -1,7 +1,7 @@
 """A run's folder: claimed once, described by ``status.json``, never overwritten.
 
-    config.yaml  status.json  metrics.jsonl  probes.jsonl (if probes yielded histograms or tables)
-    events.out.tfevents...  checkpoint.pt and the one before, checkpoint.previous.pt
+It holds config.yaml, status.json, metrics.jsonl, probes.jsonl (if probes yielded histograms or tables),
+events.out.tfevents..., checkpoint.pt and the checkpoint before that, checkpoint.previous.pt.
 """
 
 import errno

@@ -195,4 +195,3 @@ def test_what_is_tried_gets_far_enough_to_mean_something(overrides):
         except UserError:
             continue
     assert passed > len(found) / 20, (passed, len(found))
-

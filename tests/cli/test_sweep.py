@@ -114,7 +114,7 @@ def test_every_job_gets_the_fixed_overrides_and_its_own_values():
         (["seed=0,1", "sweep_order=random"], "choose product or zip"),
         (["out=a,b"], "out=a,b: belongs to the sweep as a whole"),
         (["out='${seed}'", "seed=0,1"], "a sweep's folder cannot have quotes"),
-        (["out=\"it's\"", "seed=0,1"], "a sweep's folder cannot have quotes"),
+        (['out="it\'s"', "seed=0,1"], "a sweep's folder cannot have quotes"),
         (["seed=0,1", "hydra/launcher=nonsense"], "hydra/launcher=nonsense: there is no such hydra/launcher"),
         (["batch_size=20,0"], "batch_size0: batch_size=0: has to be a whole number"),
         (["norm=none,nonsense"], "norm=nonsense: there is no such norm"),

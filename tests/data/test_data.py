@@ -283,9 +283,7 @@ def test_square_images_are_resized_bilinearly(size, normalize):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "rows", "columns"), [((6, 12), (6, 18), (0, 24)), ((12, 6), (0, 24), (6, 18))]
-)
+@pytest.mark.parametrize(("shape", "rows", "columns"), [((6, 12), (6, 18), (0, 24)), ((12, 6), (0, 24), (6, 18))])
 def test_other_aspect_ratios_are_kept_and_padded_with_black(shape, rows, columns, normalize):
     images = torch.full((2, 3, *shape), 200, dtype=torch.uint8)
     images[0] = 100

@@ -275,9 +275,7 @@ def test_palettes_are_understood(tmp_path):
     assert read_picture(tmp_path / "a.gif", 3, 4)[:, 1, 1].tolist() == [10, 20, 30]
 
 
-@pytest.mark.parametrize(
-    ("size", "rows", "columns"), [((40, 20), (4, 12), (0, 16)), ((5, 10), (0, 16), (4, 12))]
-)
+@pytest.mark.parametrize(("size", "rows", "columns"), [((40, 20), (4, 12), (0, 16)), ((5, 10), (0, 16), (4, 12))])
 def test_the_aspect_ratio_is_kept_and_the_rest_is_black(tmp_path, size, rows, columns):
     save(tmp_path / "a.png", size=size, color=200)
     image = read_picture(tmp_path / "a.png", 1, 16)

@@ -191,8 +191,16 @@ def test_any_function_is_an_engine_that_runs_anywhere_and_is_not_folded():
 
 
 def test_compiled_steps_are_the_eager_ones_to_rounding_and_count_exactly(train):
-    overrides = ("data.size=16", "data.limit=64", "batch_size=32", "steps=6", "log_every=1", "model=mlp",
-                 "optimizer=sgd", "optimizer.lr=0.1")  # Adam would make whole steps of gradients that are rounding
+    overrides = (
+        "data.size=16",
+        "data.limit=64",
+        "batch_size=32",
+        "steps=6",
+        "log_every=1",
+        "model=mlp",
+        "optimizer=sgd",
+        "optimizer.lr=0.1",
+    )  # Adam would make whole steps of gradients that are rounding
     folders = [train(*overrides, f"engine={name}") for name in ("eager", "compile")]
     eager, compiled = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders

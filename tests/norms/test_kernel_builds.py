@@ -70,9 +70,7 @@ def launches(arch):
     case, found = None, []
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: found.append((*case, self, args, kwargs))
 
-    def site(
-        shape, last, dtype, activation, residual, aligned=True, training=True, momentum=0.1, halves=False
-    ):
+    def site(shape, last, dtype, activation, residual, aligned=True, training=True, momentum=0.1, halves=False):
         nonlocal case
         case = (f"{shape} last={last} {dtype} {activation} residual={residual} training={training}", aligned)
         x = torch.empty(shape, dtype=dtype, device="meta")
@@ -89,9 +87,7 @@ def launches(arch):
         launch.launch_backward(*arguments, training)
         if halves:
             launch.launch_apply(x, r, weight, bias, used_mean, rstd, activation)
-            launch.launch_backward(
-                *arguments, training, torch.empty((2, 3, shape[1]), device="meta"), mean
-            )
+            launch.launch_backward(*arguments, training, torch.empty((2, 3, shape[1]), device="meta"), mean)
 
     local, large = (256, 64, 8, 8), (128, 256, 56, 56)
     f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -142,25 +138,19 @@ def compile_launch(arch, case, aligned, function, args, kwargs):
             kind = function.params[i].annotation_type  # how the launcher types an argument, if it is stated
             signature[name] = kind or ("fp32" if isinstance(value, float) else "i32")
     target = GPUTarget("cuda", arch, 32)
-    built = triton.compile(
-        ASTSource(function, signature, constants, attributes), target=target, options=options
-    )
+    built = triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     wide = collections.Counter(re.findall(r"(ld|st)\.global\S*?\.(?:v4\.b32|v2\.b64)", built.asm["ptx"]))
 
     def accesses(names):
         """16-byte accesses a thread needs for its share of a tile of each of these tensors."""
-        tensors = [
-            a for n, a in arguments.items() if n in names and isinstance(a, torch.Tensor) and a.dim() > 1
-        ]
+        tensors = [a for n, a in arguments.items() if n in names and isinstance(a, torch.Tensor) and a.dim() > 1]
         share = constants["ROWS"] * constants["COLS"] // (32 * options["num_warps"])
         return sum(share * t.element_size() // 16 for t in tensors)
 

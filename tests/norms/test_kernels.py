@@ -242,9 +242,7 @@ def test_relu_passes_the_gradient_exactly_where_its_output_is_positive(dtype, re
             torch.zeros_like(mean),
             torch.ones_like(mean),
         )
-        x = (
-            (4 * x).round() / 4
-        ).requires_grad_()  # z is exactly 0 for some, and rounds to 0 in float16 for more
+        x = ((4 * x).round() / 4).requires_grad_()  # z is exactly 0 for some, and rounds to 0 in float16 for more
         r = None if r is None else (1e-7 * r).requires_grad_()
         y = bn.batch_norm(x, r, weight, bias, one, one, training=False, activation="relu")
         y.backward(torch.ones_like(y))
@@ -286,9 +284,7 @@ def test_non_contiguous_tensors_of_every_kind(tier):
         c = view(x).shape[1]
         check((view(x), view(dy), view(r), *(t[:c] for t in rest)), activation="relu")
     # The sum of M equal dy: M times the mean's rounding.
-    check(
-        (x, dy[:1, :, :1, :1].expand_as(x), r.contiguous(memory_format=torch.channels_last), *rest), slack=4.0
-    )
+    check((x, dy[:1, :, :1, :1].expand_as(x), r.contiguous(memory_format=torch.channels_last), *rest), slack=4.0)
 
 
 def test_the_same_input_gives_the_same_bits(tier):

@@ -89,9 +89,7 @@ def test_every_run_draws_the_numbers_of_its_metrics_file(ask, folder):
 def test_the_layout_draws_every_band_as_a_margin_chart(ask):
     layout = ask("plugin/custom_scalars/layout")
     charts = {chart["title"]: chart["margin"]["series"] for each in layout["category"] for chart in each["chart"]}
-    assert charts == {
-        tag: [{"value": f"{tag}/mean", "lower": f"{tag}/lower", "upper": f"{tag}/upper"}] for tag in TAGS
-    }
+    assert charts == {tag: [{"value": f"{tag}/mean", "lower": f"{tag}/lower", "upper": f"{tag}/upper"}] for tag in TAGS}
     assert [each["title"] for each in layout["category"]] == ["loss", "accuracy"]
 
 
