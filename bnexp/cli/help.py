@@ -26,7 +26,7 @@ bnexp train model=resnet norm=scratch                a ResNet with the textbook 
 bnexp train data=mnist optimizer=sgd optimizer.lr=0.1 schedule=cosine epochs=10
 bnexp summary model=densenet data.size=224           layers, shapes, parameters
 bnexp compare norm=none,library 'seed=range(5)'      does batch norm help, and how certain is that?"""
-SETTINGS = "bnexp train --help lists the settings."
+SEE_TRAIN = "bnexp train --help lists the settings."
 USAGE = {
     "resume": """\
 usage: bnexp resume RUN [device=NAME] [data.root=DIR] [threads=N] [setting=value]
@@ -38,18 +38,18 @@ bnexp train ... out=RUN resume=true starts the run if there is none in RUN yet, 
 usage: bnexp rerun RUN [setting=value] ... [out=DIR]
 
 Trains again with the settings of a run, in a new folder. Settings given here replace those of the run.
-{SETTINGS}""",
+{SEE_TRAIN}""",
     "summary": f"""\
 usage: bnexp summary [model=NAME] [norm=NAME] [setting=value] ...
 
 Prints the layers of a model with their shapes and parameters, and where its norms are.
-Reads no data and writes nothing. {SETTINGS}""",
+Reads no data and writes nothing. {SEE_TRAIN}""",
     "compare": f"""\
 usage: bnexp compare norm=none,library 'seed=range(5)' [setting=value] ... [baseline=norm=none] [out=DIR]
 
 Trains every combination of the values in lockstep, and reports how each variant differs from the baseline.
 The baseline is the first variant, unless baseline= names another.
-{SETTINGS}""",
+{SEE_TRAIN}""",
     "study": f"""\
 usage: bnexp study [NAME [quick=true | full=true] [setting=value] ... [variants.ROLE=override] [out=DIR]]
 
@@ -60,7 +60,7 @@ expectation, the measured value and whether the expectation holds. The exit code
   quick=true, full=true   the short form of the study, or the one at full size, if it has one
   variants.ROLE=override  train this instead of the variant that has this role in the study
 
-{SETTINGS}""",
+{SEE_TRAIN}""",
     "completion": """\
 usage: eval "$(bnexp completion)"
 

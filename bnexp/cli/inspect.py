@@ -40,8 +40,8 @@ from bnexp.store.untrusted import printable
 from bnexp.train.run import EVALUATION_BATCH, Run
 
 POPULATION_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
-MOST_LAYERS = 8  # shown by default
-SPLIT_NAMES = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is evaluated
+SHOWN_LAYERS = 8  # shown by default
+SPLIT_WORDS = {"test": "test", "valid": "validation", "train": "training"}  # the first that has images is evaluated
 UNMARKED = {"markup": False, "highlight": False, "emoji": False}
 
 
@@ -174,11 +174,11 @@ def load_run(options: argparse.Namespace) -> Run:
 
 def choose_images(run: Run, given: list[int] | None) -> tuple[str, list[int]]:
     """The split to evaluate, ``test``, ``valid`` or ``train``, and the indices of the images to show."""
-    name = next(name for name in SPLIT_NAMES if len(getattr(run.dataset, name)))
+    name = next(name for name in SPLIT_WORDS if len(getattr(run.dataset, name)))
     num_images = len(getattr(run.dataset, name))
     if beyond := [index for index in given or () if index >= num_images]:
         raise UserError(
-            f"--images {beyond[0]}: there are {num_images:,} {SPLIT_NAMES[name]} images, counted from 0; "
+            f"--images {beyond[0]}: there are {num_images:,} {SPLIT_WORDS[name]} images, counted from 0; "
             f"the last is {num_images - 1}"
         )
     return name, list(range(min(3, num_images))) if given is None else given
@@ -210,10 +210,10 @@ def choose_layers(layers: Sequence[Layer]) -> list[str]:
     If more than 8 have maps, the last one of every map size is chosen.
     """
     shown = [layer for layer in layers if has_maps(layer.out_shape)]
-    if len(shown) > MOST_LAYERS:
+    if len(shown) > SHOWN_LAYERS:
         shown = list({layer.out_shape[1:]: layer for layer in shown}.values())
-    shown = shown or [layer for layer in layers if layer.num_parameters and layer.out_shape][-MOST_LAYERS:]
-    return [layer.name for layer in shown][:MOST_LAYERS]
+    shown = shown or [layer for layer in layers if layer.num_parameters and layer.out_shape][-SHOWN_LAYERS:]
+    return [layer.name for layer in shown][:SHOWN_LAYERS]
 
 
 def why_one_score(layers: Sequence[Layer]) -> str:
@@ -268,7 +268,7 @@ def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, A
         "step": run.num_steps,
         "epoch": run.epoch,
         "device": str(run.device),
-        "split": SPLIT_NAMES[name],
+        "split": SPLIT_WORDS[name],
         "images": len(getattr(run.dataset, name)),
         "training_images": population_size(run, POPULATION_IMAGES) if tracks else 0,
         "batch_size": min(run.batches.batch_size, len(run.dataset.train)),

@@ -86,7 +86,7 @@ def check_model(cfg: DictConfig, runs: bool, device: torch.device) -> None:
         probe.check(model)
 
 
-SOURCE = {  # what a source says without reading its files, what that is, and whether a value can be it
+PROMISES = {  # what a source says without reading its files, what that is, and whether a value can be it
     "name": ("a text", lambda value: isinstance(value, str)),
     "class_names": ("a tuple of texts", lambda value: isinstance(value, tuple | list) and fits([*value], list[str])),
     "in_shape": (
@@ -98,8 +98,8 @@ SOURCE = {  # what a source says without reading its files, what that is, and wh
 
 
 def check_source(cfg: DictConfig, source: Any) -> None:
-    """Raise :class:`UserError` for a source that lacks what :data:`SOURCE` lists."""
-    for name, (meaning, is_right) in SOURCE.items():
+    """Raise :class:`UserError` for a source that lacks what :data:`PROMISES` lists."""
+    for name, (meaning, is_right) in PROMISES.items():
         value = getattr(source, name, None)
         if not is_right(value):
             has = "no" if value is None else f"{value!r} as"

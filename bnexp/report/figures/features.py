@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PAGE_WIDTH, NAMES_WIDTH = 7.2, 1.6  # inches: the page, and its left column
 PIXEL = 1 / 100  # inches that a pixel of a picture takes
 TEXT_LINE = 0.17  # inches
-MOST_BARS, LONGEST_NAME = 10, 20  # classes with a bar, and letters of their names
+MOST_BARS, MOST_LETTERS = 10, 20  # classes with a bar, and letters of their names
 TRUE, WRONG, OTHER, PAGE = "#009e73", "#d55e00", "#8c8c8c", "#f0f0f0"  # the page is grey so that white can be seen
 FEATURES_CAPTION = (
     "Each map ranges from its smallest value (black) to its largest (white), the units of a dense layer together.\n"
@@ -75,7 +75,7 @@ def draw_bars(axes: "Axes", prediction: Sequence[Any], classes: Sequence[str]) -
     bars = axes.barh(range(len(shown)), np.nan_to_num(shares[shown]), color=colors)
     labels = [f"{show_cell(shares[i], '{:.1%}'.format)}  {word}".rstrip() for i, word in zip(shown, words, strict=True)]
     axes.bar_label(bars, labels, padding=4, size=8)
-    axes.set_yticks(range(len(shown)), [classes[i][:LONGEST_NAME] for i in shown], size=8)
+    axes.set_yticks(range(len(shown)), [classes[i][:MOST_LETTERS] for i in shown], size=8)
     axes.set(xlim=(0, 1.4), xticks=[])
     axes.invert_yaxis()
     axes.tick_params(length=0)

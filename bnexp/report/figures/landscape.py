@@ -30,7 +30,7 @@ WORDS = (
     "depend on the scale of the weights."
 )
 LOSS_BINS, FEWEST = 10, 3  # bins of the loss, and the readings in a bin that make a median
-BEYOND = 1000  # readings above this many times the median are not drawn
+FARTHEST = 1000  # readings above this many times the median are not drawn
 MOST_CLOUDS = 4  # variants whose points are drawn; the points of more would hide each other
 
 
@@ -42,10 +42,10 @@ def landscape_points(runs: Sequence[RunRecord], name: str) -> np.ndarray:
 
 
 def drawable_points(points: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-    """The ``points`` that logarithmic axes can show: positive, finite and at most `BEYOND` times the median."""
+    """The ``points`` that logarithmic axes can show: positive, finite and at most `FARTHEST` times the median."""
     positive = {i: each[((each > 0) & np.isfinite(each)).all(1)] for i, each in points.items()}
     every = np.concatenate([*positive.values(), np.empty((0, 2))])
-    most = BEYOND * np.median(every, axis=0) if len(every) else np.ones(2)
+    most = FARTHEST * np.median(every, axis=0) if len(every) else np.ones(2)
     return {i: each[(each <= most).all(1)] for i, each in positive.items()}
 
 
@@ -84,6 +84,6 @@ def draw_landscape(
     for axes in figure.axes[2:]:
         axes.set_xlabel("L, nats")
     style.add_legend(figure, [observed[i][0] for i in shown], [looks[i] for i in shown], TITLE)
-    words = f" Points not shown, because they are 0, not finite or beyond {BEYOND} times the median: {num_left}."
+    words = f" Points not shown, because they are 0, not finite or beyond {FARTHEST} times the median: {num_left}."
     style.finish_figure(figure, variants, WORDS + words * bool(num_left))
     return figure

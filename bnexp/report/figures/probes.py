@@ -37,7 +37,7 @@ MOST_LAYERS, MOST_COLUMNS = 8, 6
 NATURAL = 1.0  # the size of pre-activations at which activations bend; smaller ones need no axis of their own
 BINS = 48  # of a histogram as drawn
 TAIL = 0.001  # the share of values cut off at either end of a histogram
-BEYOND = 1000  # a histogram this many times as wide as the narrowest is not drawn
+WIDEST = 1000  # a histogram this many times as wide as the narrowest is not drawn
 
 
 def draw_probes(variants: Sequence[Variant]) -> "tuple[dict[str, Figure], list[str]]":
@@ -178,7 +178,7 @@ def _draw_histograms(variants: Sequence[Variant], observed: Observed, looks: Seq
                 style.write_inside(axes, "no readings")
                 continue
             counts, bins = pooled[i]
-            if sizes[i] > BEYOND * min(sizes.values()):
+            if sizes[i] > WIDEST * min(sizes.values()):
                 style.write_inside(axes, f"from {bins[0]:.2g}\nto {bins[-1]:.2g}")
                 continue
             axes.stairs(counts, bins, fill=True, color=looks[i]["color"], alpha=0.3, linewidth=0)
