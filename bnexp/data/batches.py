@@ -120,6 +120,7 @@ class Batches:
             "augment": self.generator.get_state(),
             "position": self._position,
             "num_images": len(self.dataset.train),
+            "images": self.dataset.fingerprint,
             "device": self.dataset.device.type,
             "classes_per_batch": self.classes_per_batch,
         }
@@ -131,6 +132,11 @@ class Batches:
             raise UserError(
                 f"the checkpoint saw {state['num_images']} training images, this run has {num_images}; "
                 "continue with the same data, data.valid and data.limit"
+            )
+        if state.get("images", self.dataset.fingerprint) != self.dataset.fingerprint:  # older checkpoints name none
+            raise UserError(
+                "the checkpoint saw other images or classes than data.root holds now; "
+                "continue with the same files, data.valid and data.limit"
             )
         if state["device"] != device:
             raise UserError(

@@ -4,8 +4,10 @@ A source (digits, mnist, cifar10, folder) reads its files and gives whole splits
 holds uint8 images on the model's device, which become floats batch by batch.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -69,6 +71,16 @@ class Dataset:
         """The same dataset with every tensor on ``device``."""
         splits = {name: getattr(self, name).to(device) for name in ("train", "valid", "test")}
         return replace(self, **splits, mean=self.mean.to(device), std=self.std.to(device))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of a SHA-256 over the classes, and the images and labels of every split."""
+        found = hashlib.sha256(repr(self.class_names).encode())
+        for split in (self.train, self.valid, self.test):
+            for tensor in (split.images, split.labels):
+                found.update(repr(tuple(tensor.shape)).encode())
+                found.update(tensor.cpu().contiguous().numpy())
+        return found.hexdigest()[:12]
 
     def prepare(self, images: Tensor) -> Tensor:
         """Stored uint8 (N, C, h, w) -> float32 (N, *in_shape), on the device of ``images``.

@@ -13,7 +13,7 @@ from bnexp.report.records import METRICS, TARGETS, Metric, RunRecord
 from bnexp.report.variants import Variant, batch_settings, group_names, varying
 
 Pair = tuple[RunRecord, RunRecord]  # a variant's run and the baseline's run of the same seed
-SOURCE = {"data", "data.root"}  # runs that differ in one of these saw different images
+SOURCE = {"data", "data.root", "data.images"}  # runs that differ in one of these saw different images
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ A run that is still running, was interrupted, failed or is damaged becomes a `Pr
 
 import math
 import os
+import re
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -47,6 +48,18 @@ class RunRecord:
     @property
     def overrides(self) -> list[str]:
         return self.status.get("overrides") or []
+
+    @property
+    def data(self) -> dict:
+        """The settings of the data; {} if the config has none."""
+        data = self.config.get("data")
+        return data if isinstance(data, dict) else {}
+
+    @property
+    def images(self) -> str:
+        """The fingerprint of the images that the run saw; empty for runs of older versions."""
+        images = self.status.get("images")
+        return images if isinstance(images, str) and re.fullmatch("[0-9a-f]{12}", images) else ""
 
     @property
     def evaluation(self) -> str:
@@ -150,7 +163,35 @@ def read_runs(
         seen |= {os.path.realpath(folder) for folder in folders}
         records += sorted((run for run in read if isinstance(run, RunRecord)), key=lambda run: run.started)
         problems += [run for run in read if isinstance(run, Problem)]
-    return records, problems
+    return _told_apart(records), problems
+
+
+def _told_apart(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The records with ``data.root`` and ``data.images`` by the images that the runs saw, not by the path's spelling.
+
+    Runs on the same images get the ``data.root`` of the first of them. Where runs with the same settings of the data
+    saw different images, ``data.images`` is the fingerprint of them. Runs of older versions have no fingerprint.
+    """
+    roots: dict[str, object] = {}
+    seen: defaultdict[str, set[str]] = defaultdict(set)
+    for run in records:
+        if run.images:
+            seen[repr(_with_root(run, roots))].add(run.images)
+    told = []
+    for run in records:
+        if run.images:
+            data = _with_root(run, roots)
+            data |= {"images": run.images} if len(seen[repr(data)]) > 1 else {}
+            run = replace(run, config=run.config | {"data": data})
+        told.append(run)
+    return told
+
+
+def _with_root(run: RunRecord, roots: dict[str, object]) -> dict:
+    """The run's settings of the data with the first ``data.root`` that ``roots`` knows for its images."""
+    if "root" not in run.data:
+        return run.data
+    return run.data | {"root": roots.setdefault(run.images, run.data["root"])}
 
 
 def run_folders(folder: Path, depth: int = 0) -> list[Path]:

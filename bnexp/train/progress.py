@@ -62,9 +62,13 @@ class LiveProgress(NullProgress):
     def update(self, loop: Loop) -> None:
         if perf_counter() - self.shown_at > SHOW_EVERY:
             self.shown_at = perf_counter()
-            self.bar.update(self.task, completed=loop.run.num_steps, state=progress_line(loop))
+            self._draw(loop)
+
+    def _draw(self, loop: Loop) -> None:
+        self.bar.update(self.task, completed=loop.run.num_steps, state=progress_line(loop))
 
     def end(self, loop: Loop) -> None:
+        self._draw(loop)
         self.bar.stop()
         run, latest = loop.run, loop.latest
         if self.in_sweep:

@@ -397,7 +397,7 @@ def test_the_tutorials_processes_run():
         (["models=lenet,mlpp"], r"models=lenet,mlpp: mlpp is not known \(did you mean mlp\?\); choose densenet, lenet"),
         (["model=mlp"], r"model=mlp: no setting of loop.py \(did you mean models\?\); settings are models, batch_s"),
         (["engines=graf"], r"graf is not known \(did you mean graph\?\); choose compile, eager, graph"),
-        (["models=mlp,mlp"], "models=mlp,mlp: holds a value twice; give each once"),
+        (["models=mlp,mlp"], "models=mlp,mlp: a value stands there twice; give each once"),
         (["data=cifar10"], "data=cifar10: cifar10 is not known; choose mnist, fashion_mnist, digits"),
         (["parts=start,stop"], "stop is not known.*; choose epochs, start, sweep"),
         (["set=long"], "set=long: long is not known; choose quick, full"),

@@ -678,7 +678,7 @@ def test_a_small_picture_has_the_colours_of_the_image(side):
         (["lenet", "--out", "/proc/x/y"], ["--out /proc/x/y", "choose another"]),
         (["lenet", "empty"], ["empty: not a setting"]),
         (["lenet", "--frob"], ["--frob", "--help"]),
-        (["lenet", "seed=1"], ["seed=1", "those of the place"]),
+        (["lenet", "seed=1"], ["seed=1", "inspect keeps the settings of the run and takes only device, data.root"]),
         (["lenet", "device=tpu"], ["device=tpu"]),
         (["lenet", "threads=1,2"], ["threads=1,2", "one value"]),
     ],

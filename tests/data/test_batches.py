@@ -1,6 +1,7 @@
 """The batch stream: every image once per epoch, the same for the same seed, continued bit for bit."""
 
 import io
+from dataclasses import replace
 from time import process_time
 
 import pytest
@@ -486,3 +487,15 @@ def test_a_large_epoch_is_ordered_quickly():
         seconds.append(process_time() - began)
     # It takes 8 ms; the promise is 30, but the fastest of five on a machine that others use may take twice its time.
     assert min(seconds) < 0.03
+
+
+def test_a_stream_does_not_continue_on_other_images_or_classes():
+    dataset = make_dataset()
+    state = Batches(dataset, 8, seed=0).state_dict()
+    brighter = replace(dataset.train, images=dataset.train.images.clamp(min=2))
+    for other in (replace(dataset, train=brighter), replace(dataset, class_names=("ant", "bee"))):
+        assert other.fingerprint != dataset.fingerprint
+        with pytest.raises(UserError, match="the checkpoint saw other images or classes than data.root holds now"):
+            Batches(other, 8, seed=0).load_state_dict(state)
+    del state["images"]  # as in a checkpoint of an older version
+    Batches(replace(dataset, class_names=("ant", "bee")), 8, seed=0).load_state_dict(state)

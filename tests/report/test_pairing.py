@@ -104,6 +104,54 @@ def test_runs_on_other_images_are_not_compared(write, changes, named):
     assert "other data" in text and "Steps to" not in text
 
 
+def photos(root):
+    return {"data": DIGITS | {"_target_": "bnexp.data.folder.Folder", "root": root}}
+
+
+def saw(folder, names, images):
+    for name in names:
+        path = folder / name / "status.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"images": images}))
+
+
+def test_one_path_that_held_other_images_is_other_data(write, tmp_path):
+    """A relative data.root from two directories, or a folder in which files have changed."""
+    for seed in range(3):
+        write_run(tmp_path / f"c{seed}", "scratch", seed, started=2.0, device="cpu", config=BATCHES | photos("photos"),
+                  readings=curves(0.5))  # fmt: skip
+    folder = write(photos("photos"))
+    saw(folder, ("b0", "b1", "b2"), "0" * 12)
+    saw(folder, ("c0", "c1", "c2"), "1" * 12)
+    comparison = compare_records(*read_runs([folder / name for name in ("b0", "b1", "b2", "c0", "c1", "c2")]))
+    (against,) = comparison.against.values()
+    assert against.design == "other data"
+    assert against.unlike == {"data.images": ("0" * 12, "1" * 12)}
+
+
+def test_runs_on_two_sets_of_images_under_one_path_are_two_variants(write):
+    folder = write({"norm": {"_target_": "bnexp.norms.library.BatchNorm"}})
+    saw(folder, ("b0", "b1"), "0" * 12)
+    saw(folder, ("b2",), "1" * 12)
+    labels = [variant.label for variant in compared(folder).variants]
+    assert len(labels) == 3 and any("images=111111111111" in label for label in labels)
+
+
+def test_the_same_images_under_another_path_are_paired(write):
+    folder = write(photos("./photos"))
+    for seed, accuracy in enumerate(ONE):
+        write_run(folder / f"c{seed}", "scratch", seed, device="cpu", config=BATCHES | photos("/home/me/photos"),
+                  readings=curves(accuracy))  # fmt: skip
+    names = ("c0", "c1", "c2", "b0", "b1", "b2")
+
+    def against():
+        (found,) = compare_records(*read_runs([folder / name for name in names])).against.values()
+        return found
+
+    assert against().design == "other data", "which runs of older versions, without fingerprints, are taken to be"
+    saw(folder, names, "0" * 12)
+    assert (against().design, against().unlike) == ("paired", {})
+
+
 def test_json_csv_and_tables_say_unpaired(write):
     folder = write({"batch_size": 2})
     label = compared(folder).variants[1].label

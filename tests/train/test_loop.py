@@ -456,6 +456,15 @@ class Asks(NullProgress):
         self.ended = loop.status
 
 
+@pytest.fixture
+def without_nohup():
+    """SIGHUP as in a terminal, though the tests may run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_bit(number, tmp_path):
     base = ("steps=9", "data.limit=128", "log_every=2")
