@@ -31,6 +31,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, norm_weight_decay: f
     return [group for group in groups if group["params"]]
 
 
+# Options that torch does not check, or only from below, and the largest value that means something.
+UNCHECKED = {"momentum": 1, "dampening": 1, "alpha": 1, "lambd": math.inf, "t0": math.inf}
+RANGES = {1: "only 0 to 1 has a meaning; give a number in this range", math.inf: "cannot be negative; give 0 or more"}
+
+
 def make_optimizer(
     optimizer: Callable[[Iterable[dict]], Optimizer],
     model: nn.Module,
@@ -46,11 +51,15 @@ def make_optimizer(
             raise UserError(f"optimizer.{name}={decay}: a decay cannot be negative; give 0 or more")
     try:
         built = optimizer(parameter_groups(model, weight_decay, norm_weight_decay))
+    except UserError:
+        raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"the optimizer refuses its options: {error}") from error
-    momentum, eps = built.defaults.get("momentum", 0.0), built.defaults.get("eps", 1.0)
-    if momentum > 1:
-        raise UserError(f"optimizer.momentum={momentum}: above 1 the steps grow without end; give 0 to 1")
+    for name, most in UNCHECKED.items():
+        value = built.defaults.get(name, 0)
+        if isinstance(value, float | int) and not 0 <= value <= most:
+            raise UserError(f"optimizer.{name}={value}: {RANGES[most]}")
+    eps = built.defaults.get("eps", 1.0)
     if isinstance(eps, float | int) and eps < torch.finfo(torch.float32).tiny:
         raise UserError(f"optimizer.eps={eps}: a gradient of 0 is divided by it; give a number above 0, such as 1e-8")
     for group in built.param_groups:
@@ -103,7 +112,12 @@ def place_learning_rates(optimizer: Optimizer, device: torch.device) -> None:
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
-    """Set the learning rate of every group to ``factor`` times its ``base_lr``."""
+    """Set the learning rate of every group to ``factor`` times its ``base_lr``.
+
+    Raises :class:`UserError` for a ``factor`` that is no number, negative or not finite.
+    """
+    if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+        raise UserError(f"the schedule returns {factor}; it must return a finite number, 0 or more, at every step")
     for group in optimizer.param_groups:
         rate = group["base_lr"] * factor
         if isinstance(group["lr"], torch.Tensor):

@@ -5,6 +5,7 @@ and activate in one pass over memory.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,22 +62,27 @@ class Norm(nn.Module):
 CONTRACT = [name for name in vars(Norm) if not name.startswith("_")]
 
 
+def answers(module: nn.Module, name: str) -> bool:
+    """Whether ``module`` has ``name`` as the contract means it: as a method, or as a value that cannot be called."""
+    return hasattr(module, name) and callable(getattr(module, name)) == callable(getattr(Norm, name))
+
+
 def contract_of(module: nn.Module) -> Norm:
     """``module`` if it is a :class:`Norm`, else a Norm with the attributes and methods of ``module``.
 
-    Only names of the contract are taken over; the others keep their defaults. A foreign module normalizes if it has a
-    ``reduces_over``; a convolution, say, has none.
+    Only names that :func:`answers` accepts are taken over; the others keep their defaults. A foreign module normalizes
+    if it has a method ``reduces_over``; a convolution, say, has none.
     """
-    if isinstance(module, Norm):
+    if isinstance(module, Norm) and all(answers(module, name) for name in CONTRACT):
         return module
     contract = Norm()
     tracks = all(isinstance(getattr(module, name, None), Tensor) for name in ("running_mean", "running_var"))
-    contract.normalizes = hasattr(module, "reduces_over")
+    contract.normalizes = answers(module, "reduces_over")
     contract.keeps_running_statistics = lambda: tracks
     if isinstance(module, _BatchNorm):
         contract.uses_batch_statistics = lambda: module.training or not tracks
     for name in CONTRACT:
-        if hasattr(module, name) and (name != "activation" or module.activation in list(ACTIVATIONS)):
+        if answers(module, name) and (name != "activation" or module.activation in list(ACTIVATIONS)):
             setattr(contract, name, getattr(module, name))
     return contract
 
@@ -156,16 +162,25 @@ class NoSyncBatchNorm:
 
     That function reads ``qconfig`` of every norm that it replaces, and the replacement would lose residual, activation
     and options without a warning. For all other readers the attribute does not exist, until torch's quantization
-    sets it.
+    sets it. The methods ``__set__`` and ``__delete__`` make Python ask ``__get__`` even then.
     """
 
-    def __get__(self, norm: nn.Module | None, owner: type) -> None:
+    def __get__(self, norm: nn.Module | None, owner: type) -> Any:
         if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             raise UserError(
                 f"{owner.__module__}.{owner.__qualname__}: cannot become a torch.nn.SyncBatchNorm, which knows no "
                 "residual and no activation; leave this norm out of convert_sync_batchnorm"
             )
-        raise AttributeError("qconfig")
+        if norm is None or "qconfig" not in vars(norm):
+            raise AttributeError("qconfig")
+        return vars(norm)["qconfig"]
+
+    def __set__(self, norm: nn.Module, value: Any) -> None:
+        vars(norm)["qconfig"] = value
+
+    def __delete__(self, norm: nn.Module) -> None:
+        if vars(norm).pop("qconfig", self) is self:
+            raise AttributeError("qconfig")
 
 
 class BatchNormBase(Norm, _BatchNorm):

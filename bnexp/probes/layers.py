@@ -1,7 +1,7 @@
 """The layers of a model: names, shapes and parameters, and their inputs and outputs in a forward pass."""
 
 import copy
-import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from bnexp.errors import UserError
 from bnexp.norms.base import contract_of
 
 LARGEST_BLOCK = 1024  # the largest block of examples that a norm is expected to need
+PRODUCTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # layers whose multiply-adds count
 See = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
@@ -50,19 +51,24 @@ def smallest_batch(model: nn.Module) -> int:
     return next((size for size in range(2, LARGEST_BLOCK + 1) if takes_batch(others, size)), 2)
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether ``module`` is one layer with all modules inside it, as a norm or a dense layer with a parametrization."""
+    return contract_of(module).normalizes or isinstance(module, PRODUCTS)
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of ``model`` by name, in the order of definition.
 
-    Layers are norms (with the modules inside them), other modules without children, and other modules that own
-    parameters. So every parameter belongs to a layer.
+    Layers are norms and PRODUCTS (with the modules inside them), other modules without children, and other modules that
+    own parameters. So every parameter and every multiply-add belongs to a layer.
     """
     found: dict[str, nn.Module] = {}
-    inside_norms: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside_norms):
+        if name.startswith(inside):
             continue
-        if contract_of(module).normalizes:
-            inside_norms += (f"{name}.",)
+        if is_whole(module):
+            inside += (f"{name}.",)
         elif list(module.children()) and not list(module.parameters(recurse=False)):
             continue
         found[name] = module
@@ -78,11 +84,15 @@ def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
 def tapped(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
     """Inside, every call of one of ``modules`` calls ``see(name, input, output)`` with its first argument as input.
 
-    The result of ``see``, unless None, replaces the output.
+    A call without arguments is passed over. The result of ``see``, unless None, replaces the output.
     """
 
     def hook(name: str) -> Callable:
-        return lambda module, args, kwargs, output: see(name, (*args, *kwargs.values())[0], output)
+        def call(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            given = (*args, *kwargs.values())
+            return see(name, given[0], output) if given else None
+
+        return call
 
     handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
@@ -110,28 +120,31 @@ class Layer(NamedTuple):
 def list_layers(model: nn.Module, in_shape: Sequence[int], device: torch.device | str = "meta") -> list[Layer]:
     """The layers of ``model`` in the order in which a forward pass leaves them, then those that it does not call.
 
-    A copy of the model in evaluation mode runs on :func:`smallest_batch` images. Multiply-adds are those of
-    convolutions and dense layers; everything else costs little beside them.
+    A copy of the model in evaluation mode runs on :func:`smallest_batch` images. Multiply-adds are those of all calls
+    of PRODUCTS, those inside a norm too; everything else costs little beside them.
     """
-    layers, found = named_layers(model), {}
-    num_parameters = count_parameters(layers)
+    layers, found, costs = named_layers(model), {}, Counter()
+    num_parameters, batch_size = count_parameters(layers), smallest_batch(model)
+    shadow = copy.deepcopy(model).to(device).eval()
+    products = {name: module for name, module in shadow.named_modules() if isinstance(module, PRODUCTS)}
 
     def see(name: str, x: Tensor, output: Tensor) -> None:
         shapes = [tuple(each.shape[1:]) if isinstance(each, Tensor) else () for each in (x, output)]
-        is_product = isinstance(layers[name], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-        cost = math.prod(shapes[1]) * layers[name].weight[0].numel() if is_product else 0
         norm = describe_norm(layers[name], len(shapes[1]) + 1)
-        found.setdefault(name, Layer(name, *shapes, num_parameters[name], norm, cost))
+        found.setdefault(name, Layer(name, *shapes, num_parameters[name], norm, 0))
 
-    shadow = copy.deepcopy(model).to(device).eval()
-    with torch.no_grad(), tapped(named_layers(shadow), see):
-        shadow(torch.zeros(smallest_batch(model), *in_shape, device=device))
+    def count(name: str, _: Tensor, output: Tensor) -> None:
+        owner = max((layer for layer in layers if f"{name}.".startswith(f"{layer}.")), key=len)
+        costs[owner] += output.numel() * products[name].weight[0].numel() if isinstance(output, Tensor) else 0
+
+    with torch.no_grad(), tapped(named_layers(shadow), see), tapped(products, count):
+        shadow(torch.zeros(batch_size, *in_shape, device=device))
     unseen = [
         Layer(name, (), (), num_parameters[name], type(layer).__name__ if contract_of(layer).normalizes else "", 0)
         for name, layer in layers.items()
         if name not in found and (num_parameters[name] or contract_of(layer).normalizes)
     ]
-    return [*found.values(), *unseen]
+    return [each._replace(multiply_adds=costs[each.name] // batch_size) for each in (*found.values(), *unseen)]
 
 
 def count_parameters(layers: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -139,7 +152,7 @@ def count_parameters(layers: Mapping[str, nn.Module]) -> dict[str, int]:
     counted: set[nn.Parameter] = set()
     numbers = {}
     for name, layer in layers.items():
-        own = set(layer.parameters(recurse=contract_of(layer).normalizes)) - counted
+        own = set(layer.parameters(recurse=is_whole(layer))) - counted
         numbers[name] = sum(parameter.numel() for parameter in own)
         counted |= own
     return numbers

@@ -401,7 +401,8 @@ def test_an_interruption_keeps_what_was_measured(small, tmp_path, capsys):
 
 def test_results_are_never_overwritten(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda text: text.replace("%Y-%m-%d", "2020-01-01").replace("%H%M%S", "120000"))
+    now = {"%Y-%m-%d": "2020-01-01", "bench-%H%M%S": "bench-120000"}
+    monkeypatch.setattr("time.strftime", now.get)
     assert [str(make_results_folder(None)) for _ in range(2)] == [
         "outputs/2020-01-01/bench-120000", "outputs/2020-01-01/bench-120000-2",
     ]  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnexp.cli.inspect import summary_table
@@ -246,3 +247,40 @@ def test_a_norm_that_averages_nothing_shows_its_class_and_other_layers_a_dash():
 
     lines = printed(summary_table(MLP(MNIST, 10, Silent, hidden=[5]), MNIST)).splitlines()
     assert [line.split()[-1] for line in lines[2:6]] == ["-", "-", "Silent", "-"]
+
+
+class Gated(library.BatchNorm):
+    """A norm of bnexp with dense layers inside; both see every image twice, in rows that do not begin with N."""
+
+    def __init__(self, num_features, activation):
+        super().__init__(num_features, activation=activation)
+        self.gate = nn.Sequential(nn.Linear(num_features, 3), nn.ReLU(), weight_norm(nn.Linear(3, num_features)))
+
+    def forward(self, x, residual=None):
+        return super().forward(x, residual) * self.gate(torch.cat([x, x])).unflatten(0, (2, -1)).sum(0)
+
+
+class GatedOuter(Outer):
+    def __init__(self, num_features, activation):
+        super().__init__(num_features, activation)
+        self.gate = nn.Sequential(nn.Linear(num_features, 3), nn.Linear(3, num_features))
+
+    def forward(self, x, residual=None):
+        return super().forward(x) * self.gate(x)
+
+
+@pytest.mark.parametrize(("norm", "calls"), [(Gated, 2), (GatedOuter, 1)])
+def test_a_norm_costs_what_the_dense_layers_inside_it_cost(norm, calls):
+    layers = list_layers(MLP((1, 12, 12), 10, norm, hidden=[32, 32]), (1, 12, 12))
+    cost = {layer.name: layer.multiply_adds for layer in layers}
+    assert cost["norm1"] == cost["norm2"] == 192 * calls
+    assert sum(cost.values()) == 5952 + 2 * 192 * calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_layer_with_a_parametrization_is_one_row(bias):
+    model = nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(784, 5, bias=bias)))
+    assert [layer[:4] for layer in list_layers(model, MNIST)] == [
+        ("0", MNIST, (784,), 0), ("1", (784,), (5,), 785 * 5 + 5 * bias)
+    ]  # fmt: skip
+    assert list_layers(model, MNIST)[1].multiply_adds == 784 * 5

@@ -9,6 +9,7 @@ from bnexp.config import build, check
 from bnexp.config.choices import choices, conf_dir
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
+from bnexp.optim import set_learning_rate
 
 SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp")
 TRIED = (-0.1, -1, 0, 2, math.nan, math.inf, -math.inf)
@@ -90,6 +91,37 @@ def test_what_is_refused_is_named_with_the_remedy(override, words):
     with pytest.raises(UserError) as caught:
         check.check(composed([*SMALL, override]))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "words"),
+    [
+        ("SGD", "dampening=-5", "optimizer.dampening=-5: only 0 to 1 has a meaning"),
+        ("SGD", "momentum=2", "optimizer.momentum=2: only 0 to 1 has a meaning"),
+        ("RMSprop", "alpha=1.5", "optimizer.alpha=1.5: only 0 to 1 has a meaning"),
+        ("ASGD", "lambd=-3", "optimizer.lambd=-3: cannot be negative"),
+        ("ASGD", "t0=-3", "optimizer.t0=-3: cannot be negative"),
+        ("SGD", "lr=1e39", "optimizer.lr=1e+39: a finite number is expected, and it has to be so in float32"),
+    ],
+)
+def test_options_that_torch_does_not_check_are_checked(kind, option, words):
+    with pytest.raises(UserError) as caught:
+        chosen = ("optimizer=other", f"optimizer._target_=torch.optim.{kind}", f"++optimizer.{option}")
+        check.check(composed([*SMALL, *chosen]))
+    assert words in str(caught.value)
+
+
+def test_a_factor_that_is_too_large_for_a_float_is_named_as_the_schedules():
+    with pytest.raises(UserError, match="the learning rate would be multiplied by inf at step 19"):
+        milestones = f"schedule.milestones=[{','.join(['0.9'] * 9)}]"
+        check.check(composed([*SMALL, "schedule=step", "schedule.gamma=1e38", milestones, "steps=20"]))
+
+
+@pytest.mark.parametrize("factor", [None, math.nan, -1.0, math.inf])
+def test_a_schedule_that_goes_wrong_later_is_named(factor):
+    optimizer = build.build(composed([*SMALL])).optimizer
+    with pytest.raises(UserError, match="the schedule returns (None|nan|-1.0|inf); it must return a finite number"):
+        set_learning_rate(optimizer, factor)
 
 
 @pytest.mark.parametrize("norm", ["scratch", "library", "fused"])

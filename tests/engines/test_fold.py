@@ -457,7 +457,7 @@ TWO = ("train", "-m", *SMALL, "seed=0,1", "replicas=2", "out=sweep")
     "arguments, message",
     [
         (("train", *SMALL, "replicas=4", "out=sweep"),
-         "replicas=4: a single run cannot be computed together with others; give several values, bnexp train -m seed=0,1"),
+         "replicas=4: a single run cannot be computed together with others; give several values, bnexp train -m"),
         ((*TWO, "replicas=0"), "replicas=0: has to be a whole number, 1 or more"),
         ((*TWO, "replicas=1,2"), "replicas=1,2: belongs to the sweep as a whole; give one value"),
         (("compare", *SMALL, "seed=0,1", "replicas=1,2"), "compare: nothing varies but the seed"),

@@ -61,6 +61,19 @@ def test_what_a_foreign_norm_says_counts_and_the_rest_is_the_default():
 
 def test_every_name_of_the_contract_can_be_given_by_a_foreign_module():
     foreign = nn.Module()
-    for name in CONTRACT:
-        setattr(foreign, name, "relu")
-    assert [getattr(contract_of(foreign), name) for name in CONTRACT] == ["relu"] * len(CONTRACT)
+    given = {name: (lambda *_: "mine") if callable(getattr(Norm, name)) else "relu" for name in CONTRACT}
+    for name, value in given.items():
+        setattr(foreign, name, value)
+    assert {name: getattr(contract_of(foreign), name) for name in CONTRACT} == given
+
+
+@pytest.mark.parametrize("base", [nn.Module, Norm])
+def test_a_method_that_is_a_value_or_a_value_that_is_a_method_does_not_count(base):
+    norm, default = base(), Norm()
+    for name in set(CONTRACT) - {"normalizes"}:
+        setattr(norm, name, None if callable(getattr(Norm, name)) else lambda: 3)
+    contract = contract_of(norm)
+    assert contract.reduces_over(4) == "" and contract.share_left(1) == 0 and not contract.uses_batch_statistics()
+    assert not contract.keeps_running_statistics() and contract.normalizes is (base is Norm)
+    assert (contract.activation, contract.num_features) == (default.activation, default.num_features)
+    contract.check_batch_size(1)

@@ -216,17 +216,26 @@ def test_torchs_update_bn_averages_the_statistics_of_its_batches(make):
     assert module.num_batches_tracked == 3 and module.momentum == momentum and not module.training
 
 
-@every_norm
-def test_torchs_conversion_to_synchronized_statistics_changes_no_norm_in_silence(name):
-    module = make_norm(name)(6, activation="relu")
+def assert_not_synchronized(module):
     if isinstance(module, BatchNormBase):
         with pytest.raises(UserError, match="cannot become a torch.nn.SyncBatchNorm, .*leave this norm out"):
             nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))
     else:
         assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))[0] is module
+
+
+@every_norm
+def test_torchs_conversion_to_synchronized_statistics_changes_no_norm_in_silence(name):
+    module = make_norm(name)(6, activation="relu")
+    assert_not_synchronized(module)
     assert not hasattr(module, "qconfig")
     module.qconfig = "mine"  # as torch's quantization does
     assert module.qconfig == copy.deepcopy(module).qconfig == "mine"
+    assert_not_synchronized(module)
+    del module.qconfig
+    assert not hasattr(module, "qconfig")
+    with pytest.raises(AttributeError):
+        del module.qconfig
 
 
 @runnable

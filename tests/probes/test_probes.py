@@ -748,11 +748,23 @@ def test_the_table_of_shapes_names_the_first_layers_an_image_passes():
 
 def test_layers_are_norms_as_a_whole_and_what_has_no_parts():
     class Outer(nn.Module):
-        reduces_over = None
-
         def __init__(self):
             super().__init__()
             self.inner = nn.Linear(2, 2)
 
+        def reduces_over(self, num_dims):
+            return "N"
+
     model = nn.Sequential(nn.Linear(2, 2), Outer(), nn.Sequential(nn.ReLU(), GhostBatchNorm(2)))
     assert list(named_layers(model)) == ["0", "1", "2.0", "2.1"]
+
+
+def test_a_call_without_arguments_is_not_seen():
+    class Silent(nn.Module):
+        def forward(self):
+            return torch.ones(2)
+
+    silent, other, seen = Silent(), nn.Identity(), []
+    with tapped({"silent": silent, "other": other}, lambda name, x, output: seen.append(name)):
+        other(silent())
+    assert seen == ["other"]
