@@ -1,6 +1,8 @@
 """Errors that the person at the keyboard can act on, and suggestions for their texts."""
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -28,6 +30,23 @@ class OutOfMemory(UserError):
     """A run does not fit the memory of the device or the machine."""
 
     exit_code = 1
+
+
+def home_path(text: str, setting: str = "") -> Path:
+    """The path in ``text``, with the home folder for ``~`` or ``~user`` at its beginning.
+
+    ``setting`` is what the user typed before ``text``. The path never begins with ``~``, so it can be read again.
+    """
+    path = Path(text)
+    if not text.startswith("~"):
+        return path.absolute() if str(path).startswith("~") else path  # ./~/x
+    user = text.partition("/")[0][1:]
+    if not user and not os.path.isabs(os.environ.get("HOME", "")):
+        raise UserError(f"{setting}{text}: there is no home folder, HOME is no absolute path; write the whole path")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise UserError(f"{setting}{text}: there is no user {user}; write ./{text} for a folder of this name")
+    return Path(expanded)
 
 
 def nearest(word: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:

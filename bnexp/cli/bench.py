@@ -1,6 +1,5 @@
 """``bnexp bench``: compares every implementation of batch norm with float64 and times it."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 from bnexp.bench.results import check_results_folder
 from bnexp.bench.settings import BENCH_CHOICES, BenchSettings
 from bnexp.config.choices import choices
-from bnexp.errors import UserError, nearest
+from bnexp.errors import UserError, home_path, nearest
 
 BENCH_USAGE = """usage: bnexp bench [setting=value] ...
 
@@ -75,7 +74,7 @@ def read_settings(words: Sequence[str]) -> BenchSettings:
             raise UserError(f"{word}: ${{...}} is not looked up in settings of bench; write the value itself")
         settings[key] = read_count(word, value) if key == "rounds" else value
     if "out" in settings:
-        settings["out"] = os.path.expanduser(settings["out"])
+        settings["out"] = str(home_path(settings["out"], "out="))
     return BenchSettings(**settings)
 
 

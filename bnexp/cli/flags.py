@@ -2,13 +2,28 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from bnexp.cli.help import Parser
 from bnexp.config.choices import SHELVES, choices
-from bnexp.config.compose import Source, composed, session
-from bnexp.errors import UserError
+from bnexp.config.compose import Source, composed, composed_with_hydra, session
+from bnexp.config.explain import check_hydra, explained
+from bnexp.errors import UserError, home_path
 
+NOW = "${now:%Y-%m-%d}/${now:%H-%M-%S}"
+USUAL = {  # what conf/train.yaml and Hydra itself set where a main config sets nothing
+    "hydra.run.dir": (".", f"outputs/{NOW}"),
+    "hydra.output_subdir": (None, ".hydra"),
+    "hydra.sweep.dir": (f"multirun/{NOW}",),
+    "hydra.sweep.subdir": ("${hydra.job.num}",),
+    "hydra.job.chdir": (None, False),
+    "hydra.mode": (None,),
+    "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.sweeper.max_batch_size": (None,),
+    "hydra.sweeper.params": (None,),
+}
 TRAIN_HELP = """\
 bnexp train: train one model and log it to TensorBoard.
 
@@ -62,13 +77,21 @@ def parse_line(command: str, arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--resolve and --package belong to --cfg job")
     if (line.cfg or line.info) and (makes_sweep or line.multirun or command == "rerun"):
         raise UserError(f"{command}: --cfg and --info show one config; use them with bnexp train, without -m")
-    folder = None if line.config_dir is None else Path(line.config_dir).expanduser()
+    folder = None if line.config_dir is None else home_path(line.config_dir, "--config-dir ")
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder; give one that holds norm/, model/, ... with yamls")
-    if odd := [word for word in line.words if word.startswith("hydra/sweeper=") and word != "hydra/sweeper=basic"]:
-        raise UserError(f"{odd[0]}: bnexp makes the jobs of a sweep itself; leave it out")
     line.source = Source(folder, line.config_name)
+    check_main(line.source)
     return line
+
+
+def check_main(source: Source) -> None:
+    """Raise :class:`UserError` if a main config of the user's own sets for Hydra what bnexp does itself."""
+    if source == Source():
+        return
+    with session(source), explained([f"--config-name {source.main}"]):
+        cfg = OmegaConf.to_container(composed_with_hydra([], RunMode.RUN).hydra)
+    check_hydra("hydra", cfg, usual=USUAL)
 
 
 def was_shown(line: argparse.Namespace) -> bool:
@@ -76,7 +99,6 @@ def was_shown(line: argparse.Namespace) -> bool:
     if not (line.help or line.cfg or line.info):
         return False
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
     with session(line.source):
         if line.help:

@@ -1,7 +1,6 @@
 """``bnexp summary`` prints a model's layers; ``bnexp inspect`` examines a run that has a checkpoint."""
 
 import argparse
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from torch import nn
 
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.cli.help import Parser
+from bnexp.cli.report import read_path
 from bnexp.config import build, check, parts, schema
 from bnexp.config.compose import composed, session
 from bnexp.config.start import fitting
@@ -121,11 +121,6 @@ def parse_inspect(arguments: Sequence[str]) -> argparse.Namespace:
     if options.layers is not None:
         options.layers = list(dict.fromkeys(name.strip() for name in options.layers.split(",")))
     return options
-
-
-def read_path(text: str) -> Path:
-    """``text`` as a path; ``~`` is the home folder."""
-    return Path(os.path.expanduser(text))
 
 
 def read_images(text: str) -> list[int]:

@@ -1,9 +1,11 @@
 """Finds the command, runs it and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
+import locale
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 from bnexp import startup
@@ -17,7 +19,8 @@ HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
     startup.replace_unprintable()
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    command, *rest = words
     if command in ("--help", "-h", "help"):
         print(help_text())
         return 0
@@ -32,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "completion":
             return completion(rest)
-        if odd := [word for word in arguments or sys.argv if re.search("[\0\ud800-\udfff]", word)]:
-            raise UserError(f"{odd[0]}: not UTF-8 text; rename the file or folder")
+        if odd := [word for word in words if re.search("[\0\ud800-\udfff]", word)]:
+            raise not_text(odd[0])
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -61,6 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             complain(f"{what}; the traceback is in {keep_traceback(error)}")
         return 1
+
+
+def not_text(word: str) -> UserError:
+    """The error for a word with NUL, or with bytes that are no text in this locale."""
+    with suppress(UnicodeError):
+        if (text := os.fsencode(word).decode()) != word:
+            name = locale.setlocale(locale.LC_CTYPE)
+            return UserError(f"{text}: the locale {name} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
+    return UserError(f"{word}: not UTF-8 text; rename the file or folder")
 
 
 def complain(what: object) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
 from bnexp.config.stored import moved, rerun_config, stored_config
-from bnexp.errors import RunFailed, UserError
+from bnexp.errors import RunFailed, UserError, home_path
 from bnexp.startup import quick_imports
 from bnexp.store.run_folder import CONFIG, DONE, STATUS, claim, claim_new, in_other_hands, read_status, taken
 from bnexp.store.settings import PLACE, differences, first_few
@@ -102,7 +102,7 @@ def rerun(arguments: list[str]) -> int:
         raise UserError("rerun: which run? Give its folder first: bnexp rerun outputs/DATE/RUN seed=1")
     line = parse_line("rerun", arguments[1:])
     with session(line.source):
-        cfg, words = rerun_config(Path(arguments[0]).expanduser(), line.words)
+        cfg, words = rerun_config(home_path(arguments[0]), line.words)
     return train_one(cfg, [word for word in words if not word.startswith("hydra")])
 
 
@@ -110,7 +110,7 @@ def resume(arguments: list[str]) -> int:
     """``bnexp resume RUN``: continue an interrupted run, in its folder, from its last checkpoint."""
     if not arguments:
         raise UserError("resume: which run? Give the folder of an interrupted one: bnexp resume outputs/DATE/RUN")
-    folder = Path(arguments[0]).expanduser()
+    folder = home_path(arguments[0])
     cfg = moved(folder, arguments[1:], "resume")
     if ended := go_on(cfg, folder):
         raise UserError(f"{folder}: this run is {ended}, nothing is left to do; bnexp rerun repeats it")

@@ -39,11 +39,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
             datasets[key] = load_dataset(cfg, source).to(device)
         model = model.to(device, memory_format=layout)
     dataset = datasets[key]
-    check_last_batch(cfg, source, len(dataset.train))
-    check_evaluation(cfg, source, dataset)
-    batches = Batches(
-        dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch
-    )
+    batches = make_batches(cfg, source, dataset)
     optimizer = parts.build_optimizer(cfg, model)
     if device.type == "cuda":
         place_learning_rates(optimizer, device)
@@ -61,14 +57,23 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     )
 
 
+def make_batches(cfg: DictConfig, source: Any, dataset: Dataset) -> Batches:
+    """The run's training batches; :class:`UserError` if the splits are too small for them or for a norm."""
+    check_last_batch(cfg, source, len(dataset.train))
+    check_evaluation(cfg, source, dataset)
+    return Batches(dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch)
+
+
 def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
     """The dataset that ``source`` loads; :class:`UserError` unless it has the source's shape and classes."""
-    dataset = parts.check_kind(parts.target_of(cfg, "data"), source.load(), Dataset, "load()")
+    target = parts.target_of(cfg, "data")
+    dataset = parts.check_kind(target, source.load(), Dataset, "load()")
     for name in ("in_shape", "class_names"):
         here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))
         if here != there:
-            target = parts.target_of(cfg, "data")
             raise UserError(f"{target}: its {name} is {here}, but load() returns a dataset with {there}")
+    if fault := dataset.fault():
+        raise UserError(f"{target}: load() returns a dataset with a fault: {fault}")
     return dataset
 
 

@@ -17,7 +17,7 @@ from bnexp.config.targets import check_options
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
-from bnexp.norms.base import contract_of
+from bnexp.norms.base import contract_of, divisors
 from bnexp.store import run_folder
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST
@@ -155,19 +155,22 @@ def check_result(cfg: DictConfig, group: str, result: Any, shape: Sequence[int])
 
 
 def check_finite(group: str, node: DictConfig) -> None:
-    """Raise :class:`UserError` for nan, infinity and whole numbers beyond 64 bits in the entry of ``group``."""
+    """Raise :class:`UserError` for numbers in the entry of ``group`` that are not finite in float32 or in 64 bits."""
     for key, value in node.items():
         for number in value if isinstance(value, ListConfig) else [value]:
-            bound = 2**63 if isinstance(number, int) else math.inf
+            bound = 2**63 if isinstance(number, int) else torch.finfo(torch.float32).max
             if isinstance(number, int | float) and not abs(number) < bound:
-                raise UserError(f"{group}.{key}={value}: a finite number is expected")
+                raise UserError(f"{group}.{key}={value}: a finite number is expected, and it has to be so in float32")
 
 
 def check_schedule(cfg: DictConfig) -> None:
     """Raise :class:`UserError` for a schedule that makes the learning rate negative or not finite."""
     schedule, total_steps = parts.part(cfg, "schedule"), cfg.steps or 100
     for step in (0, total_steps // 2, total_steps - 1):
-        factor = parts.check_kind(parts.target_of(cfg, "schedule"), schedule(step, total_steps), int | float)
+        try:
+            factor = parts.check_kind(parts.target_of(cfg, "schedule"), schedule(step, total_steps), int | float)
+        except OverflowError:
+            factor = math.inf
         if not 0 <= factor < math.inf:
             options = {k: v for k, v in cfg.schedule.items() if not k.startswith("_")}
             raise UserError(
@@ -180,7 +183,7 @@ def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
     """:func:`check_batch` for the short last batch of an epoch, if there is one."""
     last = num_images % cfg.batch_size
     if last and not cfg.drop_last:
-        check_batch(cfg, source, parts.meta_model(cfg, source), last)
+        check_batch(cfg, source, parts.meta_model(cfg, source), last, num_images)
 
 
 def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
@@ -193,15 +196,18 @@ def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
             try:
                 model(torch.empty(1, *source.in_shape, device="meta"))
             except ValueError as error:
+                is_off = cfg.norm.get("track_running_stats") is False
+                given = "norm.track_running_stats=false" if is_off else parts.target_of(cfg, "norm")
                 raise UserError(
-                    f"norm.track_running_stats=false: evaluation on 1 {name} image leaves a norm one value per "
-                    f"channel ({error}); use more {name} images, none, or norm.track_running_stats=true"
+                    f"{given}: evaluation on 1 {name} image leaves a norm one value per channel ({error}); "
+                    f"use more {name} images, none, or {'norm.track_running_stats=true' if is_off else 'another norm'}"
                 ) from error
 
 
-def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> None:
+def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_images: int | None = None) -> None:
     """Raise :class:`UserError` if a norm cannot split a batch of ``size`` images or gets one value per channel.
 
+    ``num_images`` is given for the short last batch of an epoch of so many images.
     ``model`` is on torch's meta device. A batch passes it in training mode only if a norm can raise an error for a
     batch that batch norm takes.
     """
@@ -210,7 +216,9 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> No
         try:
             contract.check_batch_size(size)
         except UserError as error:
-            raise error if size == cfg.batch_size else UserError(f"{error}; or use drop_last=true") from None
+            if num_images is None:
+                raise
+            raise UserError(unsplit(cfg, contract.virtual_batch, size, num_images, error)) from None
     others = [norm for norm in contracts if norm.normalizes and not norm.implements_batch_norm]
     is_foreign = parts.is_foreign(cfg)
     if size > 1 and not others and not (is_foreign and size < cfg.batch_size):
@@ -231,5 +239,28 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int) -> No
             raise UserError(f"batch_size={size}: the model cannot take it ({error})") from error
         raise UserError(
             f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, which has no "
-            f"variance; use another batch_size{'' if cfg.drop_last else ' or drop_last=true'} ({error})"
+            f"variance; use {way_to_more(cfg, num_images)} ({error})"
         ) from error
+
+
+def way_to_more(cfg: DictConfig, num_images: int | None) -> str:
+    """What gives batches of more than one image, if that is the batch size or the last batch of ``num_images``."""
+    if num_images is None:
+        return "batch_size=2 or more" + " and data.limit=2 or more" * (cfg.data.get("limit") == 1)
+    if num_images == 1:
+        return "2 training images or more, there is only 1" + ": data.limit=2 say" * (cfg.data.get("limit") == 1)
+    return "drop_last=true or a batch_size that leaves no single image"
+
+
+def unsplit(cfg: DictConfig, block: int | None, size: int, num_images: int, error: UserError) -> str:
+    """The ``error`` of a norm that cannot take the last batch, of ``size`` images, with remedies that work."""
+    is_only = size == num_images  # drop_last=true would leave no batch
+    if block is None or "virtual_batch" not in cfg.norm:
+        return str(error) if is_only else f"{error}; or use drop_last=true"
+    able = ", ".join(map(str, divisors(math.gcd(size, cfg.batch_size))[1:]))
+    ways = [f"set norm.virtual_batch to a common divisor of {cfg.batch_size} and {size} ({able})"] if able else []
+    ways.append(f"use a multiple of {block} training images" if is_only else "use drop_last=true")
+    return (
+        f"norm.virtual_batch={block}: the last batch of an epoch has {size} of {num_images} images and cannot be split "
+        f"into blocks of {block}; {', or '.join(ways)}"
+    )

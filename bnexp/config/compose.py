@@ -18,10 +18,10 @@ from hydra.core.utils import configure_log
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bnexp.config.choices import GROUPS, conf_dir, entries
+from bnexp.config.choices import GROUPS, SHELVES, conf_dir, entries
 from bnexp.config.explain import check_words, explained, parse_words, quoted
-from bnexp.config.schema import Train, is_text
-from bnexp.errors import UserError
+from bnexp.config.schema import SETTINGS, Train, is_text
+from bnexp.errors import UserError, home_path
 from bnexp.store.settings import numbers, short_name
 
 ConfigStore.instance().store(name="schema", node=Train)
@@ -61,6 +61,7 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
     """The config of these overrides, with interpolations resolved; ``logs=True`` starts Hydra's logging."""
     with session():
         check_words(words, _source.folder)
+        check_taken_out(words)
         words = quote_texts(words)
         with explained(words):
             cfg = composed_with_hydra(words, RunMode.RUN)
@@ -71,8 +72,16 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
                 del cfg["hydra"]
             OmegaConf.resolve(cfg)
     if cfg.get("out"):
-        cfg.out = str(Path(cfg.out).expanduser())
+        cfg.out = str(home_path(cfg.out, "out="))
     return cfg
+
+
+def check_taken_out(words: Sequence[str]) -> None:
+    """Raise :class:`UserError` for ``~seed`` and the like."""
+    for each in parse_words(words):
+        key = each.key_or_group
+        if each.is_delete() and key in SETTINGS and key not in SHELVES:
+            raise UserError(f"~{key}: a setting of every run, which cannot be taken out; leave ~{key} out")
 
 
 def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:

@@ -1,7 +1,7 @@
 """Checks the overrides of a command line before Hydra reads them, so that every error names the word and a remedy."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -9,17 +9,20 @@ from typing import Any, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from bnexp.config.choices import SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
 from bnexp.errors import UserError, nearest
 
 PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
-# Hydra's settings of folders, which are refused: bnexp makes the folders of its runs.
-FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir", "hydra.job.chdir")
+# Hydra's settings of what bnexp does itself; each ends with a dot, so that none is the beginning of another.
+FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir.", "hydra.job.chdir.", "hydra/output.")
+JOBS = ("hydra.sweeper.", "hydra/sweeper.", "hydra.mode.")
+HARMLESS = {"hydra/sweeper": ("basic",), "hydra.job.chdir": (False,)}
 
 
 def parse_words(words: Sequence[str], config_loader: object = None) -> list[Override]:
@@ -38,14 +41,44 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
 def unreadable(word: str) -> str:
     """The error text for a word that Hydra cannot read, with the word in quotes that the shell and Hydra take."""
     key, equals, value = word.partition("=")
-    if not equals or not key.lstrip("+~"):
+    name = key.lstrip("+~")
+    if not equals or not name:
         return f"{word}: not a setting; write it as name=value"
+    if not is_readable(f"{key}=1"):
+        known = nearest_setting(name)
+        return f"{word}: {name} cannot be the name of a setting{known}; bnexp train --help lists them all"
     signs = [sign for sign in value if not (sign.isascii() and sign.isalnum()) and sign not in PLAIN]
     what = f"the sign {signs[0]} in its value is read only in quotes" if signs else "its value cannot be read"
     proposed = f"{key}={quoted(value)}"
+    if not is_readable(proposed):
+        return f"{word}: its value cannot be read; give another"
+    if name.partition(".")[0] in SHELVES and "." in name:
+        kinds = {type(each) for each in values_in_entries(name)}
+        if kinds and kinds <= {bool, int, float}:
+            return f"{word}: {in_words(float if float in kinds else kinds.pop())} is expected"
+    else:
+        try:
+            check_words([proposed])
+        except UserError as error:
+            return str(error).replace(proposed.lstrip("+"), word)
     if any(sign in proposed for sign in "$`\\!"):  # special inside a shell's double quotes
         return f"{word}: {what}; write {shlex.quote(proposed)}"
     return f"{word}: {what}; write " + '"' + proposed.replace('"', '\\"') + '"'
+
+
+def is_readable(word: str) -> bool:
+    """Whether Hydra's grammar takes the word."""
+    try:
+        OverridesParser.create().parse_override(word)
+    except Exception:  # Hydra's own types and others
+        return False
+    return True
+
+
+def values_in_entries(key: str) -> list[Any]:
+    """The values that the entries of a group have for the option ``group.option`` or ``probe.name.option``."""
+    group, *path = key.split(".")
+    return [options[path[-1]] for options in entries(group).values() if path[-1] in options]
 
 
 def quoted(value: str) -> str:
@@ -70,8 +103,10 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
         if not key:
             raise UserError(unreadable(override.input_line))
         if key.startswith("hydra"):
-            if key.startswith(FOLDERS):
-                raise UserError(f"{override.input_line}: bnexp makes the folders of its runs; name one with out=DIR")
+            is_many = override.is_sweep_override()
+            check_hydra(key, None if is_many or override.is_delete() else override.value(), override.input_line)
+            if is_many:
+                raise UserError(f"{override.input_line}: holds for a sweep as a whole; give one value")
         elif override.is_sweep_override():
             raise UserError(
                 f"{override.input_line}: several values at once are a sweep; add -m to train them all, "
@@ -83,6 +118,26 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
             check_setting(override)
         elif override.type is OverrideType.CHANGE:
             check_option(key, chosen, folder)
+
+
+def check_hydra(key: str, value: Any, given: str = "", usual: Mapping[str, Any] = HARMLESS) -> None:
+    """Raise :class:`UserError` for a setting of Hydra's, or one inside it, of what bnexp does itself.
+
+    ``usual`` holds the values that change nothing.
+    """
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            check_hydra(f"{key}.{name}", inner, given, usual)
+        return
+    given, place = given or f"{key}={value}", f"{key}."
+    if value in usual.get(key, ()):
+        return
+    elif place.startswith(JOBS):
+        raise UserError(f"{given}: bnexp makes the jobs of a sweep itself; leave it out")
+    elif place.startswith(FOLDERS):
+        raise UserError(f"{given}: bnexp makes the folders of its runs; name one with out=DIR")
+    elif key == "hydra.launcher._target_" and str(value) not in Plugins.instance().class_name_to_class:
+        raise UserError(f"{given}: no launcher of Hydra's; choose one with hydra/launcher=NAME")
 
 
 def check_choice(override: Override, folder: Path | None) -> None:
@@ -117,6 +172,8 @@ def check_value(key: str, value: Any, given: str) -> None:
     try:
         _empty_config()[key] = value
     except Exception as error:
+        if "${" in str(value):
+            raise UserError(f"{given}: what begins with ${{ is not the name of a setting; write ${{NAME}}") from error
         hint = get_type_hints(Train)[key]
         form = f", written {key}=[a,b]," if get_origin(hint) is list else ""
         raise UserError(f"{given}: {in_words(hint)}{form} is expected") from error
@@ -177,5 +234,7 @@ def explained(words: Sequence[str]) -> Iterator[None]:
         key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
         if key and "not in struct" in str(error):
             raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
+        if isinstance(cause, GrammarParseError | InterpolationResolutionError):
+            words = [word for word in words if "${" in word] or words
         given, text = " ".join(words) or "the settings", " ".join(str(error).split())
         raise UserError(f"cannot use {given}: {text or type(error).__name__}") from error

@@ -1,9 +1,11 @@
 """Reads the config of a run's folder, as it is, with another place, or composed again with other overrides."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES
@@ -65,12 +67,16 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
         base = composed(before)
     except UserError:  # overrides of another version, or entries that are not here
         base, before = composed([]), []
+    if missing := OmegaConf.missing_keys(base):
+        raise UserError(f"{folder}: its overrides leave out {min(missing)}, nothing runs without it")
     parsed = parse_words(words)
     if lists := [each.input_line for each in parsed if each.is_sweep_override()]:
         raise UserError(f"{lists[0]}: rerun takes one config; give one value")
     chosen = {each.key_or_group for each in parsed}
-    words = [*(word for word in before if word not in words), *words]
+    words = _followed(before, parsed)
     cfg = composed(words, logs=True)
+    if OmegaConf.missing_keys(cfg):  # which bnexp train refuses
+        return cfg, words
     with open_dict(cfg):
         for group in (each for each in SHELVES if each not in chosen):
             if group == "probe" or _target(stored[group]) != _target(base[group]):
@@ -87,6 +93,22 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
     return cfg, words
 
 
+def _followed(before: Sequence[str], new: Sequence[Override]) -> list[str]:
+    """The words ``before`` followed by the ``new`` ones; ``+x=1`` or ``~x`` that holds already is not repeated."""
+    done = parse_words(before)
+    for each in new:
+        last = next((other for other in reversed(done) if _overlap(each.key_or_group, other.key_or_group)), None)
+        is_once = each.is_add() or each.is_delete()  # Hydra refuses it the second time
+        if not (is_once and each.input_line in before and last and last.input_line == each.input_line):
+            done.append(each)
+    return [each.input_line for each in done]
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one dotted key is the other, or lies inside it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
 def _settings_and_options(cfg: DictConfig) -> dict[str, Any]:
     """Run-level settings, and options of groups as ``group.option``; what is nested below is one value."""
     found = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in SHELVES}
@@ -98,15 +120,23 @@ def _target(node: Any) -> Any:
 
 
 def stored_words(folder: Path) -> list[str]:
-    """The overrides in a run's status without those that belong to a command; [] if they cannot be read."""
+    """The overrides in a run's status but those of a command and those with a resolver; [] if they cannot be read."""
     try:
         words = load_status(folder)["overrides"]
         parsed = parse_words(words)
     except (OSError, ValueError):  # also UserError
         return []
-    if any("${" in word for word in words):  # a stranger's interpolation would be resolved on this machine
-        return []
     return [
         each.input_line for each in parsed
-        if not decides(each.key_or_group) & COMMAND and not each.key_or_group.startswith("hydra")
+        if not decides(each.key_or_group) & COMMAND and not each.key_or_group.startswith("hydra") and _is_harmless(each)
     ]  # fmt: skip
+
+
+def _is_harmless(override: Override) -> bool:
+    """Whether no resolver, such as ``${oc.env:HOME}``, can come from a stranger's word: it would read this machine.
+
+    One reference to a setting, ``${seed}``, is harmless. Two could be put together to a resolver, and so could one
+    beside ``$`` or ``{``.
+    """
+    text = str(override.value())
+    return "${" not in text or bool(re.fullmatch(r"[^${]*\$\{[^:${}]*\}[^${]*", text))

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 from bnexp.config.choices import choices, conf_dir
 from bnexp.config.explain import explained, parse_words
 from bnexp.config.schema import fits
-from bnexp.errors import UserError, nearest
+from bnexp.errors import UserError, home_path, nearest
 from bnexp.report.expectations import Expectation
 from bnexp.store.settings import PERSON, decides
 from bnexp.store.untrusted import read_yaml
@@ -67,7 +66,7 @@ class Study:
 
 def load(name: str) -> Study:
     """The study of this name in ``conf/study``, or in the user's own file if ``name`` ends with .yaml or .yml."""
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
+    path = home_path(name, "study ") if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
     try:
         content = read_yaml(path)
     except FileNotFoundError:

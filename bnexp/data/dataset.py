@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from bnexp.errors import UserError
+from bnexp.errors import UserError, home_path
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
 SPLIT_SEED = 20150211  # never the run's seed: runs of all seeds share one split, so that they can be paired
@@ -81,6 +81,30 @@ class Dataset:
                 found.update(repr(tuple(tensor.shape)).encode())
                 found.update(tensor.cpu().contiguous().numpy())
         return found.hexdigest()[:12]
+
+    def fault(self) -> str | None:
+        """What is wrong with the tensors, in words; None if nothing is."""
+        channels, num_classes = self.in_shape[0], len(self.class_names)
+        for name in ("train", "valid", "test"):
+            split = getattr(self, name)
+            if not isinstance(split, Split) or not all(isinstance(each, Tensor) for each in vars(split).values()):
+                return f"{name} is no bnexp.data.dataset.Split of two tensors"
+            images, labels = split.images, split.labels
+            if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != channels:
+                shape = tuple(images.shape)
+                return f"the {name} images are {images.dtype} {shape}; they must be uint8 (N, {channels}, H, W)"
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                shape = tuple(labels.shape)
+                return f"the {name} labels are {labels.dtype} {shape}; they must be int64 ({len(images)},)"
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+                return f"the {name} labels go from {labels.min()} to {labels.max()}; there are {num_classes} classes"
+        if not len(self.train):
+            return "there are no training images"
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            if numbers.shape != (channels,) or not numbers.isfinite().all() or (name == "std" and (numbers <= 0).any()):
+                return f"{name} is {numbers.tolist()}; {channels} finite numbers are expected, of std above 0"
+        return None
 
     def prepare(self, images: Tensor) -> Tensor:
         """Stored uint8 (N, C, h, w) -> float32 (N, *in_shape), on the device of ``images``.
@@ -149,7 +173,7 @@ def find_root(root) -> Path:
     if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "bnexp")
         given = f"data.root={root}"
-    path = Path(os.path.expanduser(str(root)))
+    path = home_path(str(root), given.partition("=")[0] + "=")
     if path.exists() and not path.is_dir():
         raise UserError(f"{given}: a file; give the folder of the data")
     return path

@@ -6,7 +6,6 @@ Each file ends with the SHA-256 of everything before it, as the comment of the z
 checksums inside the zip do not cover its table of contents, where one flipped bit can point to other contents.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.store.files import replacing, writing
+from bnexp.store.files import replacing, sync, writing
 from bnexp.store.untrusted import is_step
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
@@ -68,7 +67,7 @@ def seal(file: BinaryIO) -> None:
     file.seek(num_bytes)
     file.write(digest)
     file.flush()
-    os.fsync(file.fileno())
+    sync(file.fileno(), Path(file.name).parent)
 
 
 def checksum(file: BinaryIO, num_bytes: int) -> bytes:
@@ -99,10 +98,7 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in ``folder`` to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # from file systems that cannot flush a folder
-            raise
+        sync(handle, folder)
     finally:
         os.close(handle)
 

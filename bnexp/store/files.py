@@ -4,8 +4,10 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,8 @@ REMEDIES = {
     **dict.fromkeys(NETWORK, "check that the file system is mounted and its server answers"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other programs, or raise the limit of open files (ulimit -n)"),
 }
+ELSEWHERE = "choose another folder with out=DIR on another file system"
+NO_SYNC = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)  # from fsync on some file systems
 
 
 @contextmanager
@@ -41,10 +45,29 @@ def writing(path: Path) -> Iterator[None]:
 def not_written(error: OSError, folder: Path) -> str:
     """The error text for a file of the run in ``folder`` that could not be written: which, why, and what to do."""
     file, why = error.filename or folder, error.strerror or str(error)
-    remedy = REMEDIES.get(error.errno, "remove the cause")
-    return (
-        f"{file} could not be written: {why}; what was written before stays readable in {folder}; {remedy}, "
-        f"then go on with bnexp resume {folder}"
+    resume = f"go on with bnexp resume {folder}"
+    known = REMEDIES.get(error.errno)
+    remedy = f"{known}, then {resume}" if known else f"{resume}; if that fails too, {ELSEWHERE}"
+    return f"{file} could not be written: {why}; what was written before stays readable in {folder}; {remedy}"
+
+
+def sync(handle: int, folder: Path) -> None:
+    """Flush ``folder`` or a file in it to the disk; a file system that cannot do this causes a warning."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        _warn_of_no_sync(folder.absolute().parent, error.strerror)
+
+
+@cache
+def _warn_of_no_sync(folder: Path, reason: str) -> None:
+    """Warn on stderr, once for each folder of runs, that a checkpoint may be lost when the machine loses power."""
+    print(
+        f"bnexp: warning: {folder}: its file system cannot flush to the disk ({reason}); training without, so a power "
+        "failure may damage the last files there",
+        file=sys.stderr,
     )
 
 

@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from bnexp.errors import StorageError, UserError
-from bnexp.store.files import not_written, write_json, write_new, writing
+from bnexp.store.files import ELSEWHERE, REMEDIES, not_written, write_json, write_new, writing
 from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
 
 CONFIG, STATUS, METRICS, PROBES, LOCK = "config.yaml", "status.json", "metrics.jsonl", "probes.jsonl", ".lock"
 WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
 OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # prefixes of the files of a run
 STATUS_EVERY = 1.0  # seconds between two writes of status.json that hold only new readings
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # from flock on some network file systems
+NO_LOCKS = (  # from flock on some network file systems
+    errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.EPROTONOSUPPORT,
+)  # fmt: skip
 DONE = ("finished", "diverged")  # a run with any other status can be resumed
 
 
@@ -114,20 +116,26 @@ def taken(folder: Path) -> Iterator[bool]:
             folder.mkdir(parents=True, exist_ok=True)
         with open(folder / LOCK, "a") as file:
             try:
-                with writing(folder / LOCK):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
             except OSError as error:
                 if error.errno not in NO_LOCKS:
-                    raise
+                    raise StorageError(not_locked(error, folder)) from error
                 _warn_of_no_locks(folder.absolute().parent, error.strerror)
             yield True
     except OSError as error:
         if error.filename is None or folder not in (Path(error.filename), *Path(error.filename).parents):
             raise
         raise StorageError(not_written(error, folder)) from error
+
+
+def not_locked(error: OSError, folder: Path) -> str:
+    """The error text for a run whose lock the system refuses: which, why, and what to do."""
+    is_refused = error.errno in (errno.EACCES, errno.EPERM)  # the file itself may well be writable
+    remedy = ELSEWHERE if is_refused else REMEDIES.get(error.errno, ELSEWHERE)
+    return f"{folder / LOCK} cannot be locked: {error.strerror}; {remedy}"
 
 
 @cache
@@ -182,7 +190,7 @@ def is_taken(folder: Path) -> bool:
         return True
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            raise
+            raise UserError(not_locked(error, folder)) from error
         status = read_status(folder)
         is_elsewhere = status.get("host") != socket.gethostname() or status.get("pid") == os.getpid()
         return status.get("status") == "running" and not is_elsewhere and is_alive(status["host"], status.get("pid"))
@@ -266,9 +274,8 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, check=True)
+        return os.fsdecode(done.stdout).strip()  # as paths are decoded, which never fails
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != here.parent:

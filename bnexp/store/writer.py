@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summ
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from bnexp.store.files import finite, writing
+from bnexp.store.files import finite, sync, writing
 from bnexp.store.readings import Band, Histogram, Image, Reading, Scalar, Table
 from bnexp.store.run_folder import METRICS, PROBES
 from bnexp.store.untrusted import MOST_LINE, is_step
@@ -99,7 +99,7 @@ class Lines:
     def sync(self) -> None:
         """Flush the lines to the disk."""
         with writing(self.path):
-            os.fsync(self.file.fileno())
+            sync(self.file.fileno(), self.path.parent)
 
 
 class EventFile:

@@ -86,7 +86,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(arguments, words, mine, 
 def test_a_config_that_moves_jobs_to_another_folder_is_refused(mine, bnexp, capsys, tmp_path):
     (tmp_path / "own conf/moves.yaml").write_text("defaults: [train, _self_]\nhydra: {job: {chdir: true}}\n")
     assert bnexp("train", "-m", "-cd", mine, "-cn", "moves", *TINY, "seed=0,1") == 2
-    assert "hydra.job.chdir=true: jobs that change the folder" in capsys.readouterr().err
+    assert "hydra.job.chdir=True: bnexp makes the folders of its runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "summary"])
@@ -105,3 +105,92 @@ def test_a_tilde_in_a_path_is_the_home_folder(command, bnexp, tmp_path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert bnexp(command, "~/runs", "--out=~/out") == 2
     assert f"{tmp_path}/home/runs: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train out=~nobodyhere/x",
+        "train -m seed=0,1 out=~nobodyhere/x",
+        "train --config-dir ~nobodyhere/x",
+        "rerun ~nobodyhere/x",
+        "resume ~nobodyhere/x",
+        "study ~nobodyhere/x.yaml",
+        "bench out=~nobodyhere/x",
+        "report . --out ~nobodyhere/x",
+        "inspect . --out ~nobodyhere/x",
+    ],
+)
+def test_the_home_of_an_unknown_user_is_refused(line, bnexp, tmp_path, capsys):
+    assert bnexp(*line.split()) == 2
+    err = capsys.readouterr().err
+    assert "~nobodyhere/x" in err and "there is no user nobodyhere" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_does_not_take_a_folder_called_tilde_for_the_home(bnexp, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert bnexp("train", "-m", *TINY, "seed=0,1", "out='./~/x'") == 0
+    assert (tmp_path / "~/x/s1/status.json").exists() and not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("many", [(), ("-m", "norm=none,library")], ids=len)
+def test_a_setting_taken_out_is_refused_before_any_folder(many, bnexp, tmp_path, capsys):
+    assert bnexp("train", *many, *TINY, "~batch_size") == 2
+    assert "~batch_size: a setting of every run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+JOBS, FOLDERS = "bnexp makes the jobs of a sweep itself", "bnexp makes the folders of its runs"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["hydra.job={chdir:true}"], FOLDERS),
+        (["hydra={job:{chdir:true}}"], FOLDERS),
+        (["++hydra.job={chdir:true}"], FOLDERS),
+        (["-m", "hydra.sweep={dir:foo}"], FOLDERS),
+        (["-m", "++hydra.job={chdir:true}"], FOLDERS),
+        (["-m", "hydra.sweeper._target_=os.system"], JOBS),
+        (["-m", "hydra.sweeper={params:{seed:3}}"], JOBS),
+        (["-m", "+hydra/sweeper=optuna"], JOBS),
+        (["++hydra/sweeper="], JOBS),
+        (["~hydra/sweeper"], JOBS),
+        (["-m", "hydra.sweeper.max_batch_size=1"], JOBS),
+        (["+hydra.sweeper.params.seed=5"], JOBS),
+        (["-m", "+hydra.sweeper.params.seed=0,1"], "hydra.sweeper.params.seed=0,1: " + JOBS),
+        (["hydra.mode=MULTIRUN"], JOBS),
+        (["-m", "hydra.mode=RUN"], JOBS),
+        (["-m", "hydra.launcher._target_=x"], "choose one with hydra/launcher=NAME"),
+        (["-m", "hydra.verbose=true,false"], "holds for a sweep as a whole"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_bnexp_does_itself_is_not_left_to_hydra_however_it_is_written(arguments, words, bnexp, capsys, tmp_path):
+    assert bnexp("train", *TINY, *arguments, *["seed=0,1"] * ("-m" in arguments)) == 2
+    assert words in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "hydra, words",
+    [
+        ("sweeper: {params: {seed: '0,1'}}", JOBS),
+        ("mode: MULTIRUN", JOBS),
+        ("run: {dir: x}", FOLDERS),
+        ("launcher: {_target_: os.system}", "hydra/launcher=NAME"),
+    ],
+    ids=str,
+)
+def test_a_main_config_leaves_it_to_bnexp_too(hydra, words, mine, bnexp, capsys, tmp_path):
+    (tmp_path / "own conf/odd.yaml").write_text(f"defaults: [train, _self_]\nhydra: {{{hydra}}}\n")
+    assert bnexp("train", "-cd", mine, "-cn", "odd", *TINY) == 2
+    assert words in capsys.readouterr().err and [each.name for each in tmp_path.iterdir()] == [mine]
+
+
+def test_what_hydra_does_by_itself_is_no_fault_of_a_main_config(mine, bnexp, tmp_path):
+    parts = "schema, model: mlp, norm: none, data: digits, optimizer: sgd, schedule: constant, engine: eager, probe: []"
+    parts += ", override hydra/hydra_logging: none, override hydra/job_logging: none, _self_"
+    lines = "".join(f"  - {each}\n" for each in parts.split(", "))
+    (tmp_path / "own conf/alone.yaml").write_text(f"defaults:\n{lines}")
+    assert bnexp("train", "-cd", mine, "-cn", "alone", *TINY[1:], "hydra.job.chdir=false", "out=run") == 0

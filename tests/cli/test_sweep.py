@@ -97,7 +97,7 @@ def test_lists_of_values_become_jobs_with_short_names_of_their_own(arguments, na
 
 def test_every_job_gets_the_fixed_overrides_and_its_own_values():
     made = grid("batch_size=4", "seed=0,1", "out=x", "hydra/launcher=basic", "+optimizer.a=1,2")
-    assert made.swept == ("seed", "+optimizer.a") and made.out == "x" and made.hydra == ("hydra/launcher=basic",)
+    assert made.swept == ("seed", "optimizer.a") and made.out == "x" and made.hydra == ("hydra/launcher=basic",)
     assert made.points[1].overrides == ("batch_size=4", "seed=0", "+optimizer.a=2")
     assert [point.variant for point in made.points] == ["a1", "a2", "a1", "a2"]
     job = Job(*made.points[0], Path("it is/s0-a1"), None)
@@ -125,6 +125,21 @@ def test_one_bad_job_is_refused_before_any_work(bnexp, capsys, arguments, messag
     assert bnexp("train", "-m", *SMALL, "out=sweep", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("command", [("train", "-m"), ("train", "-m", "replicas=2"), ("compare", "optimizer.lr=0.1,1")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["norm.track_running_stats=false", "data.valid=1"], "s0: norm.track_running_stats=false: evaluation on 1 "),
+        (["batch_size=101"], "s0: batch_size=101: only 100 training images"),
+        (["norm=ghost", "norm.virtual_batch=20", "drop_last=false", "data.limit=90"], "s0: norm.virtual_batch=20: "),
+    ],
+)
+def test_splits_that_no_job_can_use_are_refused_before_any_work(bnexp, capsys, command, arguments, message):
+    assert bnexp(*command, *SMALL, "out=sweep", "seed=0,1", *arguments) == 2
+    assert message in capsys.readouterr().err
     assert not list(Path().iterdir())
 
 
@@ -331,3 +346,12 @@ def test_a_launcher_runs_jobs_side_by_side_and_takes_up_what_was_interrupted(bne
     before = snapshot(Path("sweep"))
     assert bnexp("train", "-m", *sweep, f"hydra/launcher={launcher}", *options) == 0
     assert snapshot(Path("sweep")) == before
+
+
+def test_a_plus_before_a_key_changes_neither_what_it_is_nor_a_folders_name(bnexp):
+    made = grid("seed=0,1", "++batch_size=2,3", "++sweep_order=zip", "++out=e7", "++hydra.verbose=true")
+    assert (made.out, made.hydra, made.swept) == ("e7", ("++hydra.verbose=true",), ("seed", "batch_size"))
+    assert [each.name for each in grid("++seed=0,1").points] == ["s0", "s1"]
+    assert grid("++seed=0,1", "norm=none").points[0].overrides == ("norm=none", "++seed=0")
+    assert grid("++seed=0,1", "seed=3").swept == ()
+    assert bnexp("train", "-m", *SMALL, "seed=0,1", "++sweep_order=bogus") == 2

@@ -2,14 +2,18 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import bnexp
 from bnexp.store.run_folder import read_status
 
 TINY = ("model=mlp", "data.limit=64", "batch_size=16", "steps=4", "threads=1")
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 ENCODINGS = ("ascii", "latin-1", "cp1252", "koi8-r", "gbk")
 
 
@@ -43,3 +47,25 @@ def test_a_terminal_without_any_of_our_characters_in_a_process_of_its_own(tmp_pa
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("ascii").splitlines()[-1] == "sweep"
+
+
+def in_ascii(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    """``python words`` in the locale C, which has ASCII alone."""
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | ASCII, cwd=cwd)
+
+
+def test_a_clone_whose_path_the_locale_cannot_hold(tmp_path):
+    clone = tmp_path / "rép"
+    shutil.copytree(Path(bnexp.__file__).parent, clone / "bnexp", ignore=shutil.ignore_patterns("__pycache__"))
+    git = ["git", "-C", str(clone), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init"], ["add", "bnexp/errors.py"], ["commit", "-m", "first"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    done = in_ascii("-c", "from bnexp.store.run_folder import git_commit; print(git_commit())", cwd=clone)
+    assert len(done.stdout.strip()) == 40, done.stderr
+    assert "spam: not a command" in in_ascii("-m", "bnexp", "spam", cwd=clone).stderr
+
+
+def test_a_word_that_the_locale_cannot_hold_is_blamed_on_the_locale(tmp_path):
+    done = in_ascii("-m", "bnexp", "train", *TINY, "out='läufe'", cwd=tmp_path)
+    assert done.returncode == 2 and "the locale C cannot hold" in done.stderr and "PYTHONUTF8=1" in done.stderr
+    assert "not UTF-8 text" in in_ascii("-m", "bnexp", "train", os.fsdecode(b"out=\xff"), cwd=tmp_path).stderr

@@ -302,6 +302,27 @@ def test_what_no_run_can_have_is_refused_before_anything_is_trained(overrides, w
     assert words in refusal(*overrides)
 
 
+GHOST = ("model=mlp", "norm=ghost", "drop_last=false")
+
+
+@pytest.mark.parametrize(
+    "overrides, remedies",
+    [
+        ([*GHOST, "norm.virtual_batch=16", "data.limit=70"],
+         "set norm.virtual_batch to a common divisor of 16 and 6 (2), or use drop_last=true"),
+        ([*GHOST, "norm.virtual_batch=16", "data.limit=71"], "; use drop_last=true"),
+        ([*GHOST, "norm.virtual_batch=8", "data.limit=20", "batch_size=64"],
+         "set norm.virtual_batch to a common divisor of 64 and 20 (2, 4), or use a multiple of 8 training images"),
+        (["drop_last=false", "data.limit=1", "batch_size=1"], "; use batch_size=2 or more and data.limit=2 or more ("),
+        (["drop_last=false", "data.limit=1"], "; use 2 training images or more, there is only 1: data.limit=2 say ("),
+        (["drop_last=false", "batch_size=63"], "; use drop_last=true or a batch_size that leaves no single image ("),
+    ],
+)  # fmt: skip
+def test_a_last_batch_that_a_norm_cannot_take_is_refused_with_what_works(overrides, remedies):
+    message = refusal(*overrides)
+    assert remedies in message and message.count("drop_last=true") == remedies.count("drop_last=true")
+
+
 def test_a_batch_of_one_image_is_fine_where_nothing_is_averaged():
     run = build.build(checked("norm=none", "batch_size=1"))
     run.step()

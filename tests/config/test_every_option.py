@@ -82,9 +82,15 @@ def test_blocks_of_one_image_are_taken_where_every_block_has_pixels():
     assert run.forward(run.dataset.prepare(some_images(run, 3).images)).isfinite().all()
 
 
-def test_one_image_to_evaluate_is_refused_where_its_norms_need_a_batch():
+def test_one_image_to_evaluate_is_refused_where_its_norms_need_a_batch(tmp_path, monkeypatch):
+    text = "class Own(BatchNorm):\n    def __init__(self, n, activation='identity'):\n"
+    text += "        super().__init__(n, track_running_stats=False, activation=activation)"
+    (tmp_path / "untracked.py").write_text(f"from bnexp.norms.scratch import BatchNorm\n\n{text}\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="norm.track_running_stats=false: evaluation on 1 valid image .*use more valid"):
         run_of("model=mlp", "data.valid=1", "norm.track_running_stats=false")
+    with pytest.raises(UserError, match="^norm._target_=untracked.Own: evaluation .*, none, or another norm$"):
+        run_of("model=mlp", "data.valid=1", "norm=none", "norm._target_=untracked.Own", "allow=[untracked]")
     for overrides in (["model=mlp"], ["model=mlp", "norm=group"], ["model=resnet", *NARROW["resnet"]]):
         run = run_of(*overrides, "data.valid=1")
         run.step()

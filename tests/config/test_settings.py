@@ -1,5 +1,6 @@
 """What each setting decides, that text stays text, and that rerun is train with the stored overrides and the new."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -75,6 +76,20 @@ def test_numbers_stay_numbers():
     assert (cfg.optimizer.lr, cfg.data.limit, cfg.seed, cfg.norm.groups) == (0.01, 10, 1000, 2)
 
 
+def test_a_tilde_inside_a_path_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("./~/x", "./~root/x"):
+        assert composed([f"out='{text}'"]).out == f"{tmp_path}/{text[2:]}"
+    assert composed(["out='a/~/x'"]).out == "a/~/x"
+
+
+@pytest.mark.parametrize("home", [None, "", "here"])
+def test_a_tilde_without_a_home_is_refused(home, monkeypatch):
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    with pytest.raises(UserError, match="^out=~/x: there is no home folder"):
+        composed(["out=~/x"])
+
+
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert composed(["out='~/x'"]).out == composed(["out=~/x"]).out == "/home/somebody/x"
@@ -148,6 +163,43 @@ def test_rerun_is_train_with_the_stored_overrides_and_the_new_ones(before, new, 
     assert rerun_config(folder, new)[0] == wanted
 
 
+def test_rerun_keeps_the_overrides_beside_one_with_a_reference_or_a_resolver(train, monkeypatch):
+    monkeypatch.setenv("WIDTH", "9")
+    lr = ("optimizer.eps=0.37", "optimizer.lr=${optimizer.eps}")
+    folder = train(*TINY, *lr, "log_every='${oc.decode:${oc.env:WIDTH}}'")
+    assert rerun_config(folder, ["optimizer=adamw"])[0].optimizer.lr == 0.37
+    assert rerun_config(folder, ["optimizer.eps=0.1"])[0].optimizer.lr == 0.1
+    assert rerun_config(folder, ["seed=2"])[0].log_every == 9
+
+
+@pytest.mark.parametrize(
+    "before, new",
+    [
+        (["~norm.momentum", "+norm.momentum=0.2"], ["~norm.momentum"]),
+        (["+optimizer.amsgrad=true"], ["~optimizer.amsgrad", "+optimizer.amsgrad=true"]),
+        (["steps=3", "steps=2"], ["steps=3", "steps=2"]),
+        (["seed=1", "seed=2"], ["seed=1"]),
+        ([], ["~optimizer", "+optimizer=sgd"]),
+        ([], ["~model"]),
+    ],
+    ids=str,
+)
+def test_rerun_is_train_also_where_a_word_is_repeated_or_a_group_is_taken_out(before, new, train):
+    assert rerun_config(train(*TINY, *before), new)[0] == composed([*TINY, *before, *new])
+
+
+@pytest.mark.parametrize("word", ["~norm.momentum", "+optimizer.amsgrad=true"])
+def test_rerun_takes_a_stored_word_that_can_be_given_once_again(word, train):
+    folder = train(*TINY, word)
+    assert rerun_config(folder, [word])[0] == stored_config(folder)
+
+
+@pytest.mark.parametrize("key", ["seed", "quiet", "device", "steps", "out"])
+def test_a_setting_of_every_run_is_not_taken_out(key):
+    with pytest.raises(UserError, match=f"^~{key}: a setting of every run, which cannot be taken out"):
+        composed([f"~{key}"])
+
+
 def test_rerun_keeps_what_somebody_wrote_into_the_folders_config(train):
     folder = train(*TINY, "optimizer.lr=0.2")
     text = (folder / "config.yaml").read_text(encoding="utf-8").replace("lr: 0.2", "lr: 0.3")
@@ -169,10 +221,16 @@ def test_a_strangers_overrides_look_nothing_up_and_trust_nobody(train, monkeypat
     monkeypatch.setenv("SECRET", "told")
     folder = train(*TINY)
     status = (folder / "status.json").read_text(encoding="utf-8")
-    for word in ("allow=[os]", "out=/elsewhere", "model.activation=${oc.env:SECRET}", "hydra.verbose=true"):
-        (folder / "status.json").write_text(status.replace('"steps=1"', f'"{word}"'), encoding="utf-8")
+    for words in (
+        ["allow=[os]"], ["out=/elsewhere"], ["hydra.verbose=true"],
+        ["+model.a=${oc.env:SECRET}"], [r"+model.a=$\{oc.env:SECRET\}"],
+        ["+model.a=$", "+model.b='${model.a}{oc.env:SECRET}'"],
+        ["+model.a=$", "+model.b='{oc.env:SECRET}'", "+model.c='${model.a}${model.b}'"],
+    ):  # fmt: skip
+        text = status.replace('"steps=1"', ", ".join(map(json.dumps, words)))
+        (folder / "status.json").write_text(text, encoding="utf-8")
         cfg, _ = rerun_config(folder, [])
-        assert (cfg.allow, cfg.out) == ([], None) and "told" not in OmegaConf.to_yaml(cfg)
+        assert (cfg.allow, cfg.out) == ([], None) and "told" not in OmegaConf.to_yaml(cfg, resolve=True)
 
 
 def test_a_run_may_be_resumed_where_data_and_devices_are_others(train):
@@ -194,3 +252,29 @@ def test_the_stored_config_is_utf8_whatever_the_locale(bnexp, tmp_path, monkeypa
     assert bnexp("train", *TINY, "quiet=true", "out='läufe'") == 0
     assert "läufe" in (tmp_path / "läufe/config.yaml").read_bytes().decode("utf-8")
     assert stored_config(tmp_path / "läufe").batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "word, text",
+    [
+        ("norm.=3", "norm. cannot be the name of a setting"),
+        (".lr=3", ".lr cannot be the name of a setting (did you mean optimizer.lr?)"),
+        ("optimizer..lr=3", "optimizer..lr cannot be the name of a setting (did you mean optimizer.lr?)"),
+        ("out:=3", "out: cannot be the name of a setting (did you mean out?)"),
+        ("a=b=c", "a: there is no such setting"),
+        ("optimizer.lr=1e-3=", "optimizer.lr=1e-3=: a number is expected"),
+        ("seed=0;", "seed=0;: a whole number"),
+        ("norm=a=b", "norm=a=b: there is no such norm"),
+        ("out=${x", "out=${x: what begins with ${ is not the name of a setting; write ${NAME}"),
+        ("data.root=a=b", "write \"data.root='a=b'\""),
+        ("+optimizer.mine=a=b", "write \"+optimizer.mine='a=b'\""),
+    ],
+)
+def test_only_a_word_that_can_work_is_proposed(word, text):
+    assert text in unreadable(word)
+    assert ('write "' in unreadable(word)) == ('write "' in text)
+
+
+def test_the_word_whose_lookup_fails_is_named():
+    with pytest.raises(UserError, match=r"^cannot use out=\$\{nope\}: "):
+        composed([*TINY, "out=${nope}"])

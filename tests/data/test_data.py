@@ -1,5 +1,6 @@
 """Sources and splits: what is read from the original formats, and what is said when files are not there."""
 
+import dataclasses
 import gc
 import gzip
 import hashlib
@@ -26,6 +27,7 @@ from bnexp.data.digits import Digits
 from bnexp.data.mnist import MNIST, FashionMNIST
 from bnexp.errors import UserError
 
+BYTES = torch.arange(36, dtype=torch.uint8).view(4, 1, 3, 3)
 IDX_NAMES = [name for pair in mnist.PAIRS for name in pair]
 REAL = Path(os.environ.get("BNEXP_DATA") or "/nonexistent")
 needs_mnist = pytest.mark.skipif(
@@ -708,3 +710,26 @@ def test_cifar10_without_network_says_what_was_looked_for(tmp_path, closed_port,
 def test_options_are_frozen():
     with pytest.raises(AttributeError):
         Options(0.1, None, "none", True).valid = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"valid": None}, "valid is no bnexp.data.dataset.Split of two tensors"),
+        ({"test": (torch.zeros(1), torch.zeros(1))}, "test is no bnexp.data.dataset.Split of two tensors"),
+        ({"train": Split(BYTES / 255, torch.arange(4))}, "the train images are torch.float32 (4, 1, 3, 3)"),
+        ({"train": Split(BYTES[:, 0], torch.arange(4))}, "the train images are torch.uint8 (4, 3, 3)"),
+        ({"train": Split(BYTES.expand(4, 3, 3, 3), torch.arange(4))}, "they must be uint8 (N, 1, H, W)"),
+        ({"valid": Split(BYTES, torch.arange(3))}, "the valid labels are torch.int64 (3,); they must be int64 (4,)"),
+        ({"valid": Split(BYTES, torch.arange(4).int())}, "the valid labels are torch.int32 (4,)"),
+        ({"test": Split(BYTES, torch.arange(4) + 1)}, "the test labels go from 1 to 4; there are 4 classes"),
+        ({"train": Split(BYTES[:0], torch.arange(0))}, "there are no training images"),
+        ({"std": torch.zeros(1)}, "std is [0.0]; 1 finite numbers are expected, of std above 0"),
+        ({"mean": torch.full((1,), torch.nan)}, "mean is [nan]; 1 finite numbers are expected"),
+    ],
+)
+def test_a_dataset_names_what_is_wrong_with_its_tensors(changes, words):
+    split = Split(BYTES, torch.arange(4))
+    good = Dataset("d", split, split, split, ("a", "b", "c", "e"), (1, 3, 3), torch.zeros(1), torch.ones(1))
+    assert good.fault() is None
+    assert words in dataclasses.replace(good, **changes).fault()

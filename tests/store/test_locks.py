@@ -1,16 +1,17 @@
-"""File systems without locks: runs go on with a warning, and other errors of the system are told with a remedy."""
+"""File systems without locks or fsync: runs go on with a warning; other errors of the system are told with a remedy."""
 
 import errno
 import fcntl
 import os
 import socket
+import stat
 import subprocess
 import sys
 
 import pytest
 
-from bnexp.store import run_folder
-from bnexp.store.files import REMEDIES, not_written, write_json
+from bnexp.store import files, run_folder
+from bnexp.store.files import ELSEWHERE, NO_SYNC, REMEDIES, not_written, write_json
 from bnexp.store.run_folder import NO_LOCKS, is_taken, read_status, taken
 
 TINY = ("model=mlp", "data.limit=64", "batch_size=16", "steps=1", "threads=1", "quiet=true")
@@ -59,6 +60,39 @@ def test_another_error_of_a_lock_is_told(no_locks, bnexp, capsys):
     no_locks(errno.EIO)
     assert bnexp("train", *TINY, "out=run") == 1
     assert "check its disk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE], ids=errno.errorcode.get)
+def test_a_lock_that_is_refused_is_named(number, no_locks, bnexp, capsys, tmp_path):
+    no_locks(number)
+    assert bnexp("train", *TINY, "out=run") == 1
+    assert bnexp("train", *TINY, "out=run") == 2, "the folder is taken now"
+    for line in capsys.readouterr().err.splitlines():
+        assert f"run/.lock cannot be locked: {os.strerror(number)}; " in line and "writable" not in line
+
+
+@pytest.mark.parametrize("number", NO_SYNC, ids=errno.errorcode.get)
+@pytest.mark.parametrize("only", [stat.S_ISREG, stat.S_ISDIR])
+def test_a_run_goes_on_without_fsync(number, only, bnexp, capfd, monkeypatch, tmp_path):
+    def fsync(handle: int) -> None:
+        if only(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files._warn_of_no_sync.cache_clear()
+    assert bnexp("train", *TINY, "out=run") == 0
+    assert capfd.readouterr().err.count("its file system cannot flush to the disk") == 1
+    assert read_status(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY, errno.ETXTBSY, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_move_that_the_file_system_refuses_is_told_with_a_way_out(number, bnexp, capsys, monkeypatch):
+    def replace(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert bnexp("train", *TINY, "out=run") == 1
+    assert ELSEWHERE in capsys.readouterr().err
 
 
 LOST = [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS, errno.EDQUOT, errno.EFBIG]

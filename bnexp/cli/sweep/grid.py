@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from bnexp.config.choices import GROUPS
 from bnexp.config.compose import plain_value, typed, values_of
 from bnexp.config.explain import check_words, parse_words
-from bnexp.errors import UserError
+from bnexp.errors import UserError, home_path
 
 MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
 
@@ -68,9 +68,10 @@ def read_grid(words: Sequence[str]) -> Grid:
     """
     fixed: list[str] = []
     lists: dict[str, list[str]] = {}
+    written: dict[str, str] = {}  # the keys of the lists with their prefixes
     out, order, hydra = None, "product", []
     for override in parse_words(words, GlobalHydra.instance().config_loader()):
-        key, word = override.get_key_element(), override.input_line
+        key, word = override.key_or_group, override.input_line
         if key.startswith("hydra"):
             hydra.append(word)
         elif override.is_sweep_override():
@@ -81,7 +82,7 @@ def read_grid(words: Sequence[str]) -> Grid:
             value = override.value()
             if isinstance(value, RangeSweep) and abs(value.stop - value.start) > MOST_JOBS * abs(value.step):
                 raise UserError(f"{word}: more than {MOST_JOBS:,} values; give fewer")
-            lists[key] = values_of(override)
+            lists[key], written[key] = values_of(override), override.get_key_element()
             if not lists[key]:
                 raise UserError(f"{word}: an empty list makes no runs; give values")
         elif key == "out":
@@ -102,8 +103,8 @@ def read_grid(words: Sequence[str]) -> Grid:
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(1)))
         name = next(each for each in names if each not in points)
         variant = _name({key: value for key, value in values.items() if key != "seed"})
-        points[name] = Point(name, variant, (*fixed, *(f"{key}={value}" for key, value in values.items())))
-    return Grid(tuple(lists), tuple(points.values()), out and str(Path(out).expanduser()), tuple(hydra))
+        points[name] = Point(name, variant, (*fixed, *(f"{written[key]}={value}" for key, value in values.items())))
+    return Grid(tuple(lists), tuple(points.values()), out and str(home_path(out, "out=")), tuple(hydra))
 
 
 def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.sweep.grid import Grid, Job
-from bnexp.cli.sweep.lockstep import check_sweep
+from bnexp.cli.sweep.lockstep import check_splits, check_sweep
 from bnexp.config import check
 from bnexp.config.compose import composed
 from bnexp.config.schema import Train
 from bnexp.errors import UserError
 from bnexp.store.files import finite, write_new
-from bnexp.store.run_folder import check_free, in_other_hands, new_folder, taken
+from bnexp.store.run_folder import DONE, check_free, in_other_hands, new_folder, read_status, taken
 from bnexp.store.settings import LOOKING, NUMBERS, SEED, decides, differences, first_few
 from bnexp.store.untrusted import read_json
 
@@ -37,6 +37,8 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job]]:
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(grid.points) > 1 else str(error)) from error
     check_sweep(grid.hydra, configs)
+    begun = Path(grid.out) if grid.out and (Path(grid.out) / SWEEP).exists() else None
+    check_splits({k: v for k, v in configs.items() if not begun or read_status(begun / k).get("status") not in DONE})
     text = json.dumps(finite({"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}), indent=1)
     if grid.out is None:
         folder = new_folder(Path("outputs") / time.strftime("%Y-%m-%d"), f"{kind}-{time.strftime('%H%M%S')}")

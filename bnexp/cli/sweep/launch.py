@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 
 from bnexp.cli.sweep.grid import Job
 from bnexp.cli.sweep.jobs import all_taken
-from bnexp.cli.sweep.lockstep import race, tell_alone, together
-from bnexp.cli.sweep.worker import LAST, run_job
+from bnexp.cli.sweep.lockstep import LAST, race, tell_alone, together
+from bnexp.cli.sweep.worker import run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
 from bnexp.errors import UserError
@@ -47,6 +47,8 @@ def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
             config=cfg,
         )
     is_alone = cfg.hydra.launcher._target_.endswith("BasicLauncher")
+    if not is_alone:
+        LAST.clear()
     before = {job: written_at(job.folder) for job in jobs}
     is_waiting = False
     failed: set[Job] = set()  # since this start, here or elsewhere; earlier failures are tried again

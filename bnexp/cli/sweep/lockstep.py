@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.sweep.grid import Job
@@ -22,11 +23,13 @@ from bnexp.train.drive import Group, lockstep
 from bnexp.train.loop import Loop
 
 COLUMNS = ("", "runs", "loss/train", "loss/valid", "accuracy/valid", "difference")  # of the live table
+LAST: dict[str, Dataset] = {}  # the dataset that this process loaded last, for a check or a job
 
 
 def race(jobs: Sequence[Job]) -> bool:
     """Open every job that is not done and drive them all in lockstep; returns whether any failed."""
-    datasets: dict[str, Dataset] = {}
+    datasets = dict(LAST)
+    LAST.clear()
     loops: dict[Job, Loop] = {}
     has_failed = False
     for job in jobs:
@@ -109,6 +112,29 @@ def check_replicas(cfg: DictConfig) -> None:
         check_foldable(model, batch, parts.find_device(cfg.device))
     except UserError as error:
         raise UserError(f"{given}: {error}") from error
+
+
+def check_splits(configs: Mapping[str, DictConfig]) -> None:
+    """Raise :class:`UserError` if a job cannot use the splits of its data; any other error is left to the job.
+
+    Jobs that share all but seeds and numbers are checked once, and each data is loaded once. The data of the first job
+    come last and stay in LAST.
+    """
+    LAST.clear()
+    by_data: dict[str, dict[str, tuple[str, DictConfig]]] = {}
+    for name, cfg in configs.items():
+        by_data.setdefault(build.data_key(cfg, torch.device("cpu")), {}).setdefault(common(cfg), (name, cfg))
+    for key, name, cfg in [(data, *each) for data in reversed(by_data) for each in by_data[data].values()]:
+        try:
+            source = parts.part(cfg, "data")()
+            if key not in LAST:
+                LAST.clear()
+                LAST[key] = build.load_dataset(cfg, source)
+            build.make_batches(cfg, source, LAST[key])
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if len(configs) > 1 else str(error)) from error
+        except Exception:
+            continue
 
 
 def together(jobs: Sequence[Job]) -> list[list[Job]]:

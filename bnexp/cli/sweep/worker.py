@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from bnexp import startup
 from bnexp.cli.sweep import jobs
+from bnexp.cli.sweep.lockstep import LAST
 from bnexp.config import build, parts
 from bnexp.config.start import fail, open_job
 from bnexp.data.dataset import Dataset
@@ -27,7 +28,6 @@ from bnexp.train.drive import drive
 from bnexp.train.interrupt import PATIENCE
 from bnexp.train.loop import Loop
 
-LAST: dict[str, Dataset] = {}  # the dataset of the last job in this process
 interrupted_at = -math.inf  # time of the last interrupt in this process, if it is one of several
 
 
