@@ -112,7 +112,8 @@ def _overlap(one: str, other: str) -> bool:
 def _settings_and_options(cfg: DictConfig) -> dict[str, Any]:
     """Run-level settings, and options of groups as ``group.option``; what is nested below is one value."""
     found = {key: value for key, value in OmegaConf.to_container(cfg).items() if key not in SHELVES}
-    return found | {f"{group}.{key}": value for group in GROUPS for key, value in cfg[group].items()}
+    groups = [group for group in GROUPS if isinstance(cfg[group], DictConfig)]
+    return found | {f"{group}.{key}": value for group in groups for key, value in cfg[group].items()}
 
 
 def _target(node: Any) -> Any:

@@ -37,6 +37,8 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job]]:
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(grid.points) > 1 else str(error)) from error
     check_sweep(grid.hydra, configs)
+    if grid.out is not None:
+        check_free(grid.out)
     begun = Path(grid.out) if grid.out and (Path(grid.out) / SWEEP).exists() else None
     check_splits({k: v for k, v in configs.items() if not begun or read_status(begun / k).get("status") not in DONE})
     text = json.dumps(finite({"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}), indent=1)
@@ -44,7 +46,6 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job]]:
         folder = new_folder(Path("outputs") / time.strftime("%Y-%m-%d"), f"{kind}-{time.strftime('%H%M%S')}")
         write_new(folder / SWEEP, text)
     else:
-        check_free(grid.out)
         folder = Path(grid.out)
         open_folder(folder, text, configs)
     jobs = [Job(*point, folder / point.name, configs[point.name]) for point in grid.points]
