@@ -101,8 +101,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_from_it(bnexp, 
 
 
 def test_two_processes_on_one_folder_share_the_work_and_end_in_the_same_table(tmp_path, undisturbed):
-    slow = "bnexp.cli.sweep.launch, sklearn.datasets"  # their import takes longer than the jobs
-    wait = f"import sys, time, pathlib, {slow}, bnexp.cli.main\npathlib.Path(sys.argv.pop(1)).touch()\n"
+    # What both need first takes longer than the jobs, so they do it before they begin together.
+    wait = "import contextlib, io, sys, time, pathlib, bnexp.cli.sweep.launch, bnexp.cli.main\n"
+    wait += "with contextlib.redirect_stdout(io.StringIO()): bnexp.cli.main.main(['summary', 'model=mlp'])\n"
+    wait += "pathlib.Path(sys.argv.pop(1)).touch()\n"
     wait += "while not pathlib.Path('go').exists(): time.sleep(0.001)\nsys.exit(bnexp.cli.main.main(sys.argv[1:]))"
     command = ["train", "-m", *SWEEP, "out=sweep"]
     both = [start(name, *command, cwd=tmp_path, program=("-c", wait)) for name in "ab"]
