@@ -22,6 +22,7 @@ from bnexp.config.choices import GROUPS, SHELVES, conf_dir, entries
 from bnexp.config.explain import check_words, explained, parse_words, quoted
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
+from bnexp.startup import quick_imports
 from bnexp.store.settings import numbers, short_name
 
 ConfigStore.instance().store(name="schema", node=Train)
@@ -135,7 +136,9 @@ def _type_of(options: dict[str, Any], option: str) -> Any:
     from hydra.utils import get_object
 
     try:
-        return get_type_hints(get_object(options["_target_"]).__init__).get(option, Any)
+        with quick_imports():  # the first that needs torch
+            target = get_object(options["_target_"])
+        return get_type_hints(target.__init__).get(option, Any)
     except Exception:  # a target that is not bnexp's; it is checked later
         return Any
 
