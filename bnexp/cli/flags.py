@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from bnexp.cli.help import Parser
+from bnexp.cli.parser import Parser
 from bnexp.config.choices import SHELVES, choices
 from bnexp.config.compose import Source, composed, composed_with_hydra, session
 from bnexp.config.explain import check_hydra, explained

@@ -1,12 +1,9 @@
 """Help, usage errors and shell completion, answered without importing torch or Hydra."""
 
-import argparse
 import os
 import textwrap
-from typing import NoReturn
 
 from bnexp.config.choices import GROUPS, choices
-from bnexp.errors import UserError
 
 COMMANDS = {
     "train": "train one model and log it to TensorBoard; -m trains every combination of several values",
@@ -66,13 +63,6 @@ usage: eval "$(bnexp completion)"
 
 Prints the bash script that completes commands, groups and values.""",
 }  # train, report, inspect and bench print their own
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are :class:`UserError`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog.removeprefix('bnexp ')}: {message}; {self.prog} --help shows what it takes")
 
 
 BASH = """\

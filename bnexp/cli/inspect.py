@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from bnexp.cli.flags import parse_line, was_shown
-from bnexp.cli.help import Parser
+from bnexp.cli.parser import Parser
 from bnexp.cli.report import read_path
 from bnexp.config import build, check, parts, schema
 from bnexp.config.compose import composed, session

@@ -1,7 +1,6 @@
 """Finds the command, runs it and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
-import locale
 import os
 import re
 import sys
@@ -68,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def not_text(word: str) -> UserError:
     """The error for a word with NUL, or with bytes that are no text in this locale."""
+    import locale
+
     with suppress(UnicodeError):
         if (text := os.fsencode(word).decode()) != word:
             name = locale.setlocale(locale.LC_CTYPE)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from bnexp.cli.help import Parser
+from bnexp.cli.parser import Parser
 from bnexp.errors import UserError, home_path
 
 
