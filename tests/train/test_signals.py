@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,7 +322,7 @@ def test_a_sweep_that_waits_for_another_process_says_for_whom_once(bnexp, capfd,
         if len(naps) == 3:
             locks.close()
 
-    monkeypatch.setattr(launch.time, "sleep", nap)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(sleep=nap))  # other threads sleep too
     capfd.readouterr()
     assert bnexp("train", "-m", *SWEEP, "steps=2", "quiet=false", "out=sweep") == 0
     me = f"none-s1 (process {os.getpid()} on {socket.gethostname()} (last heard of "
