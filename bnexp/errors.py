@@ -49,6 +49,12 @@ def home_path(text: str, setting: str = "") -> Path:
     return Path(expanded)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of the error's text, after the name of its type unless it is a :class:`UserError`."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
+
+
 def nearest(word: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
     """`` (did you mean X?)`` if a known word looks like ``word``, else nothing; ``spell`` turns the word into X."""
     from difflib import get_close_matches

@@ -44,17 +44,15 @@ def make_optimizer(
 ) -> Optimizer:
     """Build ``optimizer`` over the model's two groups; ``base_lr`` of a group is its learning rate before the schedule.
 
-    :class:`UserError` for options that torch refuses, and for numbers that torch accepts but no training can use.
+    :class:`UserError` for numbers that torch accepts but no training can use, and for a model without parameters.
     """
     for name, decay in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
         if decay < 0:
             raise UserError(f"optimizer.{name}={decay}: a decay cannot be negative; give 0 or more")
-    try:
-        built = optimizer(parameter_groups(model, weight_decay, norm_weight_decay))
-    except UserError:
-        raise
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"the optimizer refuses its options: {error}") from error
+    groups = parameter_groups(model, weight_decay, norm_weight_decay)
+    if not groups:
+        raise UserError("the model has no parameter that takes a gradient, so there is nothing to train")
+    built = optimizer(groups)
     for name, most in UNCHECKED.items():
         value = built.defaults.get(name, 0)
         if isinstance(value, float | int) and not 0 <= value <= most:

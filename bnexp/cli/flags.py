@@ -63,7 +63,7 @@ def make_parser(command: str) -> Parser:
 def parse_line(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the flags; ``words`` is left to Hydra's grammar, ``source`` says where configs are composed from.
 
-    ``multirun`` is there for ``train`` only. Raises :class:`UserError` for flags that ``command`` does not take.
+    ``multirun`` is False for all commands but ``train``. Raises :class:`UserError` for flags that ``command`` lacks.
     """
     makes_sweep = command in ("compare", "study")
     if any(word.startswith("--experimental-rerun") for word in arguments):

@@ -1,4 +1,4 @@
-"""Help, usage errors and shell completion, answered without importing torch or Hydra."""
+"""Help, usage and shell completion; imports no torch, and Hydra only to complete settings."""
 
 import os
 import textwrap

@@ -25,7 +25,7 @@ from bnexp.errors import UserError
 from bnexp.probes.confusion import Confusion
 from bnexp.probes.features import has_maps, look_at_images
 from bnexp.probes.layers import Layer, list_layers, tracking_norms
-from bnexp.probes.population import population_size, shadow
+from bnexp.probes.population import population_size, shadow, whole_batch
 from bnexp.probes.shapes import show_shape
 from bnexp.probes.statistics import norm_table, recomputed_model, score_by_statistics
 from bnexp.report import readings as report
@@ -266,7 +266,7 @@ def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, A
         "split": SPLIT_WORDS[name],
         "images": len(getattr(run.dataset, name)),
         "training_images": population_size(run, POPULATION_IMAGES) if tracks else 0,
-        "batch_size": min(run.batches.batch_size, len(run.dataset.train)),
+        "batch_size": whole_batch(run),
         "why_one_score": None if tracks else why_one_score(list_layers(run.model, run.dataset.in_shape)),
     }
 

@@ -16,7 +16,8 @@ HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 (a study
+    that does not hold), 130 when interrupted."""
     startup.replace_unprintable()
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command, *rest = words
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
         startup.settle()
-        return getattr(import_module(f"bnexp.cli.{HOMES.get(command, command)}"), command)(rest)
+        with startup.quick_imports():
+            module = import_module(f"bnexp.cli.{HOMES.get(command, command)}")
+        return getattr(module, command)(rest)
     except UserError as error:
         complain(error)
         return error.exit_code

@@ -36,7 +36,8 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     layout = torch.channels_last if cfg.channels_last else torch.preserve_format
     with memory_explained(device, "the data and the model", cfg.batch_size):
         if key not in datasets:
-            datasets[key] = load_dataset(cfg, source).to(device)
+            loaded = datasets.pop(data_key(cfg, torch.device("cpu")), None)  # for a check, before the device was known
+            datasets[key] = (loaded or load_dataset(cfg, source)).to(device)
         model = model.to(device, memory_format=layout)
     dataset = datasets[key]
     batches = make_batches(cfg, source, dataset)

@@ -188,20 +188,22 @@ def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
 
 def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
     """Raise :class:`UserError` for a split of one image if a norm would take the variance of one value per channel."""
+    single = [name for name in ("valid", "test") if len(getattr(dataset, name)) == 1]
+    if not single:
+        return
     model = parts.meta_model(cfg, source).eval()
     if not any(contract_of(module).uses_batch_statistics() for module in model.modules()):
         return
-    for name, split in (("valid", dataset.valid), ("test", dataset.test)):
-        if len(split) == 1:
-            try:
-                model(torch.empty(1, *source.in_shape, device="meta"))
-            except ValueError as error:
-                is_off = cfg.norm.get("track_running_stats") is False
-                given = "norm.track_running_stats=false" if is_off else parts.target_of(cfg, "norm")
-                raise UserError(
-                    f"{given}: evaluation on 1 {name} image leaves a norm one value per channel ({error}); "
-                    f"use more {name} images, none, or {'norm.track_running_stats=true' if is_off else 'another norm'}"
-                ) from error
+    try:
+        model(torch.empty(1, *source.in_shape, device="meta"))
+    except ValueError as error:
+        is_off = cfg.norm.get("track_running_stats") is False
+        given = "norm.track_running_stats=false" if is_off else parts.target_of(cfg, "norm")
+        remedy = "norm.track_running_stats=true" if is_off else "another norm"
+        raise UserError(
+            f"{given}: evaluation on 1 {single[0]} image leaves a norm one value per channel ({error}); "
+            f"use more {single[0]} images, none, or {remedy}"
+        ) from error
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_images: int | None = None) -> None:

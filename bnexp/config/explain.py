@@ -204,10 +204,13 @@ def no_such_setting(key: str) -> UserError:
 
 def nearest_setting(key: str) -> str:
     """`` (did you mean X?)``, with the setting whose last part is ``key`` or one that looks like it."""
-    known = [*SETTINGS]
+    known, others = [*SETTINGS], []
     for group in SHELVES:
-        inside = [(f"{group}.{name}" if group == "probe" else group, own) for name, own in entries(group).items()]
-        known += [f"{place}.{option}" for place, options in inside for option in options if option[:1] != "_"]
+        for name, options in entries(group).items():
+            place = f"{group}.{name}" if group == "probe" else group
+            known_here = known if defaults().get(group) == name else others
+            known_here += [f"{place}.{option}" for option in options if option[:1] != "_"]
+    known += others  # the options of entries that are chosen by default come first
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     if key in known:
         return " in the chosen entries"

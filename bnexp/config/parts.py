@@ -15,6 +15,7 @@ from bnexp.config.targets import DECAYS, check_options, find_target
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer, without_compiler
+from bnexp.store.settings import as_typed
 from bnexp.train.probe import Probe
 
 
@@ -131,6 +132,14 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     for key, value in options.items():
         if isinstance(value, list) and all(isinstance(number, int | float) for number in value):
             options[key] = tuple(map(float, value))  # torch takes betas of 0.0 and 0.9 and refuses 0 and 0.9
-    make = partial(without_compiler(optimizer.func), **options)
-    target = target_of(cfg, "optimizer")
-    return make_optimizer(lambda groups: check_kind(target, make(groups), Optimizer), model, **decays)
+
+    def make(groups: list[dict]) -> Optimizer:
+        try:
+            made = without_compiler(optimizer.func)(groups, **options)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            numbers = {key: value for key, value in options.items() if type(value) in (int, float, tuple)}
+            given = ", ".join(f"optimizer.{key}={as_typed(value)}" for key, value in numbers.items()) or "optimizer"
+            raise UserError(f"{given}: the optimizer refuses its options: {error}") from error
+        return check_kind(target_of(cfg, "optimizer"), made, Optimizer)
+
+    return make_optimizer(make, model, **decays)

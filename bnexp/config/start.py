@@ -13,7 +13,7 @@ from bnexp.config import build, parts
 from bnexp.config.advice import advice
 from bnexp.config.compose import group_name, hparams
 from bnexp.data.dataset import Dataset
-from bnexp.errors import UserError
+from bnexp.errors import UserError, first_line
 from bnexp.store import checkpoint
 from bnexp.store.files import not_written, write_new
 from bnexp.store.run_folder import CONFIG, METRICS, Status
@@ -77,10 +77,9 @@ def open_job(
 
 def fail(folder: Path, overrides: Sequence[str], error: Exception) -> str:
     """Write the status of a job that did not start because of ``error``; returns that status, ``failed``."""
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     try:
         status = Status(folder, "none", list(overrides))
-        status.update(status="failed", error=reason.splitlines()[0], traceback=traceback.format_exc())
+        status.update(status="failed", error=first_line(error), traceback=traceback.format_exc())
     except OSError as second:
         error.add_note(f"and the status could not be written: {second}")
     if isinstance(error, OSError):

@@ -40,9 +40,10 @@ def stored_config(folder: Path) -> DictConfig:
 
 def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
     """The stored config with other settings of the place (data.root, device, threads, ...) or another ``allow``."""
-    changes = {each.key_or_group: plain_value(each) for each in parse_words(words)}
+    parsed = parse_words(words)
+    changes = {each.key_or_group: plain_value(each) for each in parsed}
     able = [key for key in DECIDES if decides(key) & PLACE or key == "allow"]
-    if odd := [word for word, key in zip(words, changes, strict=False) if key not in able]:
+    if odd := [each.input_line for each in parsed if each.key_or_group not in able]:
         raise UserError(
             f"{odd[0]}: {command} keeps the settings of the run and takes only {', '.join(able)}; "
             "bnexp rerun trains with other settings, in a new folder"

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from bnexp.config.schema import fits, in_words
 from bnexp.errors import UserError
+from bnexp.store.settings import as_typed
 
 DECAYS = ("weight_decay", "norm_weight_decay")  # options of an optimizer that bnexp gives per parameter group
 HOMES = {  # where the parts of a group live in bnexp
@@ -80,10 +81,11 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
         if not is_decay and key not in accepted and not takes_any:
             known = ", ".join(k for k in accepted if k in options) or "none"
-            raise UserError(f"{label}.{key}={value}: {options['_target_']} takes no such option; set here: {known}")
+            given = f"{label}.{key}={as_typed(value)}"
+            raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
         hint = float if is_decay else hints.get(key, Any)
         if not fits(value, hint):
-            raise UserError(f"{label}.{key}={value}: {in_words(hint)} is expected")
+            raise UserError(f"{label}.{key}={as_typed(value)}: {in_words(hint)} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}
     try:

@@ -52,7 +52,6 @@ class Batches:
             )
         self.dataset = dataset
         self.batch_size = batch_size
-        self.drop_last = drop_last
         self.classes_per_batch = classes_per_batch
         if classes_per_batch is not None:
             self._counts = torch.bincount(dataset.train.labels).tolist()

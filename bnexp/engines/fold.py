@@ -89,8 +89,10 @@ class Stack:
     def take(self) -> list[tuple[Tensor, ...]]:
         """Move all weights by a step; return for every run the arguments of its :meth:`Meter.add`."""
         images, labels = draw_batches([run.batches for run in self.runs])
+        first = self.runs[0]  # all have the same schedule and are at the same step
+        factor = first.schedule(first.num_steps, first.total_steps)
         for run in self.runs:
-            set_learning_rate(run.optimizer, run.schedule(run.num_steps, run.total_steps))
+            set_learning_rate(run.optimizer, factor)
         loss, logits, found = self.descend(images, labels)
         return list(zip(loss, logits, labels, found, strict=True))
 

@@ -63,9 +63,14 @@ def recompute_statistics(
             norms[name].running_var.copy_((squares - count * mean.square()).clamp(min=0) / (count - 1))
 
 
+def whole_batch(run: Run) -> int:
+    """The number of images of a whole training batch: the run's batch size, at most all training images."""
+    return min(run.batches.batch_size, len(run.dataset.train))
+
+
 def population_size(run: Run, num_images: int) -> int:
     """``num_images``, at most all training images, rounded down to whole batches of the run's size; one at least."""
-    batch_size = min(run.batches.batch_size, len(run.dataset.train))
+    batch_size = whole_batch(run)
     return max(1, min(num_images, len(run.dataset.train)) // batch_size) * batch_size
 
 
@@ -76,7 +81,7 @@ def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
     """
     num_images = population_size(run, num_images)
     images = evenly_spaced(run.dataset.train, num_images).images
-    num_batches = num_images // min(run.batches.batch_size, num_images)
+    num_batches = num_images // whole_batch(run)
     generator = torch.Generator(run.device).manual_seed(0)  # the run's own is not touched
     for i in range(num_batches):
         yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
@@ -99,7 +104,7 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     ``num_images`` of them, at most all; if a norm refuses a batch of that size, or it is one image, whole batches of
     the run's size. Training images if the split has too few.
     """
-    batch_size = min(run.batches.batch_size, len(run.dataset.train))
+    batch_size = whole_batch(run)
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
         for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
             if 1 < size <= len(split) and takes_batch(run.model.modules(), size):

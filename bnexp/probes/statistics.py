@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from bnexp.data.dataset import Split
 from bnexp.norms.base import contract_of
 from bnexp.probes.layers import tracking_norms
-from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, training_batches
+from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, training_batches, whole_batch
 from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
-from bnexp.train.run import Run
+from bnexp.train.run import Run, shuffled
 
 SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| is dead
 SMALL_VARIANCE = 1e-8  # a channel with a smaller variance, a thousandth of the usual eps, has a constant input
@@ -109,9 +109,9 @@ def score_by_statistics(run: Run, split: Split, model: nn.Module, recomputed: nn
     """
     scores = {"running": run.evaluate(split, model)}
     if tracking_norms(model):
-        batch_size = min(run.batches.batch_size, len(run.dataset.train))
         scores["recomputed"] = run.evaluate(split, recomputed)
-        scores["batch"] = score_by_batch(run, split, model, shuffled_batches(len(split), batch_size).to(run.device))
+        batches = shuffled_batches(len(split), whole_batch(run)).to(run.device)
+        scores["batch"] = score_by_batch(run, split, model, batches)
     return Table("scores", ("statistics", "loss", "accuracy"), tuple((name, *each) for name, each in scores.items()))
 
 
@@ -124,10 +124,11 @@ def score_by_batch(run: Run, split: Split, model: nn.Module, batches: Tensor) ->
     model = copy.deepcopy(model).eval()
     for norm in tracking_norms(model).values():
         norm.train()
-    kept, logits = copy.deepcopy(model.state_dict()), []
+    kept, logits = [(buffer, buffer.clone()) for buffer in model.buffers()], []
     for picked in batches:
         logits.append(run.forward(run.dataset.prepare(split.images[picked]), model))
-        model.load_state_dict(kept)
+        for buffer, before in kept:
+            buffer.copy_(before)
     labels = split.labels[batches.flatten()[: len(split)]]
     found = torch.cat(logits)[: len(split)].double()
     return float(F.cross_entropy(found, labels)), float((found.argmax(1) == labels).double().mean())
@@ -139,6 +140,6 @@ def shuffled_batches(num_images: int, batch_size: int) -> Tensor:
     Every image is once among the first ``num_images`` indices. The last batch is filled with images of the first,
     because a short batch would have other statistics, and some norms refuse it.
     """
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    order = shuffled(num_images, torch.device("cpu"))
     num_batches = -(-num_images // batch_size)
     return order[torch.arange(num_batches * batch_size) % num_images].view(num_batches, batch_size)

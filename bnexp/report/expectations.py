@@ -16,8 +16,8 @@ from typing import Any
 from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.records import TARGETS, RunRecord
-from bnexp.report.variants import as_typed, batch_settings, varying
-from bnexp.store.settings import numbers
+from bnexp.report.variants import batch_settings, varying
+from bnexp.store.settings import as_typed, numbers
 
 Values = Sequence[float]
 # How a curve becomes a number; drift is the mean distance from the first reading, spread the standard deviation.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bnexp.errors import UserError
 from bnexp.report import stats
-from bnexp.store.run_folder import is_taken, load_status
+from bnexp.store.run_folder import DONE, is_taken, load_status
 from bnexp.store.untrusted import number, printable, read_lines, read_yaml
 
 MOST_NESTED = 50  # levels of folders that are searched for runs
@@ -215,7 +215,7 @@ def _read_run(folder: Path, name: str) -> RunRecord | Problem:
     try:
         status = load_status(folder)
         kind, overrides = printable(status["status"], 40), tuple(status["overrides"])
-        if kind not in ("finished", "diverged"):
+        if kind not in DONE:
             if kind == "running":
                 kind, reason = _running_or_dead(folder, status)
                 if kind == "dead" and load_status(folder)["status"] != "running":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bnexp.errors import UserError
 from bnexp.report.records import TARGETS, Problem, RunRecord
-from bnexp.store.settings import NUMBERS, decides, numbers, short_name
+from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
@@ -157,11 +157,6 @@ def _labels(parts: list[dict], names: list[dict]) -> list[str]:
 def last_part(key: str) -> str:
     """The last part of a dotted key."""
     return key.split(".")[-1]
-
-
-def as_typed(value) -> str:
-    """A setting's value as one would type it."""
-    return printable(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def find_key(records: Sequence[RunRecord], wanted: str) -> str:

@@ -7,8 +7,8 @@ from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.differences import Against, SpeedUp, measure_against
 from bnexp.report.records import BY_KEY, METRICS, TARGETS, Metric, Problem, RunRecord
-from bnexp.report.variants import Variant, as_typed, find_key, group_names, into_variants, last_part, pick_best
-from bnexp.store.settings import numbers
+from bnexp.report.variants import Variant, find_key, group_names, into_variants, last_part, pick_best
+from bnexp.store.settings import as_typed, numbers
 
 
 @dataclass(frozen=True)

@@ -58,17 +58,16 @@ def sync(handle: int, folder: Path) -> None:
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
-        _warn_of_no_sync(folder.absolute().parent, error.strerror)
+        text = (
+            f"cannot flush to the disk ({error.strerror}); training without, so a power failure may damage files there"
+        )
+        warn_once(folder.absolute().parent, text)
 
 
 @cache
-def _warn_of_no_sync(folder: Path, reason: str) -> None:
-    """Warn on stderr, once for each folder of runs, that a checkpoint may be lost when the machine loses power."""
-    print(
-        f"bnexp: warning: {folder}: its file system cannot flush to the disk ({reason}); training without, so a power "
-        "failure may damage the last files there",
-        file=sys.stderr,
-    )
+def warn_once(folder: Path, text: str) -> None:
+    """Warn on stderr that the file system of ``folder`` lacks something; each text once for each folder."""
+    print(f"bnexp: warning: {folder}: its file system {text}", file=sys.stderr)
 
 
 @contextmanager

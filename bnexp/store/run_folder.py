@@ -12,9 +12,7 @@ import platform
 import socket
 import stat
 import subprocess
-import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bnexp.errors import StorageError, UserError
-from bnexp.store.files import ELSEWHERE, REMEDIES, not_written, write_json, write_new, writing
+from bnexp.store.files import ELSEWHERE, REMEDIES, not_written, warn_once, write_json, write_new, writing
 from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
 
 CONFIG, STATUS, METRICS, PROBES, LOCK = "config.yaml", "status.json", "metrics.jsonl", "probes.jsonl", ".lock"
@@ -123,7 +121,8 @@ def taken(folder: Path) -> Iterator[bool]:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise StorageError(not_locked(error, folder)) from error
-                _warn_of_no_locks(folder.absolute().parent, error.strerror)
+                lack = f"has no locks ({error.strerror}); training without: do not start two processes on a run there"
+                warn_once(folder.absolute().parent, lack)
             yield True
     except OSError as error:
         if error.filename is None or folder not in (Path(error.filename), *Path(error.filename).parents):
@@ -136,16 +135,6 @@ def not_locked(error: OSError, folder: Path) -> str:
     is_refused = error.errno in (errno.EACCES, errno.EPERM)  # the file itself may well be writable
     remedy = ELSEWHERE if is_refused else REMEDIES.get(error.errno, ELSEWHERE)
     return f"{folder / LOCK} cannot be locked: {error.strerror}; {remedy}"
-
-
-@cache
-def _warn_of_no_locks(folder: Path, reason: str) -> None:
-    """Warn on stderr, once for each folder of runs, that nothing prevents two processes from writing one run."""
-    print(
-        f"bnexp: warning: {folder}: its file system has no locks ({reason}); training without, so do not start two "
-        "processes on one run there",
-        file=sys.stderr,
-    )
 
 
 def in_other_hands(folder: Path) -> UserError:
@@ -252,6 +241,8 @@ def bnexp_version() -> str:
     try:
         return version("bnexp")
     except PackageNotFoundError:
+        import tomllib
+
         project = Path(__file__).resolve().parents[2] / "pyproject.toml"
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.exists() else "?"
 
@@ -270,7 +261,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """The git commit of this package, with ``-dirty`` if its files differ; None outside a clone."""
+    """The git commit of this package, with ``-dirty`` if files of the clone differ; None outside a clone."""
     here = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -278,8 +269,9 @@ def git_commit() -> str | None:
         return os.fsdecode(done.stdout).strip()  # as paths are decoded, which never fails
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != here.parent:
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").rsplit("\n", 1)
+        if Path(top) != here.parent:
             return None  # the package lies in another project's repository
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+        return commit + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

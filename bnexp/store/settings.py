@@ -3,9 +3,12 @@
 Resume, sweeps, variants, studies, folds and inspect all read this table.
 """
 
+import json
 from collections.abc import Mapping
 from enum import Flag, auto
 from typing import Any
+
+from bnexp.store.untrusted import printable
 
 
 class Decides(Flag):
@@ -84,3 +87,8 @@ def short_name(target: str) -> str:
     """The short name of a ``_target_``: ``none`` for ``bnexp.norms.none.Shift``, ``adam`` for ``torch.optim.Adam``."""
     *_, module, name = ["", *target.split(".")]
     return module if target.startswith("bnexp.") and name[:1].isupper() else name.lower()
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as one would type it: ``null`` and ``true``, not ``None`` and ``True``."""
+    return printable(value if isinstance(value, str) else json.dumps(value, default=str))

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from bnexp.errors import StorageError, UserError
+from bnexp.errors import StorageError, first_line
 from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
 from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
@@ -68,6 +68,7 @@ class Loop:
         self.saved_at = perf_counter()
         self.busy = 0.0  # seconds spent in steps since the meter was last read
         self.quick: set[tuple[str, ...]] = {()}  # sets of evaluations and probes that have taken less than LONG
+        self.looks: tuple[str, ...] = ()  # the names of what looks after this step
         self.due: list[tuple[Probe, object]] = []  # the probes that look after this step, with their before()
 
     @property
@@ -90,8 +91,8 @@ class Loop:
             self.end("finished")
             return
         when = run.num_steps + 1, run.total_steps
-        is_quick = self.plan.looks(*when) in self.quick
-        self.recorder.remember(None if is_quick else run)
+        self.looks = self.plan.looks(*when)
+        self.recorder.remember(None if self.looks in self.quick else run)
         self.is_between_steps = False
         began = perf_counter()
         configure_process(run)
@@ -111,7 +112,7 @@ class Loop:
             readings += self.read_meter(began, origin)
             if not self.is_running:
                 return
-        if step % plan.eval_every == 0 or is_last:
+        if "evaluation" in self.looks:
             readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
         if self.due:
             readings += read_probes(run, self.due)
@@ -124,7 +125,7 @@ class Loop:
         now = perf_counter()
         run.seconds = now - origin
         if seconds + now - began < LONG:
-            self.quick.add(plan.looks(step, run.total_steps))
+            self.quick.add(self.looks)
         self.is_between_steps = True
 
     def read_meter(self, began: float, origin: float) -> list[Scalar]:
@@ -175,10 +176,9 @@ class Loop:
         run = self.run
         error = explain_memory(error, run.device, type(run.model).__name__, run.batches.batch_size)
         self.status, self.error = "failed", error
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         text = "".join(traceback.format_exception(error))
         try:
-            self.recorder.end(run, "failed", error=reason.splitlines()[0], traceback=text)
+            self.recorder.end(run, "failed", error=first_line(error), traceback=text)
         except OSError as second:
             error.add_note(f"and the status could not be written: {second}")
         if isinstance(error, OSError):

@@ -58,7 +58,7 @@ class Meter:
             self.uncounted = []
 
     def read(self) -> Measured:
-        """Return the steps since the last reading and clear them. The host waits for the device, here only."""
+        """Return the steps since the last reading and clear them. The host waits for the device."""
         self.settle()
         losses = torch.stack(self.losses).tolist()
         found = torch.stack(self.found).tolist()

@@ -21,7 +21,7 @@ class NullProgress:
         """Called before the first step."""
 
     def update(self, loop: Loop) -> None:
-        """Called after every step but the last."""
+        """Called after every step but one at which the run ends early, because it diverged or failed."""
 
     def end(self, loop: Loop) -> None:
         """Called once when the run has ended, however it ended."""

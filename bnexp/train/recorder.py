@@ -17,7 +17,7 @@ KEEP = ("last", "best", "all")  # checkpoints that are kept beside the last two
 
 
 class Recorder:
-    """Writes readings, status and checkpoints into one folder, or nowhere (``folder=None``).
+    """Writes readings by ``writer``, the status, and checkpoints into ``folder``; without a folder no checkpoints.
 
     ``keep=best`` also keeps the best weights, in best.pt, and ``keep=all`` every checkpoint, as checkpoint-STEP.pt.
     ``best`` is the best :func:`merit` that a continued run has reached so far.

@@ -39,7 +39,9 @@ def test_a_sweep_takes_it_too_and_has_table_and_resume(mine, launcher, bnexp, ca
     assert bnexp(*sweep) == 0
     assert "loose" in capsys.readouterr().out
     assert {read_status(Path("sweep") / name)["status"] for name in ("loose-s0", "none-s1")} == {"finished"}
+    before = {path: path.stat().st_mtime_ns for path in Path("sweep").glob("*/metrics.jsonl")}
     assert bnexp(*sweep) == 0, "and goes on where it was"
+    assert len(before) == 4 and all(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
 def test_compare_summary_and_study_take_it(mine, bnexp, capsys, tmp_path):
@@ -103,8 +105,11 @@ def test_the_config_can_be_looked_at(command, bnexp, capsys, tmp_path):
 @pytest.mark.parametrize("command", ["report", "inspect"])
 def test_a_tilde_in_a_path_is_the_home_folder(command, bnexp, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert bnexp(command, "~/runs", "--out=~/out") == 2
+    assert bnexp(command, "~/runs") == 2
     assert f"{tmp_path}/home/runs: no such folder" in capsys.readouterr().err
+    assert bnexp("train", *TINY, "out=~/runs") == 0
+    assert bnexp(command, "~/runs", "--out=~/out") == 0
+    assert any((tmp_path / "home/out").iterdir()) and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_a_config_that_no_run_wrote_is_refused_by_name(name, run, attack):
     for folder, command in (("stopped", RESUME), ("finished", REPORT)):
         path = run(folder) / "config.yaml"
         path.write_text(change(path.read_text()))
-        refused(attack(*command), "run", words)
+        refused(attack(*command), "run", "config.yaml", words)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,8 @@ def test_a_config_is_as_strict_in_a_folder_as_on_the_command_line(key, value, wo
     path.write_text(f"{text}allow: [os]\n" if "allow:" not in text else text.replace("allow: []", "allow: [os]"))
     for command in (RESUME, RERUN, INSPECT):
         refused(attack(*command), words)
+    setting = {"_target_": "model._target_", "lr": "optimizer.lr", "hidden": "model.hidden"}.get(key, key)
+    refused(attack("train", *TRAIN, f"{setting}={value}", "allow=[os]", "out=outputs/typed"), setting)
 
 
 @pytest.mark.parametrize("width", [10**15, 10**18])
@@ -252,7 +254,7 @@ def test_a_pipe_for_a_checkpoint_is_not_waited_for(run, attack):
     path = run("finished") / "checkpoint.pt"
     path.unlink()
     os.mkfifo(path)
-    refused(attack(*INSPECT), "run/checkpoint.pt")
+    refused(attack(*INSPECT), "run/checkpoint.pt: not a checkpoint that can be read (not a file)")
 
 
 # ---------------------------------------------------------------- status.json
@@ -388,7 +390,8 @@ def test_the_bands_of_a_comparison_stay_in_its_folder_whatever_a_variant_is_call
 
 
 @pytest.mark.parametrize("name", ["a\nb", ESCAPE, "x" * 300, "/dev/null/x"])
-def test_a_folder_that_cannot_be_named_so_is_refused_before_any_work(name, attack):
+def test_a_folder_that_cannot_be_named_so_is_refused_before_any_work(name, attack, monkeypatch):
+    monkeypatch.setattr("bnexp.config.build.build", lambda *_: 1 / 0)
     refused(attack("train", *TINY, f'out="{name}"'), "folder")
     refused(attack("train", "-m", *TINY, *SWEPT, f'out="{name}"'), "folder")
 
@@ -639,9 +642,15 @@ def test_every_kind_of_picture_is_a_picture(name, photos, attack):
     assert attack(*photos(GOOD_IMAGES[name]()))[0] == 0
 
 
-@pytest.mark.parametrize("thing", [each for each in THINGS if each != "a link outside"])
+NO_IMAGE = {"a folder": "a folder without images", "1 GB of nothing": "cannot be decoded as an image"} | dict.fromkeys(
+    ("a pipe", "a loop", "a link to what is not yet", "a device"), "a pipe, a device, or a link to a folder or nothing"
+)
+
+
+@pytest.mark.parametrize("thing", NO_IMAGE)
 def test_what_is_no_file_is_no_image(thing, photos, attack):
-    refused(attack(*photos(THINGS[thing])), "photos/train/cat/0.png: ")
+    assert NO_IMAGE.keys() == THINGS.keys() - {"a link outside"}
+    refused(attack(*photos(THINGS[thing])), "photos/train/cat/0.png: ", NO_IMAGE[thing])
 
 
 @pytest.mark.parametrize("of", [b"a\nb", b"\x1b[2J", b"\xff", "\u202e".encode()])

@@ -3,13 +3,14 @@
 import math
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from bnexp.config import build, check
 from bnexp.config.choices import choices, conf_dir
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
-from bnexp.optim import set_learning_rate
+from bnexp.optim import make_optimizer, set_learning_rate
 
 SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp")
 TRIED = (-0.1, -1, 0, 2, math.nan, math.inf, -math.inf)
@@ -67,11 +68,10 @@ def test_a_number_that_cannot_mean_anything_is_refused_before_any_work(group, na
             continue
         with pytest.raises(UserError) as caught:
             check.check(cfg, runs=False)
-        assert key in str(caught.value) or str(tried) in str(caught.value)
+        assert key in str(caught.value)
 
 
 def test_every_listed_option_is_one_of_an_entry():
-    assert MEANT.keys() == {option.values[2] for option in options()} & MEANT.keys()
     assert MEANT.keys() <= {option.values[2] for option in options()}
 
 
@@ -81,6 +81,9 @@ def test_every_listed_option_is_one_of_an_entry():
         ("norm.momentum=1.5", "norm.momentum=1.5: the weight of a new batch cannot be below 0 or above 1"),
         ("norm.eps=0", "norm.eps=0: a channel of variance 0 is divided by the root of eps; give a finite"),
         ("norm.eps=inf", "norm.eps=inf: a finite number is expected"),
+        ("optimizer.lr=null", "optimizer.lr=null: a number is expected"),
+        ("optimizer.lr=true", "optimizer.lr=true: a number is expected"),
+        ("warmup_steps=3", "warmup_steps: there is no such setting (did you mean schedule.warmup_steps?)"),
         ("optimizer.eps=0", "optimizer.eps=0: a gradient of 0 is divided by it"),
         ("optimizer.betas=[nan,0.9]", "optimizer.betas=[nan, 0.9]: a finite number is expected"),
         ("schedule.warmup_steps=-5", "schedule.warmup_steps=-5: cannot be negative"),
@@ -115,6 +118,11 @@ def test_a_factor_that_is_too_large_for_a_float_is_named_as_the_schedules():
     with pytest.raises(UserError, match="the learning rate would be multiplied by inf at step 19"):
         milestones = f"schedule.milestones=[{','.join(['0.9'] * 9)}]"
         check.check(composed([*SMALL, "schedule=step", "schedule.gamma=1e38", milestones, "steps=20"]))
+
+
+def test_a_model_with_nothing_to_train_is_named_and_not_the_optimizer():
+    with pytest.raises(UserError, match="the model has no parameter that takes a gradient"):
+        make_optimizer(torch.optim.SGD, torch.nn.ReLU())
 
 
 @pytest.mark.parametrize("factor", [None, math.nan, -1.0, math.inf])

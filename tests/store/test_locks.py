@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from bnexp.store import files, run_folder
+from bnexp.store import files
 from bnexp.store.files import ELSEWHERE, NO_SYNC, REMEDIES, not_written, write_json
 from bnexp.store.run_folder import NO_LOCKS, is_taken, read_status, taken
 
@@ -26,7 +26,7 @@ def no_locks(monkeypatch):
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "flock", flock)
-        run_folder._warn_of_no_locks.cache_clear()
+        files.warn_once.cache_clear()
 
     return call
 
@@ -38,7 +38,7 @@ def test_runs_and_sweeps_go_on_with_one_warning(number, no_locks, bnexp, capfd, 
     assert bnexp("train", "-m", *TINY, "seed=0,1", "out=sweep") == 0
     assert bnexp("report", "sweep") == 0
     err = capfd.readouterr().err
-    assert err.count("its file system has no locks") == 2 and "do not start two processes on one run" in err
+    assert err.count("its file system has no locks") == 2 and "do not start two processes on a run there" in err
     assert read_status(tmp_path / "run")["status"] == "finished"
 
 
@@ -79,7 +79,7 @@ def test_a_run_goes_on_without_fsync(number, only, bnexp, capfd, monkeypatch, tm
             raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    files._warn_of_no_sync.cache_clear()
+    files.warn_once.cache_clear()
     assert bnexp("train", *TINY, "out=run") == 0
     assert capfd.readouterr().err.count("its file system cannot flush to the disk") == 1
     assert read_status(tmp_path / "run")["status"] == "finished"

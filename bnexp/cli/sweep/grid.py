@@ -94,7 +94,9 @@ def read_grid(words: Sequence[str]) -> Grid:
         else:
             fixed.append(typed(override))
             lists.pop(key, None)  # as in Hydra, the last word counts
-    if (count := math.prod(map(len, lists.values()))) > MOST_JOBS and order == "product":
+    sizes = [len(values) for key, values in lists.items() if key != "seed"]
+    per_seed = math.prod(sizes) if order == "product" else max(sizes, default=1)
+    if (count := per_seed * len(lists.get("seed", [""]))) > MOST_JOBS:
         raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
     check_words(hydra)
     points: dict[str, Point] = {}

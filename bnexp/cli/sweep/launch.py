@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from bnexp.cli.sweep.grid import Job
 from bnexp.cli.sweep.jobs import all_taken
 from bnexp.cli.sweep.lockstep import LAST, race, tell_alone, together
-from bnexp.cli.sweep.worker import run_job
+from bnexp.cli.sweep.worker import cached_datasets, run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
 from bnexp.errors import UserError
@@ -32,9 +32,12 @@ def run_all(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
         for group in groups:
             if len(group) > 1:
                 with all_taken(group):
-                    failed |= race(group)
+                    failed |= race(group, cached_datasets(group[0].cfg))
         jobs = [group[0] for group in groups if len(group) == 1]
-    return launch(hydra, folder, jobs) or failed
+    try:
+        return launch(hydra, folder, jobs) or failed
+    finally:
+        LAST.clear()
 
 
 def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
@@ -60,12 +63,9 @@ def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
             return any(statuses[job] not in DONE for job in failed)
         free = [job for job in left if not is_taken(job.folder)]
         if free:
-            try:
-                # Parallel workers get the same Ctrl-C and need time to write their checkpoints.
-                with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
-                    results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
-            finally:
-                LAST.clear()
+            # Parallel workers get the same Ctrl-C and need time to write their checkpoints.
+            with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
+                results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
             for job, result in zip(free, results, strict=True):
                 if (ended := result.return_value) == "failed":
                     failed.add(job)

@@ -26,10 +26,14 @@ COLUMNS = ("", "runs", "loss/train", "loss/valid", "accuracy/valid", "difference
 LAST: dict[str, Dataset] = {}  # the dataset that this process loaded last, for a check or a job
 
 
-def race(jobs: Sequence[Job]) -> bool:
-    """Open every job that is not done and drive them all in lockstep; returns whether any failed."""
-    datasets = dict(LAST)
-    LAST.clear()
+def race(jobs: Sequence[Job], datasets: dict[str, Dataset] | None = None) -> bool:
+    """Open every job that is not done and drive them all in lockstep; returns whether any failed.
+
+    ``datasets`` is that of :func:`build`; by default it begins with what was loaded for the check of the splits.
+    """
+    if datasets is None:
+        datasets = dict(LAST)
+        LAST.clear()
     loops: dict[Job, Loop] = {}
     has_failed = False
     for job in jobs:

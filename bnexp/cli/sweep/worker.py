@@ -99,8 +99,8 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
 
 def cached_datasets(cfg: DictConfig) -> dict[str, Dataset]:
     """The dataset of the last job if this job has the same one, else an empty dictionary. Other datasets are freed."""
-    key = build.data_key(cfg, parts.find_device(cfg.device))
-    for other in LAST.keys() - {key}:
+    keys = {build.data_key(cfg, device) for device in (parts.find_device(cfg.device), torch.device("cpu"))}
+    for other in LAST.keys() - keys:
         del LAST[other]
     return LAST
 

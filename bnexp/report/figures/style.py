@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from bnexp.report.variants import Variant, as_typed, group_names
-from bnexp.store.settings import flatten
+from bnexp.report.variants import Variant, group_names
+from bnexp.store.settings import as_typed, flatten
 from bnexp.store.untrusted import printable
 
 if TYPE_CHECKING:
