@@ -14,6 +14,7 @@ from bnexp.config.compose import session
 from bnexp.config.explain import parse_words
 from bnexp.errors import UserError
 from bnexp.report.figures.curves import PANELS, mean_curve
+from bnexp.report.question import Question
 from bnexp.report.records import read_runs
 from bnexp.report.report import make_report
 from bnexp.report.tables import show_sweep
@@ -69,7 +70,9 @@ def conclude(
             show_sweep(folder)
         print(f"no comparison: no run of the baseline, {baseline}, has finished", file=sys.stderr)
         return
-    comparison = make_report([folder], baseline=label, best_over=best_over, out=folder, quiet=quiet, names=names)
+    cfg = runs[0].cfg
+    question = Question(label, best_over, cfg.primary, cfg.margin, cfg.target)
+    comparison = make_report([folder], question=question, out=folder, quiet=quiet, names=names)
     write_band_runs(folder, comparison.variants)
 
 

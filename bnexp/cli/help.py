@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "train variants with the same seeds and report which is better, and how certain that is",
     "study": "test a published claim: train its variants and report whether it holds; alone: list the studies",
     "report": "compare finished runs: the tables, verdict and figure of compare",
+    "plan": "how many seeds a comparison needs, from the spread over the seeds that have finished",
     "inspect": "examine a trained model: statistics of its norms, mistakes, feature maps",
     "summary": "print the layers of a model, with shapes and parameters, and where its norms are",
     "bench": "compare every implementation of batch norm with float64, then time those that agree",
@@ -36,6 +37,11 @@ usage: bnexp rerun RUN [setting=value] ... [out=DIR]
 
 Trains again with the settings of a run, in a new folder. Settings given here replace those of the run.
 {SEE_TRAIN}""",
+    "plan": """\
+usage: bnexp plan RUN_OR_SWEEP... [difference=0.5] [baseline=norm=none] [primary=METRIC]
+
+Says how many seeds find a difference, in points of accuracy or nats of loss, with a power of 80%, and which difference
+the seeds find that have finished. The runs have to hold two variants of at least two seeds.""",
     "summary": f"""\
 usage: bnexp summary [model=NAME] [norm=NAME] [setting=value] ...
 

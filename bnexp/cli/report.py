@@ -1,6 +1,7 @@
 """``bnexp report``: the verdict, tables and figures of finished runs."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 from bnexp.cli.parser import Parser
@@ -9,6 +10,7 @@ from bnexp.errors import UserError, home_path
 
 def report(arguments: list[str]) -> int:
     """``bnexp report RUN_OR_SWEEP...``: compare finished runs; runs that differ only in the seed are one variant."""
+    from bnexp.report.question import Question
     from bnexp.report.report import REPORT_FORMATS, make_report
 
     parser = Parser("bnexp report", description="Compare finished runs: print tables and the verdict.")
@@ -18,13 +20,20 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--baseline", metavar="NAME", help=baseline)
     best_over = "compare each variant at its best value of this setting, such as optimizer.lr"
     parser.add_argument("--best-over", metavar="KEY", help=best_over)
+    primary = "the metric that is judged, such as loss/test; by default what the runs' configs say: accuracy/test"
+    parser.add_argument("--primary", metavar="METRIC", help=primary)
+    margin = "the largest difference in it that does not matter, in points or nats; 0.5 by default"
+    parser.add_argument("--margin", metavar="X", type=float, help=margin)
+    target = "the validation accuracy whose steps are compared, such as 0.95; by default what the baseline ends at"
+    parser.add_argument("--target", metavar="X", type=float, help=target)
     out = "write comparison.png, .svg, .json and .md into this folder"
     parser.add_argument("--out", metavar="DIR", type=read_path, help=out)
     shape = parser.add_mutually_exclusive_group()
     for name in REPORT_FORMATS:
         help = f"print {name} instead of tables"
         shape.add_argument(f"--{name}", dest="format", action="store_const", const=name, help=help)
-    make_report(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    make_report(question=Question(**{each.name: given.pop(each.name) for each in fields(Question)}), **given)
     return 0
 
 

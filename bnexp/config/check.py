@@ -18,6 +18,7 @@ from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of, divisors
+from bnexp.report.question import Question
 from bnexp.store import run_folder
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST
@@ -37,6 +38,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     for key, known in (("keep", KEEP), ("precision", AUTOCAST)):
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: not known; choose one of {', '.join(known)}")
+    Question(primary=cfg.primary, margin=cfg.margin, target=cfg.target).check()
     if cfg.replicas > 1 and not many:
         raise UserError(
             f"replicas={cfg.replicas}: a single run cannot be computed together with others; give several values, "

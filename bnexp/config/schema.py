@@ -46,6 +46,11 @@ class Train:
     eval_every: int | None = None  # steps between evaluations; every epoch by default
     eval_train: bool = False  # evaluate the training set too, in evaluation mode
     eval_test: bool = False  # evaluate the test set every time, and not only at the end
+    primary: str = "accuracy/test"  # the metric by which compare and report judge the variants
+    margin: float = 0.5  # the largest difference in it that does not matter: points of accuracy, or nats of loss
+    target: float | None = (
+        None  # the validation accuracy whose steps are compared; what the baseline ends at by default
+    )
     checkpoint_every: Any = None  # steps between checkpoints, or seconds, as 60s; every epoch by default
     keep: str = "last"  # which checkpoints: last, best (best.pt too) or all (checkpoint-STEP.pt too)
 

@@ -82,6 +82,13 @@ class Dataset:
                 found.update(tensor.cpu().contiguous().numpy())
         return found.hexdigest()[:12]
 
+    @cached_property
+    def majority(self) -> dict[str, tuple[float, int]]:
+        """{split: (the share of its largest class, its number of images)} of the splits that hold images."""
+        splits = {name: getattr(self, name).labels for name in ("train", "valid", "test")}
+        counts = {name: labels.flatten().bincount() for name, labels in splits.items() if len(labels)}
+        return {name: (int(each.max()) / int(each.sum()), int(each.sum())) for name, each in counts.items()}
+
     def fault(self) -> str | None:
         """What is wrong with the tensors, in words; None if nothing is."""
         channels, num_classes = self.in_shape[0], len(self.class_names)

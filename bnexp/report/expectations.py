@@ -15,7 +15,7 @@ from typing import Any
 
 from bnexp.errors import UserError
 from bnexp.report import stats
-from bnexp.report.records import TARGETS, RunRecord
+from bnexp.report.records import BY_KEY, RunRecord
 from bnexp.report.variants import batch_settings, varying
 from bnexp.store.settings import as_typed, numbers
 
@@ -185,7 +185,7 @@ def _by_seed(expectation: Expectation, runs: Sequence[RunRecord]) -> dict[tuple,
 
 def _best_by_seed(key: str, runs: Sequence[RunRecord]) -> dict[tuple, float]:
     """{(seed,): the value of ``key`` of the run with the highest best validation accuracy}."""
-    accuracy = TARGETS[1]
+    accuracy = BY_KEY["accuracy/valid/best"]
     best: dict[tuple, tuple[float, float]] = {}
     for run in runs:
         score, value = accuracy.of(run), numbers(run.config).get(key)

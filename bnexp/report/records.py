@@ -50,6 +50,23 @@ class RunRecord:
         return self.status.get("overrides") or []
 
     @property
+    def has_failed(self) -> bool:
+        """Whether it diverged, or ended within two standard errors of naming the largest class every time."""
+        split = "test" if "accuracy/test" in self.curves else "valid"
+        accuracy, majority = self.curves.get(f"accuracy/{split}"), self.majority(split)
+        if self.diverged or accuracy is None or majority is None:
+            return self.diverged
+        share, num_images = majority
+        return not accuracy[1][-1] > share + 2 * math.sqrt(share * (1 - share) / num_images)
+
+    def majority(self, split: str) -> tuple[float, int] | None:
+        """The share of the largest class in a split and the split's number of images; None in older runs."""
+        found = self.status.get("majority")
+        pair = found.get(split) if isinstance(found, dict) else None
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, int | float) for each in pair)
+        return (float(pair[0]), int(pair[1])) if is_pair and 0 < pair[0] <= 1 <= pair[1] else None
+
+    @property
     def data(self) -> dict:
         """The settings of the data; {} if the config has none."""
         data = self.config.get("data")
@@ -92,12 +109,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a run: the last value of the curve ``tag``, or its best value."""
+    """One number of a run: the last value of the curve ``tag``, its best value, or its value ``at`` another's best.
+
+    A best value has no p: it is the largest of several noisy readings, so the noisier of two norms seems better.
+    """
 
     key: str
     tag: str
     title: str
     best: bool = False
+    at: str | None = None
 
     @property
     def is_accuracy(self) -> bool:
@@ -105,7 +126,11 @@ class Metric:
 
     def of(self, run: RunRecord) -> float | None:
         """The run's value: None without readings; a best ignores readings that are not finite if others are."""
-        values = list(run.curve(self.tag).values())
+        curve = run.curve(self.tag)
+        if self.at is not None:
+            other = {step: value for step, value in run.curve(self.at).items() if math.isfinite(value)}
+            return curve.get(max(other, key=other.__getitem__)) if other and len(curve) > 1 else None
+        values = list(curve.values())
         if self.best:
             values = [value for value in values if math.isfinite(value)] or values
             return (max if self.is_accuracy else min)(values, default=None)
@@ -115,7 +140,7 @@ class Metric:
         return [value for value in map(self.of, runs) if value is not None]
 
     def mean(self, runs: Sequence[RunRecord]) -> stats.Mean:
-        return stats.mean(self.values(runs))
+        return stats.mean(self.values(runs), is_share=self.is_accuracy)
 
     @property
     def heading(self) -> str:
@@ -131,14 +156,17 @@ class Metric:
 METRICS = (
     Metric("accuracy/test", "accuracy/test", "test accuracy"),
     Metric("loss/test", "loss/test", "test loss"),
-    Metric("accuracy/valid/best", "accuracy/valid", "best validation accuracy", best=True),
-    Metric("loss/valid/best", "loss/valid", "best validation loss", best=True),
+    Metric(
+        "accuracy/test/at_best", "accuracy/test", "test accuracy at the best validation reading", at="accuracy/valid"
+    ),
     Metric("accuracy/valid/final", "accuracy/valid", "final validation accuracy"),
     Metric("loss/valid/final", "loss/valid", "final validation loss"),
+    Metric("accuracy/valid/best", "accuracy/valid", "best validation accuracy", best=True),
+    Metric("loss/valid/best", "loss/valid", "best validation loss", best=True),
     Metric("loss/train/final", "loss/train", "final training loss"),
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
-TARGETS = (BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"])
+PRIMARY = BY_KEY["accuracy/test"]  # the metric that is judged, unless primary= names another
 
 
 def read_runs(

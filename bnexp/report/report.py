@@ -6,30 +6,33 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from bnexp.errors import UserError
-from bnexp.report.records import METRICS, read_runs
+from bnexp.report.evidence import Evidence
+from bnexp.report.question import Question
+from bnexp.report.records import read_runs
 from bnexp.report.tables import comparison_tables, print_comparison, remarks
-from bnexp.report.verdict import Comparison, compare_records
+from bnexp.report.verdict import Comparison, compare_records, looked_at
 from bnexp.store.files import write_files
-from bnexp.store.untrusted import printable, read
+from bnexp.store.untrusted import printable, read, read_json
 
 REPORT_FORMATS = ("json", "csv", "markdown")
+SPEED_COLUMNS = ("target", "reached", "base_reached", "sooner", "later", "bound")
 CSV_COLUMNS = (
-    "variant", "baseline", "metric", "n", "mean", "low", "high", "num_diverged", "reached", "num_pairs", "difference",
-    "difference_low", "difference_high", "p", "evidence", "design",
+    "variant", "baseline", "metric", "n", "mean", "low", "high", "num_diverged", "num_failed", "num_pairs",
+    "difference", "difference_low", "difference_high", "p", "design", "evidence",
+    *(f"evidence_{each.name}" for each in fields(Evidence) if each.name != "word"), *SPEED_COLUMNS,
 )  # fmt: skip
 
 
 def make_report(
     paths: Iterable[str | os.PathLike],
     *,
-    best_over: str | None = None,
-    baseline: str | None = None,
+    question: Question = Question(),  # noqa: B008 (frozen)
     out: str | os.PathLike | None = None,
     format: str | None = None,
     quiet: bool = False,
@@ -39,12 +42,12 @@ def make_report(
     """Compare the finished runs at or below ``paths``, print the result and, with ``out``, write the files there.
 
     ``format`` prints json, csv or markdown instead of tables. ``names`` are names of variants by run folder.
-    ``baseline`` and ``best_over`` are those of `compare_records`. Bad input is a `UserError`.
+    Bad input is a `UserError`.
     """
     if format is not None and format not in REPORT_FORMATS:
         raise UserError(f"format={format}: not known; choose one of {', '.join(REPORT_FORMATS)}")
     console = console or Console(quiet=quiet)
-    comparison = compare_records(*read_runs(paths, names), baseline=baseline, best_over=best_over)
+    comparison = compare_records(*read_runs(paths, names), question)
     if out is not None:
         comparison = write_comparison(out, comparison)
     if format is None:
@@ -68,10 +71,7 @@ def comparison_content(comparison: Comparison) -> dict:
         against = comparison.against.get(variant.label)
         designs: dict[str, dict | None] = {"paired": None, "unpaired": None}
         if against is not None and against.design in designs:
-            designs[against.design] = {
-                metric.key: asdict(against.differences[metric.key]) | {"evidence": against.evidence(metric)}
-                for metric in METRICS
-            }
+            designs[against.design] = {key: asdict(found) for key, found in against.differences.items()}
         variants.append({
             "label": variant.label,
             "overrides": variant.overrides,
@@ -80,15 +80,18 @@ def comparison_content(comparison: Comparison) -> dict:
             "seeds": [run.seed for run in variant.runs],
             "runs": [str(run.path) for run in variant.all_runs],
             "metrics": {key: asdict(mean) for key, mean in comparison.means[variant.label].items()},
+            "failures": asdict(comparison.failures[variant.label]),
             **designs,
-            "speedups": against and {tag: asdict(speed) for tag, speed in against.speedups.items()},
+            "evidence": against and asdict(comparison.evidence[variant.label]),
+            "speedup": against and asdict(comparison.speedups[variant.label]),
             "differs": against and against.differs,
         })  # fmt: skip
     return {
         "baseline": comparison.baseline.label,
+        **{key: getattr(comparison.question, key) for key in ("primary", "margin", "target", "best_over")},
+        "looks": comparison.looks,
         "verdict": comparison.sentences,
         "variants": variants,
-        "best_over": comparison.best_over,
         "chosen": comparison.chosen,
         "notes": comparison.notes,
         "left_out": [asdict(each) | {"path": str(each.path)} for each in comparison.left_out],
@@ -101,25 +104,30 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One line per variant and metric; a speed-up is in the column mean, its number of seeds in n."""
+    """One line per variant and metric, and one with the metric ``speedup``, whose ratio is in the column mean.
+
+    ``evidence`` and ``evidence_...`` are filled in the line of the primary metric.
+    """
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for variant in comparison_content(comparison)["variants"]:
         shared = {"variant": variant["label"], "baseline": comparison.baseline.label}
-        shared["num_diverged"] = variant["num_diverged"]
+        shared |= {"num_diverged": variant["num_diverged"], "num_failed": variant["failures"]["k"]}
+        design = "paired" if variant["paired"] else "unpaired" if variant["unpaired"] else None
         for key, mean in variant["metrics"].items():
             row = shared | {"metric": key} | mean
-            for design in ("paired", "unpaired"):
-                if variant[design]:
-                    found = variant[design][key]
-                    row |= {name: found[name] for name in ("difference", "p", "evidence")} | {"design": design}
-                    row |= {"difference_low": found["low"], "difference_high": found["high"]}
-                    row["num_pairs"] = found["n"] if design == "paired" else None
+            if design is not None:
+                found = variant[design][key]
+                row |= {"difference": found["difference"], "p": found["p"], "design": design}
+                row |= {"difference_low": found["low"], "difference_high": found["high"]}
+                row["num_pairs"] = found["n"] if design == "paired" else None
+            if variant["evidence"] and key == comparison.question.primary:
+                row |= {f"evidence_{name}".removesuffix("_word"): each for name, each in variant["evidence"].items()}
             writer.writerow(row)
-        for tag, speed in (variant["speedups"] or {}).items():
-            row = shared | {"metric": f"speedup/{tag}", "mean": speed["ratio"]}
-            writer.writerow(row | {key: speed[key] for key in ("n", "low", "high", "reached")})
+        if (speed := variant["speedup"]) and speed["n"]:
+            row = shared | {"metric": "speedup", "mean": speed["ratio"]}
+            writer.writerow(row | {key: speed[key] for key in ("n", "low", "high", "p", "evidence", *SPEED_COLUMNS)})
     return file.getvalue()
 
 
@@ -132,7 +140,12 @@ def comparison_markdown(
     if figure is not None:
         lines += [f"![loss and accuracy against steps, mean and 95% interval over seeds]({figure})", ""]
     for title, head, rows, caption in comparison_tables(comparison):
-        lines += [f"## {_cell(title)}", "", _row(head), _row([":--", *["--:"] * (len(head) - 2), ":--"])]
+        lines += [
+            f"## {_cell(title)}",
+            "",
+            _row(head),
+            _row([":--", *["--:"] * (len(head) - 2), ":--" if head[-1] == "evidence" else "--:"]),
+        ]
         lines += [_row([f"**{row[0]}**", *row[1:]] if not any(row[1:]) else row) for row in rows]
         lines += ["", f"{caption[0].upper()}{caption[1:]}.", ""]
     for title, name in (probed or {}).items():
@@ -160,6 +173,7 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Compa
     from bnexp.report.figures.style import render_figure
 
     folder = Path(folder)
+    comparison = looked_at(comparison, earlier_looks(folder, comparison))
     probed, notes = draw_probes(comparison.variants)
     comparison = replace(comparison, notes=comparison.notes + notes)
     drawn = {"comparison": draw_curves(comparison.variants), **probed}
@@ -180,3 +194,17 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Compa
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written to ({error.strerror}); choose another") from error
     return comparison
+
+
+def earlier_looks(folder: Path, comparison: Comparison) -> list[int]:
+    """The numbers of seeds at the earlier looks that comparison.json in ``folder`` holds, if it asks the same."""
+    try:
+        before = read_json(folder / "comparison.json")
+        is_same = [before[key] for key in ("baseline", "primary")] == [
+            comparison.baseline.label,
+            comparison.question.primary,
+        ]
+        looks = [int(each) for each in before["looks"]]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or one of an older version
+        return []
+    return looks if is_same else []

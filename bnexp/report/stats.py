@@ -36,7 +36,8 @@ class Mean:
 class Difference:
     """A difference of two means, its 95% interval and the two-sided p of the t-test.
 
-    ``n`` is the number of pairs or, if unpaired, the smaller of the two numbers of values.
+    ``n`` is the number of pairs or, if unpaired, the smaller of the two numbers of values. ``error`` is the standard
+    error of the difference and ``freedom`` its degrees of freedom; both are None where there is no interval.
     """
 
     n: int
@@ -44,24 +45,28 @@ class Difference:
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    error: float | None = None
+    freedom: float | None = None
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether there is an interval and it lies on one side of zero, which means p < 0.05."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+    def interval(self, confidence: float) -> tuple[float | None, float | None]:
+        """Both ends of the interval with another confidence than 95%."""
+        return _t_test(self.difference, self.error, self.freedom, confidence)[:2]
 
 
-def mean(values: Sequence[float]) -> Mean:
-    """Return the mean of ``values`` with its interval, mean -+ t s / sqrt(n)."""
+def mean(values: Sequence[float], is_share: bool = False) -> Mean:
+    """Return the mean of ``values`` with its interval, mean -+ t s / sqrt(n), which for shares stays within 0 to 1."""
     centre, error = _mean_and_error(values)
-    return Mean(len(values), centre, *_t_test(centre, error, len(values) - 1)[:2])
+    low, high, _ = _t_test(centre, error, len(values) - 1)
+    if is_share and low is not None and high is not None:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Mean(len(values), centre, low, high)
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
     """Return the mean of ``values[i] - baseline[i]`` with the paired t-test; unequal lengths are a `ValueError`."""
     differences = [value - base for value, base in zip(values, baseline, strict=True)]
     centre, error = _mean_and_error(differences, [*values, *baseline])
-    return Difference(len(differences), centre, *_t_test(centre, error, len(differences) - 1))
+    return _difference(len(differences), centre, error, len(differences) - 1)
 
 
 def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
@@ -75,16 +80,22 @@ def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> D
     error = math.hypot(*errors)
     shares = [(each / error) ** 2 for each in errors]
     freedom = 1 / (shares[0] ** 2 / (len(values) - 1) + shares[1] ** 2 / (len(baseline) - 1))
-    return Difference(n, means[0] - means[1], *_t_test(means[0] - means[1], error, freedom))
+    return _difference(n, means[0] - means[1], error, freedom)
 
 
-def geometric_mean(ratios: Sequence[float]) -> Mean:
+def _difference(n: int, centre: float | None, error: float | None, freedom: float) -> Difference:
+    if centre is None or not error:
+        return Difference(n, centre)
+    return Difference(n, centre, *_t_test(centre, error, freedom), error, freedom)
+
+
+def geometric_mean(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
     """Return exp(mean(log r) -+ t s / sqrt(n)) over the ``ratios`` r; all None unless each is > 0."""
     if not all(ratio > 0 for ratio in ratios):  # also NaN
         return Mean(len(ratios), None, None, None)
     logs = [math.log(ratio) for ratio in ratios]
     centre, error = _mean_and_error(logs, [1.0])
-    return Mean(len(logs), *map(_exp, (centre, *_t_test(centre, error, len(logs) - 1)[:2])))
+    return Mean(len(logs), *map(_exp, (centre, *_t_test(centre, error, len(logs) - 1, confidence)[:2])))
 
 
 def _mean_and_error(values: Sequence[float], inputs: Sequence[float] = ()) -> tuple[float | None, float | None]:
@@ -101,14 +112,14 @@ def _mean_and_error(values: Sequence[float], inputs: Sequence[float] = ()) -> tu
 
 
 def _t_test(
-    centre: float | None, error: float | None, freedom: float
+    centre: float | None, error: float | None, freedom: float | None, confidence: float = CONFIDENCE
 ) -> tuple[float | None, float | None, float | None]:
     """Both ends of the interval around ``centre`` and p, given its standard error and degrees of freedom."""
-    if centre is None or not error:
+    if centre is None or not error or freedom is None:
         return None, None, None
     from scipy.special import stdtr, stdtrit
 
-    half = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * error
+    half = float(stdtrit(freedom, 0.5 + confidence / 2)) * error
     p = 2 * float(stdtr(freedom, -abs(centre / error)))
     low, high = centre - half, centre + half
     return (low, high, p) if math.isfinite(low) and math.isfinite(high) else (None, None, p)

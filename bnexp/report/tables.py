@@ -1,10 +1,11 @@
 """Tables for a terminal: a comparison, a sweep so far, and the epochs as tutorials print them."""
 
+import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from rich import box
 from rich.console import Console, Group
@@ -13,10 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from bnexp.report import stats
-from bnexp.report.differences import Against, SpeedUp
-from bnexp.report.records import METRICS, TARGETS, Metric, Problem, RunRecord, read_runs
+from bnexp.report.differences import Against
+from bnexp.report.records import METRICS, Metric, Problem, RunRecord, read_runs
+from bnexp.report.sentences import show_p
+from bnexp.report.steps import SpeedUp
 from bnexp.report.variants import Variant, into_variants
-from bnexp.report.verdict import Comparison, show_p
+from bnexp.report.verdict import Comparison
 from bnexp.store.untrusted import printable
 
 TableContent = tuple[str, list[str], list[list[str]], str]  # title, head, rows, caption
@@ -24,11 +27,18 @@ TableContent = tuple[str, list[str], list[list[str]], str]  # title, head, rows,
 SEEDS_CAPTION = "mean and 95% interval over the n finished seeds"
 PAIRED_CAPTION = "differences paired by seed, p by the paired t-test"
 DIVERGED_CAPTION = "; {}: runs whose loss became infinite or NaN, not in the means"
+PRIMARY_CAPTION = (
+    "sd: standard deviation over seeds; difference: with the interval that holds for all variants together; p: by the "
+    "paired t-test, corrected by Holm; better in: seeds, with the 95% interval of the chance in a new seed (Wilson); "
+    "r: correlation of both sides over seeds"
+)
+FLIPS_CAPTION = "; flips: p by flips of the signs of whole seeds, corrected"
 UNPAIRED = "*"  # marks a difference
 SPEED_CAPTION = (
-    "speed-up: the baseline's steps to its best / the variant's steps to the same value, geometric mean over the seeds "
-    "that reach it"
+    "target: the mean over the other seeds of the median of the baseline's last fifth of validation accuracies, or "
+    "what target= gives; speed-up: the baseline's steps to it / the variant's, geometric mean over seeds"
 )
+SWEPT = [metric for metric in METRICS if metric.at is None and metric.key != "loss/train/final"]  # columns of a sweep
 # Curves of a split; the first that a run has: evaluated on the whole set, or averaged over the steps of the epoch.
 EPOCH_SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "test": ("test",)}
 
@@ -39,11 +49,13 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     is_narrow = console.width < 100
     for title, head, rows, caption in comparison_tables(comparison):
         table = new_table(title, *head, caption=caption, gap=0 if is_narrow else 1)
-        for column in table.columns[:-1]:  # the evidence, in words, may be broken
+        has_evidence = head[-1] == "evidence"
+        for column in table.columns[: -1 if has_evidence else None]:  # the evidence, in words, may be broken
             column.no_wrap, column.overflow = True, "ellipsis"
-        table.columns[-1].justify = "left"
+        table.columns[-1].justify = "left" if has_evidence else "right"
         for name, *cells in rows:
-            style = {"better": "green", "worse": "red"}.get(cells[-1], "") if any(cells) else "bold"
+            style = {"better": "green", "worse": "red", "faster": "green", "slower": "red"}.get(cells[-1], "")
+            style = style if any(cells) else "bold"
             row = [name, *cells] if any(cells) else [textwrap.fill(name, width), *cells]
             row = [cell.replace(" [", "\n[") for cell in row] if is_narrow else row
             table.add_row(*map(escape, row), style=style)
@@ -57,34 +69,70 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 def comparison_tables(comparison: Comparison) -> list[TableContent]:
     """The tables that have rows; a row with nothing but a first cell is the heading of a metric."""
-    return [table for table in (_difference_table(comparison), _speed_table(comparison)) if table[2]]
+    tables = (_primary_table(comparison), _other_table(comparison), _speed_table(comparison))
+    return [table for table in tables if table[2]]
 
 
-def _difference_table(comparison: Comparison) -> TableContent:
+def _primary_table(comparison: Comparison) -> TableContent:
+    metric, rows = comparison.question.metric, []
     any_diverged = any(variant.diverged for variant in comparison.variants)
-    head = ["", "n", *["diverged"] * any_diverged, "mean", "difference", "p", "evidence"]
-    rows = []
+    any_flips = any(each.p_flips is not None for each in comparison.evidence.values())
+    head = ["", "n", *["diverged"] * any_diverged, "mean", "sd", "difference", "p", *["flips"] * any_flips,
+            "better in", "r", "evidence"]  # fmt: skip
+    for variant in comparison.variants:
+        values, label = metric.values(variant.runs), variant.label
+        cells = [label, str(len(values)), *_diverged_cell(variant, any_diverged)]
+        cells.append(mean_cell(metric, comparison.means[label][metric.key]))
+        cells.append(metric.show(stdev(values)) if len(values) > 1 and all(map(math.isfinite, values)) else "-")
+        cells += _evidence_cells(comparison, label, any_flips)
+        rows.append(cells if values or comparison.against else [])
+    caption = f"{SEEDS_CAPTION}; {PRIMARY_CAPTION}" + FLIPS_CAPTION * any_flips + _unpaired_caption(comparison)
+    caption += DIVERGED_CAPTION.format("diverged") * any_diverged
+    return f"{metric.heading}, against {comparison.baseline.label}", head, [row for row in rows if row], caption
+
+
+def _evidence_cells(comparison: Comparison, label: str, any_flips: bool) -> list[str]:
+    """The cells from the difference to the evidence."""
+    against, metric = comparison.against.get(label), comparison.question.metric
+    if against is None:
+        return ["baseline", "", *[""] * any_flips, "", "", ""]
+    found, seen = against.differences[metric.key], comparison.evidence[label]
+    cells = [_difference_cell(metric, against, (seen.low, seen.high)), "" if seen.p is None else show_p(seen.p)]
+    cells += ["" if seen.p_flips is None else show_p(seen.p_flips)] * any_flips
+    wins = "" if seen.wins is None else f"{seen.wins:g} of {found.n} [{seen.wins_low:.0%}, {seen.wins_high:.0%}]"
+    return [*cells, wins, "" if seen.correlation is None else f"{seen.correlation:.2f}", seen.word]
+
+
+def _other_table(comparison: Comparison) -> TableContent:
+    """The metrics that are not judged."""
+    head, rows = ["", "n", "mean", "difference", "p"], []
     for metric in METRICS:
         means = {variant.label: comparison.means[variant.label][metric.key] for variant in comparison.variants}
-        if not any(mean.n for mean in means.values()):
+        if metric is comparison.question.metric or not any(mean.n for mean in means.values()):
             continue
         rows.append([metric.heading, *[""] * (len(head) - 1)])
-        for variant, mean in zip(comparison.variants, means.values(), strict=True):
-            cells = [f"  {variant.label}", str(mean.n), *_diverged_cell(variant, any_diverged), mean_cell(metric, mean)]
-            rows.append(cells + _difference_cells(metric, comparison.against.get(variant.label)))
+        for label, mean in means.items():
+            against = comparison.against.get(label)
+            found = against and against.differences[metric.key]
+            cell = "baseline" if against is None else _difference_cell(metric, against, (found.low, found.high))
+            p = show_p(found.p) if found and found.p is not None else ""
+            rows.append([f"  {label}", str(mean.n), mean_cell(metric, mean), cell, p])
+    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}, not corrected{_unpaired_caption(comparison)}; a best value, which "
+    return "Metrics that are not judged", head, rows, f"{caption}is the largest of several, has no p"
+
+
+def _unpaired_caption(comparison: Comparison) -> str:
     is_unpaired = any(against.design == "unpaired" for against in comparison.against.values())
-    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}" + f"; {UNPAIRED} unpaired, p by Welch's t-test" * is_unpaired
-    caption += DIVERGED_CAPTION.format("diverged") * any_diverged
-    return f"Variants against {comparison.baseline.label}", head, rows, caption
+    return f"; {UNPAIRED} unpaired, p by Welch's t-test" * is_unpaired
 
 
 def _speed_table(comparison: Comparison) -> TableContent:
-    base, rows = comparison.baseline.label, []
-    for metric in TARGETS:
-        speeds = {f"  {label}": against.speedups[metric.tag] for label, against in comparison.against.items()}
-        cells = [[name, *_speed_cells(speed)] for name, speed in speeds.items() if speed.is_informative]
-        rows += [[f"{base}'s {metric.title}", "", "", ""], *cells] if cells else []
-    return f"Steps to {base}'s best", ["", "reached in", "speed-up", "evidence"], rows, SPEED_CAPTION
+    rows = [
+        [label, f"{speed.target:.2%}", f"{speed.reached} of {speed.n}", f"{speed.base_reached} of {speed.n}",
+         *_speed_cells(speed)] for label, speed in comparison.speedups.items() if speed.n
+    ]  # fmt: skip
+    head = ["", "target", "reached in", f"{comparison.baseline.label} in", "speed-up", "p", "evidence"]
+    return f"Steps to a validation accuracy, against {comparison.baseline.label}", head, rows, SPEED_CAPTION
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -102,30 +150,22 @@ def mean_cell(metric: Metric, mean: stats.Mean) -> str:
     return metric.show(mean.mean) + half
 
 
-def _difference_cells(metric: Metric, against: Against | None) -> list[str]:
-    """The cells of difference, p and evidence."""
-    if against is None:
-        return ["baseline", "", ""]
-    found = against.differences[metric.key]
+def _difference_cell(metric: Metric, against: Against, interval: tuple[float | None, float | None]) -> str:
+    """``+0.84 [+0.46, +1.22]``, with a mark if it is unpaired."""
+    found, (low, high) = against.differences[metric.key], interval
     if not found.n:
-        return [{"paired": "no pair", "unpaired": "-"}.get(against.design, against.design), "", ""]
+        return {"paired": "no pair", "unpaired": "-"}.get(against.design, against.design)
     cell = "not finite" if found.difference is None else metric.show(found.difference, "+")
     cell += UNPAIRED * (against.design == "unpaired")
-    if found.low is not None:
-        cell += f" [{metric.show(found.low, '+')}, {metric.show(found.high, '+')}]"
-    return [cell, "" if found.p is None else show_p(found.p), against.evidence(metric)]
+    return cell if low is None or high is None else f"{cell} [{metric.show(low, '+')}, {metric.show(high, '+')}]"
 
 
 def _speed_cells(speed: SpeedUp) -> list[str]:
-    ratio, evidence = "-" if speed.ratio is None else f"{speed.ratio:.2f}", "not enough evidence"
+    """The cells of speed-up, p and evidence."""
+    ratio = "-" if speed.ratio is None else f"{speed.bound} {speed.ratio:.2f}".strip()
     if speed.low is not None and speed.high is not None:
         ratio += f" [{speed.low:.2f}, {speed.high:.2f}]"
-        evidence = "faster" if speed.low > 1 else "slower" if speed.high < 1 else evidence
-    elif speed.reached > 1:
-        evidence = "the same in each seed, so no interval"
-    if speed.reached < speed.n:
-        evidence = f"not reached in {speed.n - speed.reached}" + (f"; {evidence}" if speed.reached else "")
-    return [f"{speed.reached} of {speed.n}", ratio, evidence]
+    return [ratio, "" if speed.p is None else show_p(speed.p), speed.evidence]
 
 
 def _diverged_cell(variant: Variant, any_diverged: bool) -> list[str]:
@@ -157,7 +197,7 @@ def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Gr
     """A table with a row per variant; below it a line per unusual evaluation and per run that is left out."""
     variants, superseded = into_variants(records)
     any_diverged = any(variant.diverged for variant in variants)
-    shown = [metric for metric in METRICS[:6] if any(metric.values(variant.runs) for variant in variants)]
+    shown = [metric for metric in SWEPT if any(metric.values(variant.runs) for variant in variants)]
     heads = [each.heading.replace("accuracy,", "acc.").replace("validation", "valid.") for each in shown]
     caption = SEEDS_CAPTION + DIVERGED_CAPTION.format("div.") * any_diverged
     table = new_table("Sweep", "variant", "n", *["div."] * any_diverged, *heads, "s", caption=caption)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bnexp.errors import UserError
-from bnexp.report.records import TARGETS, Problem, RunRecord
+from bnexp.report.records import BY_KEY, Problem, RunRecord
 from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
@@ -178,8 +178,10 @@ def tried_settings(records: Sequence[RunRecord]) -> list[str]:
     return [key for key, values in given.items() if len(values) > 1 and last_part(key) != "_target_"]
 
 
-def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], list[Problem], list[str]]:
-    """Keep the runs at each variant's best value of ``key``; also return the superseded runs, and notes.
+def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], list[Problem], list[str], bool]:
+    """Keep the runs at each variant's best value of ``key``; also return the superseded runs, notes, and a flag.
+
+    The flag says that the variants were tried with different numbers of values, so that the choice favours some.
 
     The best value has the smallest share of diverged runs and, among equal shares, the highest mean over seeds of the
     best validation accuracy (without accuracies: the lowest mean of the best validation loss).
@@ -188,7 +190,7 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
     buckets: dict[str, list[Variant]] = defaultdict(list)
     for variant in variants:
         buckets[identity(variant.first, ignore=key)].append(variant)
-    loss, accuracy = TARGETS
+    loss, accuracy = BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"]
     metric = accuracy if accuracy.values(records) else loss
 
     def rank(variant: Variant) -> tuple[float, float]:
@@ -200,10 +202,15 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
     kept = [run for variant in best for run in variant.all_runs]
     if all(len(bucket) == 1 for bucket in buckets.values()):
         others = ", ".join(each for each in tried_settings(records) if each != key) or "no other setting"
-        return kept, superseded, [f"best over {key}: each variant has one value of it; what varies is {others}."]
+        notes = [f"best over {key}: each variant has one value of it; what varies is {others}."]
+        return kept, superseded, notes, False
     labels = [variant.label for variant in into_variants(kept, ignore=key)[0]]
     notes = [_best_note(*each, key, metric.title) for each in zip(labels, best, buckets.values(), strict=True)]
-    return kept, superseded, notes
+    counts = [len(bucket) for bucket in buckets.values()]
+    if len(set(counts)) > 1:
+        tried = " against ".join(map(str, counts))
+        notes.append(f"best over {key}: {tried} values were tried, so nothing is called better or worse.")
+    return kept, superseded, notes, len(set(counts)) > 1
 
 
 def _best_note(label: str, best: Variant, bucket: Sequence[Variant], key: str, title: str) -> str:

@@ -5,8 +5,13 @@ from dataclasses import dataclass, field, replace
 
 from bnexp.errors import UserError
 from bnexp.report import stats
-from bnexp.report.differences import Against, SpeedUp, measure_against
-from bnexp.report.records import BY_KEY, METRICS, TARGETS, Metric, Problem, RunRecord
+from bnexp.report.differences import Against, measure_against
+from bnexp.report.evidence import ENOUGH, Evidence, Failures, failures_of, judge_variants
+from bnexp.report.inference import FEWEST, bound_of_looks
+from bnexp.report.question import Question
+from bnexp.report.records import METRICS, Metric, Problem, RunRecord
+from bnexp.report.sentences import failure_words, sentence_on, show_p
+from bnexp.report.steps import SpeedUp, default_targets, speed_up
 from bnexp.report.variants import Variant, find_key, group_names, into_variants, last_part, pick_best
 from bnexp.store.settings import as_typed, numbers
 
@@ -15,18 +20,23 @@ from bnexp.store.settings import as_typed, numbers
 class Comparison:
     """Variants compared with the first of them, the baseline.
 
-    ``means`` is {label: {metric key: mean}}, ``against`` {label: Against} of the other variants. ``sentences`` are
-    the verdict, ``notes`` say how to read it. ``chosen`` is {label: value} of the setting ``best_over``.
+    ``means`` is {label: {metric key: mean}}; ``failures`` is by label too, and ``against``, ``evidence`` and
+    ``speedups`` are by the labels of the other variants. ``sentences`` are the verdict, ``notes`` say how to read it.
+    ``chosen`` is {label: value} of the setting ``best_over``.
     """
 
+    question: Question
     variants: list[Variant]
     means: dict[str, dict[str, stats.Mean]]
+    failures: dict[str, Failures]
     against: dict[str, Against]
+    evidence: dict[str, Evidence]
+    speedups: dict[str, SpeedUp]
     sentences: list[str]
     notes: list[str]
     left_out: list[Problem]
-    best_over: str | None = None
     chosen: dict[str, object] = field(default_factory=dict)
+    looks: list[int] = field(default_factory=list)
 
     @property
     def baseline(self) -> Variant:
@@ -36,25 +46,23 @@ class Comparison:
 def compare_records(
     records: Sequence[RunRecord],
     problems: Sequence[Problem] = (),
-    *,
-    baseline: str | None = None,
-    best_over: str | None = None,
+    question: Question = Question(),  # noqa: B008
 ) -> Comparison:
-    """Compare the variants among ``records`` with a baseline.
-
-    The baseline is the variant named ("norm=none", or a label), else the first whose norm is none, else the first.
-    ``best_over`` is a setting: of each variant only the runs at its best value count, see `pick_best`.
-    """
+    """Compare the variants among ``records`` with a baseline."""
     if not records:
         left = "; ".join(f"{each.path} {each.status}: {each.reason}" for each in problems)
         raise UserError(f"no finished run to compare{left and f', only {left}'}; let a run finish first")
+    question = question.settled(records)
+    metric, best_over = question.metric, question.best_over
+    rates = {repr(numbers(run.config).get("optimizer.lr")) for run in records}
     notes: list[str] = []
     repeated: list[Problem] = []
+    unfair: list[str] = []
     if best_over is not None:
         best_over = find_key(records, best_over)
-        records, repeated, notes = pick_best(records, best_over)
+        records, repeated, notes, unequal = pick_best(records, best_over)
     variants, superseded = into_variants(records, ignore=best_over)
-    first = _find_baseline(variants, baseline, notes)
+    first = _find_baseline(variants, question.baseline, notes)
     variants = [first, *(variant for variant in variants if variant is not first)]
     chosen: dict[str, object] = {}
     if best_over is not None:
@@ -62,19 +70,48 @@ def compare_records(
         labels = [f"{v.label} {last_part(best_over)}={as_typed(x)}" for v, x in zip(variants, values, strict=True)]
         variants = [replace(variant, label=label) for variant, label in zip(variants, labels, strict=True)]
         chosen = dict(zip(labels, values, strict=True))
-    base, *others = variants
-    against = {variant.label: measure_against(variant, base) for variant in others}
-    notes += [note for variant in variants for note in _notes_on_runs(variant, is_base=variant is base)]
-    notes += [note for variant in others for note in _notes_on_pairs(variant, base, against[variant.label])]
-    if len(others) > 1:
-        notes.append(
-            f"The p-values are not corrected for multiple comparisons: {len(others)} variants against {base.label}."
-        )
-    sentences = [_sentence(variant, base, against[variant.label]) for variant in others]
+        unfair = labels if unequal else []
+    base, *rest = variants
+    others = {variant.label: variant for variant in rest}
+    against = {label: measure_against(variant, base) for label, variant in others.items()}
+    evidence = judge_variants(others, base, against, metric, question.margin, unfair)
+    failures = {variant.label: failures_of(variant, base) for variant in variants}
+    targets = default_targets(base.all_runs)
+    if question.target is not None:
+        targets = {repr(run.seed): question.target for run in base.all_runs}
+    speedups = {label: speed_up(each.pairs, targets, len(others)) for label, each in against.items()}
+    notes += [note for variant in variants for note in _notes_on_runs(variant, failures[variant.label], base)]
+    notes += [note for label, variant in others.items() for note in _notes_on_pairs(variant, base, against[label])]
+    notes += _notes_on_evidence(metric, [against[label].differences[metric.key] for label in others])
+    ending = ", at one learning rate, tuned for neither" if best_over is None and len(rates) == 1 else ""
+    sentences = [
+        sentence_on(variant, base, question, against[label], evidence[label], speedups[label], failures, ending)
+        for label, variant in others.items()
+    ]
     sentences = sentences or [f"One variant only, {base.label}: nothing to compare it with."]
-    means = {variant.label: {metric.key: metric.mean(variant.runs) for metric in METRICS} for variant in variants}
+    means = {variant.label: {each.key: each.mean(variant.runs) for each in METRICS} for variant in variants}
     left_out = [*problems, *repeated, *superseded]
-    return Comparison(variants, means, against, sentences, notes, left_out, best_over, chosen)
+    question = replace(question, best_over=best_over)
+    return Comparison(
+        question, variants, means, failures, against, evidence, speedups, sentences, notes, left_out, chosen
+    )
+
+
+def looked_at(comparison: Comparison, before: Sequence[int]) -> Comparison:
+    """The comparison with its ``looks``: the seeds at each look at these runs, earlier ones and this one.
+
+    From the second look on, a note names the p that keeps false positives at 5% over all looks.
+    """
+    counts = [each.differences[comparison.question.primary].n for each in comparison.against.values()]
+    if not counts or min(counts) < 2:
+        return replace(comparison, looks=list(before))
+    looks = [*before, min(counts)]
+    if len(set(looks)) == 1:
+        return replace(comparison, looks=looks[:1])
+    looks = list(dict.fromkeys(looks))
+    words = f"Look {len(looks)} at these variants, after {', '.join(map(str, looks[:-1]))} seeds: stopping when a p is "
+    words += f"small finds too much. Over all looks, p < {bound_of_looks(looks):.2g} keeps false positives at 5%."
+    return replace(comparison, looks=looks, notes=[*comparison.notes, words])
 
 
 def _find_baseline(variants: list[Variant], wanted: str | None, notes: list[str]) -> Variant:
@@ -109,20 +146,35 @@ def _equal(setting, text: str) -> bool:
         return False
 
 
-def _notes_on_runs(variant: Variant, is_base: bool) -> list[str]:
-    """Notes on a variant's means."""
+def _notes_on_runs(variant: Variant, failures: Failures, base: Variant) -> list[str]:
+    """Notes on a variant's runs."""
     notes = variant.evaluations
-    if variant.diverged:
-        role = "sets no best value to reach" if is_base else "counts as not reaching the baseline's best"
-        others = f"Means and differences leave diverged runs out; in the steps to the best, a diverged run {role}"
-        notes.append(f"{_diverged_words(variant)}. {others}.")
+    if failures.k:
+        words = f"{failure_words(variant, failures)} (95% Clopper-Pearson interval {failures.low:.0%} to "
+        words += f"{failures.high:.0%}" + (f"; McNemar's exact p {show_p(failures.p, '= ')}" if failures.p else "")
+        notes.append(f"{words}). Means and differences leave diverged runs out.")
     if len(variant.all_runs) == 1:
         notes.append(f"{variant.label}: one seed, so no interval and no p.")
     return notes
 
 
-def _diverged_words(variant: Variant) -> str:
-    return f"{variant.label}: {len(variant.diverged)} of {len(variant.all_runs)} runs diverged"
+def _notes_on_evidence(metric: Metric, found: Sequence[stats.Difference]) -> list[str]:
+    """Notes on how the verdict was reached."""
+    tested = [each for each in found if each.p is not None]
+    notes = []
+    if len(tested) > 1:
+        notes.append(
+            f"{metric.title}: the p of {len(tested)} variants are corrected together (Holm), and their intervals hold "
+            "together (Bonferroni). No other metric is judged."
+        )
+    fewest = min((each.n for each in tested), default=ENOUGH)
+    if fewest < FEWEST:
+        notes.append(f"Fewer than {FEWEST} seeds: nothing is called better or worse.")
+    elif fewest < ENOUGH:
+        notes.append(
+            f"Fewer than {ENOUGH} seeds: only a large difference can be found; bnexp plan says how many to run."
+        )
+    return notes
 
 
 def _notes_on_pairs(variant: Variant, base: Variant, against: Against) -> list[str]:
@@ -147,69 +199,3 @@ def _settings(pairs: Mapping[str, tuple]) -> str:
     """``norm (none, library), optimizer.lr (0.1, 0.5)``"""
     words = {key: ["-" if value is None else as_typed(value) for value in pair] for key, pair in pairs.items()}
     return ", ".join(f"{key} ({', '.join(pair)})" for key, pair in words.items())
-
-
-def _sentence(variant: Variant, base: Variant, against: Against) -> str:
-    """The verdict on one variant in words."""
-    counts = {key: difference.n for key, difference in against.differences.items()}
-    metrics = [BY_KEY[key] for key in ("accuracy/test", "loss/test") if counts[key]]
-    metrics = metrics or [metric for metric in reversed(TARGETS) if counts[metric.key]]
-    words = _opening(variant, base, against.design, max((counts[metric.key] for metric in metrics), default=0))
-    words += "; ".join(_difference_words(metric, against.differences[metric.key]) for metric in metrics)
-    speeds = [(metric, against.speedups[metric.tag]) for metric in TARGETS]
-    reached = "; it ".join(_speed_words(metric, speed, base.label) for metric, speed in speeds if speed.n)
-    words += f". It {reached}" if reached else ""
-    return ". ".join([words, *(_diverged_words(each) for each in (variant, base) if each.diverged)]) + "."
-
-
-def _opening(variant: Variant, base: Variant, design: str, n: int) -> str:
-    if design == "other data":
-        return f"{variant.label} and {base.label} saw different images, so they are not compared"
-    if n == 0:
-        why = "no seed finished in both" if design == "paired" else "no metric was measured in both"
-        return f"{variant.label} against {base.label}: no difference can be given, because {why}"
-    over = f"unpaired, {len(variant.runs)} against {len(base.runs)} runs"
-    if design == "paired":
-        over = f"over {n} paired seeds" if n > 1 else "in one seed"
-    return f"{variant.label} against {base.label}, {over}{', which is not enough evidence' * (n == 1)}: "
-
-
-def _difference_words(metric: Metric, found: stats.Difference) -> str:
-    if found.difference is None:
-        return f"{metric.title} is not finite"
-    if found.difference == 0 and found.low is None:
-        return f"{metric.title} is the same" + (" in every seed" if found.n > 1 else "")
-    unit = " points" if metric.is_accuracy else ""
-    direction = "higher" if found.difference > 0 else "lower"
-    words = f"{metric.title} is {direction} by {metric.show(abs(found.difference))}{unit}"
-    if found.low is None:
-        return words + (" in every seed, so there is no spread for an interval" if found.n > 1 else "")
-    interval = f"95% interval {metric.show(found.low, '+')} to {metric.show(found.high, '+')}{unit}"
-    if not found.excludes_zero:
-        return f"not enough evidence of a difference in {metric.title} ({interval})"
-    return f"{words} ({interval}, p {show_p(found.p, '= ')})"
-
-
-def _speed_words(metric: Metric, speed: SpeedUp, base: str) -> str:
-    target = f"{base}'s {metric.title}"
-    if not speed.reached:
-        return f"does not reach {target}" + (f" in any of {speed.n} seeds" if speed.n > 1 else "")
-    seeds = f" in {speed.reached} of {speed.n} seeds" if speed.n > 1 else ""
-    if speed.ratio is None or speed.is_same_step:
-        return f"reaches {target}{' at the same step' * speed.is_same_step}{seeds}"
-    times = f"{', there' * bool(seeds)} {_fold(speed.ratio):.2g} times {'sooner' if speed.ratio > 1 else 'later'}"
-    if speed.low is None:
-        return f"reaches {target}{seeds}{times}" + (" in each" if speed.reached > 1 else "")
-    if speed.low <= 1 <= speed.high:
-        return f"reaches {target}{seeds}, with not enough evidence of fewer or more steps (speed-up {speed.ratio:.2f})"
-    low, high = sorted(map(_fold, (speed.low, speed.high)))
-    return f"reaches {target}{seeds}{times} (95% interval {low:.2g} to {high:.2g})"
-
-
-def _fold(ratio: float) -> float:
-    return max(ratio, 1 / ratio)
-
-
-def show_p(p: float, equals: str = "") -> str:
-    """A p-value with two digits, never rounded to zero."""
-    return "< 0.0001" if p < 1e-4 else f"{equals}{p:.2g}"

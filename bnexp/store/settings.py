@@ -38,6 +38,7 @@ DECIDES = {
     "threads": PLACE, "deterministic": PLACE,
     "out": COMMAND | PERSON, "resume": COMMAND | PERSON, "allow": COMMAND | PERSON,
     "quiet": COMMAND, "replicas": COMMAND, "sweep_order": COMMAND,
+    "primary": COMMAND, "margin": COMMAND, "target": COMMAND,  # a report reads them as they were stored
 }  # fmt: skip
 
 
