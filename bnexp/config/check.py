@@ -39,6 +39,8 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: not known; choose one of {', '.join(known)}")
     Question(primary=cfg.primary, margin=cfg.margin, target=cfg.target).check()
+    if cfg.primary == "accuracy/test/at_best" and not cfg.eval_test:
+        raise UserError(f"primary={cfg.primary}: the test set has to be evaluated every time; give eval_test=true too")
     if cfg.replicas > 1 and not many:
         raise UserError(
             f"replicas={cfg.replicas}: a single run cannot be computed together with others; give several values, "

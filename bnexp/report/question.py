@@ -8,6 +8,7 @@ from bnexp.errors import UserError, nearest
 from bnexp.report.records import BY_KEY, METRICS, PRIMARY, Metric, RunRecord
 
 JUDGED = [metric for metric in METRICS if not metric.best]
+IN_PLACE = ("accuracy/valid/final", "loss/train/final")  # judged where nothing was tested
 MARGIN = 0.5  # points of accuracy, or nats, that do not matter
 
 
@@ -42,11 +43,14 @@ class Question:
         question = replace(self, **stated)
         question.check()
         finished = [run for run in records if not run.diverged]
-        if finished and not question.metric.values(finished):
-            known = [metric.key for metric in JUDGED if metric.values(finished)]
-            choice = f"; choose one of {', '.join(known)}" if known else ""
-            raise UserError(f"primary={question.primary}: no finished run has measured it{choice}")
-        return question
+        known = [metric.key for metric in JUDGED if metric.values(finished)]
+        if question.primary in known or not known:
+            return question
+        if question.primary != PRIMARY.key:
+            raise UserError(
+                f"primary={question.primary}: no finished run has measured it; choose one of {', '.join(known)}"
+            )
+        return replace(question, primary=next((each for each in IN_PLACE if each in known), known[0]))
 
     def check(self) -> None:
         """Raise `UserError` for a metric, a margin or a target that means nothing."""

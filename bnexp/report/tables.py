@@ -100,7 +100,7 @@ def _evidence_cells(comparison: Comparison, label: str, any_flips: bool) -> list
     cells = [_difference_cell(metric, against, (seen.low, seen.high)), "" if seen.p is None else show_p(seen.p)]
     cells += ["" if seen.p_flips is None else show_p(seen.p_flips)] * any_flips
     wins = "" if seen.wins is None else f"{seen.wins:g} of {found.n} [{seen.wins_low:.0%}, {seen.wins_high:.0%}]"
-    return [*cells, wins, "" if seen.correlation is None else f"{seen.correlation:.2f}", seen.word]
+    return [*cells, wins, "-" if seen.correlation is None else f"{seen.correlation:.2f}", seen.word]
 
 
 def _other_table(comparison: Comparison) -> TableContent:
@@ -146,8 +146,9 @@ def mean_cell(metric: Metric, mean: stats.Mean) -> str:
     """``97.13 ±0.21``, without the interval if there is none."""
     if mean.mean is None:
         return "not finite" if mean.n else "-"
-    half = "" if mean.high is None else f" ±{metric.show(mean.high - mean.mean)}"
-    return metric.show(mean.mean) + half
+    if mean.low is None or mean.high is None:
+        return metric.show(mean.mean)
+    return f"{metric.show(mean.mean)} ±{metric.show(max(mean.high - mean.mean, mean.mean - mean.low))}"
 
 
 def _difference_cell(metric: Metric, against: Against, interval: tuple[float | None, float | None]) -> str:

@@ -72,14 +72,26 @@ def test_two_pairs_have_the_closed_form_p_of_cauchy():
 def test_pairing_removes_what_the_seeds_share():
     seeds = [0.0, 10.0, 20.0, 30.0]
     shifted = [1.0, 11.1, 20.9, 31.0]
-    assert paired_difference(shifted, seeds).excludes_zero
+    assert paired_difference(shifted, seeds).low > 0
     assert mean(shifted).high - mean(shifted).low > 10
 
 
 @pytest.mark.parametrize("shift", [-0.03, 0.0, 0.02, 0.0232, 0.0234, 0.03])
 def test_interval_excludes_zero_exactly_when_p_is_below_five_percent(shift):
     result = paired_difference([value - shift for value in VARIANT], BASELINE)
-    assert result.excludes_zero == (result.p < 0.05)
+    assert (result.low > 0 or result.high < 0) == (result.p < 0.05)
+
+
+def test_the_interval_can_have_another_confidence():
+    interval = scipy_stats.ttest_rel(VARIANT, BASELINE).confidence_interval(0.99)
+    assert paired_difference(VARIANT, BASELINE).interval(0.99) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert paired_difference([1.0], [0.0]).interval(0.99) == (None, None)
+
+
+def test_the_interval_of_shares_stays_within_0_and_1():
+    wide = mean([0.9, 1.0, 1.0])
+    assert wide.high > 1 and mean([0.9, 1.0, 1.0], is_share=True) == Mean(3, wide.mean, wide.low, 1.0)
+    assert mean([0.0, 0.1], is_share=True).low == 0.0
 
 
 def test_unequal_lengths_are_refused():
@@ -127,7 +139,6 @@ def test_values_without_spread_have_no_interval_and_no_p():
     assert 0.3 - 0.2 != 0.2 - 0.1  # rounding is no spread
     same = paired_difference([0.3, 0.2, 0.9], [0.2, 0.1, 0.8])
     assert same == Difference(3, pytest.approx(0.1), None, None, None)
-    assert not same.excludes_zero
 
 
 def test_differences_between_equal_runs_are_zero_without_p():
