@@ -18,7 +18,7 @@ def sentence_on(variant: Variant, base: Variant, question: Question, against: Ag
     found = against.differences[metric.key]
     words = _opening(variant, base, against.design, found.n)
     if evidence.word == "nothing was learned":
-        words = f"{variant.label} against {base.label}: nothing was learned by either"
+        words, speed = f"{variant.label} against {base.label}: nothing was learned by either", SpeedUp(0)
     elif found.n:
         words += _difference_words(metric, found, evidence, question.margin)
         words += ending * (evidence.word not in ("undecided", "equivalent"))

@@ -62,7 +62,8 @@ def speed_up(pairs: Sequence[Pair], targets: dict[str, float], num_variants: int
     found = [_compare(run, base, targets[repr(run.seed)]) for run, base in pairs]
     ratios = [(ratio, bound) for *_, ratio, bound in found if ratio is not None]
     bounds = {bound for _, bound in ratios if bound}
-    sooner, later = (sum(is_one(ratio) for ratio, _ in ratios) for is_one in (lambda x: x > 1, lambda x: x < 1))
+    sooner = sum(bound == ">=" or (ratio > 1 and not bound) for ratio, bound in ratios)
+    later = sum(bound == "<=" or (ratio < 1 and not bound) for ratio, bound in ratios)
     level = ALPHA / num_variants
     mean = stats.geometric_mean([ratio for ratio, _ in ratios] if len(bounds) < 2 else [], 1 - level)
     low, high = (None, None) if bounds else (mean.low, mean.high)
