@@ -189,7 +189,7 @@ def test_tuning_with_unequal_numbers_of_values_withholds_the_verdict(tmp_path):
     comparison = compared(tmp_path, best_over="lr")
     (evidence,) = comparison.evidence.values()
     assert evidence.p < 0.01 and evidence.word == "undecided"
-    assert any("1 against 2 values were tried" in note for note in comparison.notes)
+    assert any("2 against 1 values were tried" in note for note in comparison.notes)
     assert "tuned for neither" not in comparison.sentences[0]
 
 
