@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
+from bnexp.config.explain import without_hydras
 from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError, home_path
 from bnexp.startup import quick_imports
@@ -30,7 +31,7 @@ def train(arguments: list[str]) -> int:
         return train_many(line)
     with session(line.source):
         cfg = composed(line.words, logs=True)
-    return train_one(cfg, [word for word in line.words if not word.startswith("hydra")])
+    return train_one(cfg, without_hydras(line.words))
 
 
 def train_many(line: Namespace) -> int:
@@ -103,7 +104,7 @@ def rerun(arguments: list[str]) -> int:
     line = parse_line("rerun", arguments[1:])
     with session(line.source):
         cfg, words = rerun_config(home_path(arguments[0]), line.words)
-    return train_one(cfg, [word for word in words if not word.startswith("hydra")])
+    return train_one(cfg, without_hydras(words))
 
 
 def resume(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES, conf_dir, entries
-from bnexp.config.explain import check_words, explained, parse_words, quoted
+from bnexp.config.explain import check_hydra, check_words, explained, parse_words, quoted
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
@@ -66,6 +66,7 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
         words = quote_texts(words)
         with explained(words):
             cfg = composed_with_hydra(words, RunMode.RUN)
+            check_hydra("hydra", OmegaConf.to_container(cfg.hydra))
             HydraConfig.instance().set_config(cfg)
             if logs:
                 configure_log(cfg.hydra.job_logging, cfg.hydra.verbose)

@@ -1,7 +1,8 @@
 """Checks the overrides of a command line before Hydra reads them, so that every error names the word and a remedy."""
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,19 @@ PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
 # Hydra's settings of what bnexp does itself; each ends with a dot, so that none is the beginning of another.
 FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir.", "hydra.job.chdir.", "hydra/output.")
 JOBS = ("hydra.sweeper.", "hydra/sweeper.", "hydra.mode.")
-HARMLESS = {"hydra/sweeper": ("basic",), "hydra.job.chdir": (False,)}
+NOW = "${now:%Y-%m-%d}/${now:%H-%M-%S}"
+USUAL = {  # what conf/train.yaml and Hydra itself set
+    "hydra.run.dir": (".", f"outputs/{NOW}"),
+    "hydra.output_subdir": (None, ".hydra"),
+    "hydra.sweep.dir": (f"multirun/{NOW}",),
+    "hydra.sweep.subdir": ("${hydra.job.num}",),
+    "hydra.job.chdir": (None, False),
+    "hydra.mode": (None,),
+    "hydra/sweeper": ("basic",),
+    "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.sweeper.max_batch_size": (None,),
+    "hydra.sweeper.params": (None,),
+}
 
 
 def parse_words(words: Sequence[str], config_loader: object = None) -> list[Override]:
@@ -102,9 +115,9 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
         key = override.key_or_group
         if not key:
             raise UserError(unreadable(override.input_line))
-        if key.startswith("hydra"):
+        if is_hydras(key):
             is_many = override.is_sweep_override()
-            check_hydra(key, None if is_many or override.is_delete() else override.value(), override.input_line)
+            check_hydra(key, ... if is_many or override.is_delete() else override.value(), override.input_line)
             if is_many:
                 raise UserError(f"{override.input_line}: holds for a sweep as a whole; give one value")
         elif override.is_sweep_override():
@@ -120,17 +133,24 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
             check_option(key, chosen, folder)
 
 
-def check_hydra(key: str, value: Any, given: str = "", usual: Mapping[str, Any] = HARMLESS) -> None:
-    """Raise :class:`UserError` for a setting of Hydra's, or one inside it, of what bnexp does itself.
+def is_hydras(key: str) -> bool:
+    """Whether the key, written without ``+`` or ``~``, is a setting or a group of Hydra's own."""
+    return re.split("[./@]", key)[0] == "hydra"
 
-    ``usual`` holds the values that change nothing.
-    """
+
+def without_hydras(words: Sequence[str]) -> list[str]:
+    """The words that set nothing of Hydra's own."""
+    return [each.input_line for each in parse_words(words) if not is_hydras(each.key_or_group)]
+
+
+def check_hydra(key: str, value: Any, given: str = "") -> None:
+    """Raise :class:`UserError` for a setting of Hydra's, or one inside it, of what bnexp does itself."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
-            check_hydra(f"{key}.{name}", inner, given, usual)
+            check_hydra(f"{key}.{name}", inner, given)
         return
     given, place = given or f"{key}={value}", f"{key}."
-    if value in usual.get(key, ()):
+    if value in USUAL.get(key, ()):
         return
     elif place.startswith(JOBS):
         raise UserError(f"{given}: bnexp makes the jobs of a sweep itself; leave it out")

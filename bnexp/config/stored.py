@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES
 from bnexp.config.compose import composed, plain_value
-from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
+from bnexp.config.explain import check_value, explained, is_hydras, nearest_setting, parse_words
 from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
 from bnexp.store.run_folder import CONFIG, load_status
@@ -130,7 +130,7 @@ def stored_words(folder: Path) -> list[str]:
         return []
     return [
         each.input_line for each in parsed
-        if not decides(each.key_or_group) & COMMAND and not each.key_or_group.startswith("hydra") and _is_harmless(each)
+        if not decides(each.key_or_group) & COMMAND and not is_hydras(each.key_or_group) and _is_harmless(each)
     ]  # fmt: skip
 
 

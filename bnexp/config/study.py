@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 
 from bnexp.config.choices import choices, conf_dir
-from bnexp.config.explain import explained, parse_words
+from bnexp.config.explain import explained, is_hydras, parse_words
 from bnexp.config.schema import fits
 from bnexp.errors import UserError, home_path, nearest
 from bnexp.report.expectations import Expectation
@@ -97,7 +97,7 @@ def check_study_words(study: Study | Form) -> None:
         raise UserError(f"{odd[0]}: not a setting; write it as text, name=value")
     for override in parse_words(words):
         key = override.key_or_group
-        if decides(key) & PERSON or key.startswith("hydra"):
+        if decides(key) & PERSON or is_hydras(key):
             raise UserError(f"{override.input_line}: not allowed in a study; give it on the command line")
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from bnexp.config.choices import GROUPS
 from bnexp.config.compose import plain_value, typed, values_of
-from bnexp.config.explain import check_words, parse_words
+from bnexp.config.explain import check_words, is_hydras, parse_words
 from bnexp.errors import UserError, home_path
 
 MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
@@ -72,7 +72,7 @@ def read_grid(words: Sequence[str]) -> Grid:
     out, order, hydra = None, "product", []
     for override in parse_words(words, GlobalHydra.instance().config_loader()):
         key, word = override.key_or_group, override.input_line
-        if key.startswith("hydra"):
+        if is_hydras(key):
             hydra.append(word)
         elif override.is_sweep_override():
             if key in ("out", "sweep_order"):
