@@ -67,7 +67,7 @@ def study(arguments: Sequence[str]) -> int:
 
 def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, str]]:
     """All runs of the study, and the role of each run by its name; ``overrides`` cannot change what a variant sets."""
-    lists = [f"{key}={','.join(map(str, values))}" for key, values in study.sweep.items()]
+    lists = [f"{key}={','.join(map(as_word, values))}" for key, values in study.sweep.items()]
     shared = [*study.settings, *lists, f"seed=range({study.seeds})", *overrides]
     points, roles = [], {}
     for role, own in study.variants.items():
@@ -77,6 +77,11 @@ def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, s
             points.append(Point(name, variant, words))
             roles[name] = role
     return replace(grid, points=tuple(points)), roles
+
+
+def as_word(value: Any) -> str:
+    """A value of a study's ``sweep`` in Hydra's grammar."""
+    return f"[{','.join(map(as_word, value))}]" if isinstance(value, list) else "null" if value is None else str(value)
 
 
 def judge_runs(expectations: Sequence[Expectation], jobs: Sequence[Job], roles: Mapping[str, str]) -> list[Finding]:

@@ -2,19 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra._internal.core_plugins.file_config_source import FileConfigSource as FileSource
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import configure_log
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -24,7 +27,9 @@ from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
 from bnexp.store.settings import numbers, short_name
+from bnexp.store.untrusted import keep_texts
 
+ORDERS = ("product", "zip")  # of sweep_order
 ConfigStore.instance().store(name="schema", node=Train)
 
 
@@ -58,6 +63,23 @@ def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
         _source = Source()
 
 
+class FileConfigSource(FileSource):
+    """Hydra's reader of yaml files, but text settings get the text that was typed. Hydra keeps the first of a name."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(config_path)
+        group = config_path.rpartition("/")[0].replace("/", ".")
+        package = (result.header.get("package") or "_group_").replace("_group_", group).replace("_global_", "")
+        content = OmegaConf.to_container(result.config)
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        keep_texts(content, path.read_bytes(), takes_text, package)
+        result.config = OmegaConf.create(content)
+        return result
+
+
+SourcesRegistry.instance().register(FileConfigSource)
+
+
 def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
     """The config of these overrides, with interpolations resolved; ``logs=True`` starts Hydra's logging."""
     with session():
@@ -75,7 +97,19 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
             OmegaConf.resolve(cfg)
     if cfg.get("out"):
         cfg.out = str(home_path(cfg.out, "out="))
+    check_order(cfg.get("sweep_order", ORDERS[0]))
     return cfg
+
+
+def own_config() -> Mapping[str, Any]:
+    """The config of no overrides; {} if the user has no folder and no main config of their own."""
+    return composed([]) if _source != Source() else {}
+
+
+def check_order(order: str) -> None:
+    """Raise :class:`UserError` for a ``sweep_order`` that does not exist."""
+    if order not in ORDERS:
+        raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
 
 
 def check_taken_out(words: Sequence[str]) -> None:
@@ -126,10 +160,13 @@ def takes_text(key: str) -> bool:
     group, _, option = key.partition(".")
     if not option:
         return is_text(get_type_hints(Train).get(group, Any))
-    found = [options for options in entries(group, _source.folder).values() if option in options]
-    if any(isinstance(options[option], str) for options in found):
-        return not any(isinstance(options[option], bool | int | float) for options in found)
-    return any(options[option] is None and is_text(_type_of(options, option)) for options in found)
+    for folder in (None, _source.folder):  # a user's own entry says nothing about an option of bnexp's
+        found = [options for options in entries(group, folder).values() if option in options]
+        if found and folder is None and any(isinstance(options[option], bool | int | float) for options in found):
+            return False
+        if found:
+            return any(isinstance(each[option], str) or is_text(_type_of(each, option)) for each in found)
+    return False
 
 
 def _type_of(options: dict[str, Any], option: str) -> Any:
@@ -139,7 +176,7 @@ def _type_of(options: dict[str, Any], option: str) -> Any:
     try:
         with quick_imports():  # the first that needs torch
             target = get_object(options["_target_"])
-        return get_type_hints(target.__init__).get(option, Any)
+        return get_type_hints(target.__init__ if isinstance(target, type) else target).get(option, Any)
     except Exception:  # a target that is not bnexp's; it is checked later
         return Any
 

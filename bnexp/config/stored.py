@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES
-from bnexp.config.compose import composed, plain_value
+from bnexp.config.compose import composed, plain_value, takes_text
 from bnexp.config.explain import check_value, explained, is_hydras, nearest_setting, parse_words
 from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
@@ -25,7 +25,7 @@ def stored_config(folder: Path) -> DictConfig:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of a run")
     try:
-        stored = read_yaml(folder / CONFIG)
+        stored = read_yaml(folder / CONFIG, takes_text)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
     kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}

@@ -5,6 +5,7 @@ import os
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import URLError
@@ -27,6 +28,7 @@ def download(source, missing: list[str], looked_for: str) -> None:
     root, folder = source.root, source.folder
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
@@ -47,6 +49,9 @@ def download(source, missing: list[str], looked_for: str) -> None:
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
+        for each in made:  # which stay if they hold anything
+            with suppress(OSError):
+                each.rmdir()
 
 
 def damaged(path: Path, what: str) -> UserError:

@@ -202,6 +202,15 @@ def test_a_main_config_leaves_it_to_bnexp_too(hydra, words, mine, bnexp, capsys,
         assert words in capsys.readouterr().err and [each.name for each in tmp_path.iterdir()] == [mine]
 
 
+def test_a_sweep_takes_its_folder_and_order_from_a_main_config(mine, bnexp, tmp_path):
+    (tmp_path / "own conf/placed.yaml").write_text("defaults: [train, _self_]\nout: 1e5\nsweep_order: zip\n")
+    words = ("-cd", mine, "-cn", "placed", *TINY)
+    assert bnexp("train", "-m", *words, "norm=none,library", "log_every=5,6") == 0
+    assert bnexp("compare", *words, "norm=none,library", "out=compared") == 0
+    runs = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("status.json")}
+    assert runs == {"1e5/none-log_every5", "1e5/library-log_every6", "compared/none", "compared/library"}
+
+
 def test_a_group_whose_name_begins_like_hydras_is_the_users(mine, bnexp, tmp_path):
     (tmp_path / "own conf/hydrafoo").mkdir()
     (tmp_path / "own conf/hydrafoo/fast.yaml").write_text("# @package _global_\nlog_every: 7\n")

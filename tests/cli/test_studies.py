@@ -35,6 +35,19 @@ def tiny(tmp_path):
     return "tiny.yaml"
 
 
+def test_texts_of_a_study_are_those_that_were_typed_and_its_values_are_words_of_hydra(tmp_path):
+    text = TINY.replace("title: A network that is trained knows more than one that is not", "title: 1e5")
+    sweep = (
+        "sweep: {data.root: [2026_11_28, yes], model.hidden: [[8, 1_0], null], model.bias: [yes], optimizer.lr: [1e-2]}"
+    )
+    (tmp_path / "own.yaml").write_text(f"{text.replace('it knows more', 'yes')}{sweep}\n")
+    study = load(str(tmp_path / "own.yaml"))
+    assert (study.title, study.takes, study.expect[0]["says"]) == ("1e5", "2 s", "yes")
+    with session():
+        words = make_grid(study, ["seed=0"])[0].points[0].overrides
+    assert {"data.root='2026_11_28'", "model.hidden=[8,10]", "model.bias=True", "optimizer.lr=0.01"} <= {*words}
+
+
 @pytest.mark.parametrize("name", choices("study"))
 @pytest.mark.parametrize("form", ["", "quick=true", "full=true"])
 def test_every_study_can_be_run_as_far_as_can_be_told_without_running_it(name, form, monkeypatch):

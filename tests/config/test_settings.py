@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from bnexp.config.compose import composed, hparams
+from bnexp.config.compose import Source, composed, hparams, session
 from bnexp.config.explain import parse_words, quoted, unreadable
 from bnexp.config.schema import Train
 from bnexp.config.stored import moved, rerun_config, stored_config
@@ -69,6 +69,22 @@ def test_so_does_an_option_that_is_text(word):
 def test_a_folder_of_data_may_be_called_by_a_number():
     assert composed(["data=folder", "data.root=1e3"]).data.root == "1e3"
     assert composed(["data=mnist", "++data.root=2026_11"]).data.root == "2026_11"
+
+
+@pytest.mark.parametrize("text", ["1e5", "2026_11_28", "yes", "0x10", "12:30:45", "007", "1.50"])
+def test_so_does_one_in_a_file_of_the_users(text, tmp_path, train):
+    lines = f"out: {text}\nkeep: {text}\nseed: 1_0\nnorm: {{eps: 1e-3}}\nmodel: {{activation: {text}}}\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [train, override data: mine, _self_]\n{lines}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text(f"_target_: bnexp.data.folder.Folder\nroot: {text}\nlimit: 1_0\n")
+    with session(Source(tmp_path, "mine")):
+        cfg = composed([])
+    assert (cfg.out, cfg.keep, cfg.data.root, cfg.model.activation) == (text, text, text, text)
+    assert (cfg.seed, cfg.norm.eps, cfg.data.limit) == (10, 0.001, 10)
+    folder = train(*TINY)
+    config = (folder / "config.yaml").read_text().replace("activation: relu", f"activation: {text}")
+    (folder / "config.yaml").write_text(config.replace("eps: 1.0e-05", "eps: 1e-3"))
+    assert (stored_config(folder).model.activation, stored_config(folder).norm.eps) == (text, 0.001)
 
 
 def test_numbers_stay_numbers():

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import RangeSweep
 from omegaconf import DictConfig
 
 from bnexp.config.choices import GROUPS
-from bnexp.config.compose import plain_value, typed, values_of
+from bnexp.config.compose import check_order, own_config, plain_value, typed, values_of
 from bnexp.config.explain import check_words, is_hydras, parse_words
 from bnexp.errors import UserError, home_path
 
@@ -69,7 +69,8 @@ def read_grid(words: Sequence[str]) -> Grid:
     fixed: list[str] = []
     lists: dict[str, list[str]] = {}
     written: dict[str, str] = {}  # the keys of the lists with their prefixes
-    out, order, hydra = None, "product", []
+    own = own_config()
+    out, order, hydra = own.get("out"), own.get("sweep_order", "product"), []
     for override in parse_words(words, GlobalHydra.instance().config_loader()):
         key, word = override.key_or_group, override.input_line
         if is_hydras(key):
@@ -87,8 +88,6 @@ def read_grid(words: Sequence[str]) -> Grid:
                 raise UserError(f"{word}: an empty list makes no runs; give values")
         elif key == "out":
             out = plain_value(override)
-            if out and re.search(r"['\"\\]|\$\{", out):  # Hydra's launchers would read them differently
-                raise UserError(f"{word}: a sweep's folder cannot have quotes, \\ or ${{}} in its name; choose another")
         elif key == "sweep_order":
             order = str(override.value())
         else:
@@ -98,6 +97,8 @@ def read_grid(words: Sequence[str]) -> Grid:
     per_seed = math.prod(sizes) if order == "product" else max(sizes, default=1)
     if (count := per_seed * len(lists.get("seed", [""]))) > MOST_JOBS:
         raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
+    if out and re.search(r"['\"\\]|\$\{", out):  # Hydra's launchers would read them differently
+        raise UserError(f"out={out}: a sweep's folder cannot have quotes, \\ or ${{}} in its name; choose another")
     check_words(hydra)
     points: dict[str, Point] = {}
     for values in _combine(lists, order):
@@ -111,10 +112,9 @@ def read_grid(words: Sequence[str]) -> Grid:
 
 def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
     """The combinations of the lists' values, in the order ``product`` or ``zip``."""
+    check_order(order)
     if order == "product":
         return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    if order != "zip":
-        raise UserError(f"sweep_order={order}: not known; choose product or zip")
     paired = {key: values for key, values in lists.items() if key != "seed"}
     lengths = {key: len(values) for key, values in paired.items()}
     if len(set(lengths.values())) > 1:

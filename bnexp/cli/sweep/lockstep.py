@@ -85,13 +85,10 @@ def check_sweep(hydra: Sequence[str], configs: Mapping[str, DictConfig]) -> None
         raise UserError(f"replicas={','.join(map(str, values))}: belongs to the sweep as a whole; give one value")
     if values[0] == 1:
         return
-    launchers = [
-        each for each in parse_words(hydra) if each.key_or_group == "hydra/launcher" and each.value() != "basic"
-    ]
-    if launchers:
-        raise UserError(
-            f"replicas={values[0]} and {launchers[0].input_line}: folded runs share one process; leave out one of the two"
-        )
+    for each in parse_words(hydra):
+        if each.key_or_group == "hydra/launcher" and each.value() != "basic":
+            given = f"replicas={values[0]} and {each.input_line}"
+            raise UserError(f"{given}: folded runs share one process; leave out one of the two")
     for name, cfg in {common(cfg): (name, cfg) for name, cfg in configs.items()}.values():
         try:
             check_replicas(cfg)
