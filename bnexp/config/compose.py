@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,12 +22,12 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bnexp.config.choices import GROUPS, SHELVES, conf_dir, entries
+from bnexp.config.choices import GROUPS, SHELVES, choices, conf_dir, entries
 from bnexp.config.explain import check_hydra, check_words, explained, parse_words, quoted
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
-from bnexp.store.settings import numbers, short_name
+from bnexp.store.settings import flatten, numbers, short_name
 from bnexp.store.untrusted import keep_texts
 
 ORDERS = ("product", "zip")  # of sweep_order
@@ -83,10 +84,11 @@ SourcesRegistry.instance().register(FileConfigSource)
 def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
     """The config of these overrides, with interpolations resolved; ``logs=True`` starts Hydra's logging."""
     with session():
-        check_words(words, _source.folder)
+        known = partial(chosen_settings, words)
+        check_words(words, _source.folder, known)
         check_taken_out(words)
         words = quote_texts(words)
-        with explained(words):
+        with explained(words, known):
             cfg = composed_with_hydra(words, RunMode.RUN)
             check_hydra("hydra", OmegaConf.to_container(cfg.hydra))
             HydraConfig.instance().set_config(cfg)
@@ -99,6 +101,14 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
         cfg.out = str(home_path(cfg.out, "out="))
     check_order(cfg.get("sweep_order", ORDERS[0]))
     return cfg
+
+
+def chosen_settings(words: Sequence[str]) -> list[str]:
+    """The dotted keys of the config that the entries chosen in ``words`` make."""
+    groups = [each.input_line for each in parse_words(words) if choices(each.key_or_group, _source.folder)]
+    with explained(groups):
+        cfg = OmegaConf.to_container(composed_with_hydra(groups, RunMode.RUN))
+    return [*SETTINGS, *flatten({group: cfg[group] for group in SHELVES})]
 
 
 def own_config() -> Mapping[str, Any]:

@@ -2,20 +2,20 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from bnexp.config.choices import SHELVES, choices, defaults, entries
+from bnexp.config.choices import GROUPS, SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
 from bnexp.errors import UserError, nearest
 
@@ -104,14 +104,13 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\'", "\\\\\\'").replace("'", "\\'") + "'"
 
 
-def check_words(words: Sequence[str], folder: Path | None = None) -> None:
-    """Raise :class:`UserError` for settings, entries and values that do not exist.
+def check_words(words: Sequence[str], folder: Path | None = None, known: Callable[[], Collection[str]] = tuple) -> None:
+    """Raise :class:`UserError` for run-level settings, entries and values that do not exist.
 
-    ``folder`` holds the user's own entries. The value of an entry's option is checked later, in the composed config.
+    ``folder`` holds the user's own entries, ``known`` returns the dotted keys of the chosen entries. Options of entries
+    are checked later, in the composed config.
     """
-    parsed = parse_words(words)
-    chosen = defaults() | {each.key_or_group: each.value() for each in parsed if not each.is_sweep_override()}
-    for override in parsed:
+    for override in parse_words(words):
         key = override.key_or_group
         if not key:
             raise UserError(unreadable(override.input_line))
@@ -128,9 +127,9 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
         elif key in SHELVES or (folder is not None and choices(key, folder)):
             check_choice(override, folder)
         elif "." not in key:
-            check_setting(override)
-        elif override.type is OverrideType.CHANGE:
-            check_option(key, chosen, folder)
+            check_setting(override, known)
+        elif key.partition(".")[0] in SHELVES:
+            check_inside(key, folder)
 
 
 def is_hydras(key: str) -> bool:
@@ -176,13 +175,13 @@ def check_choice(override: Override, folder: Path | None) -> None:
             raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}; {remedy}")
 
 
-def check_setting(override: Override) -> None:
+def check_setting(override: Override, known: Callable[[], Collection[str]]) -> None:
     """Raise :class:`UserError` for a run-level setting that does not exist, or a value of another type."""
     key = override.key_or_group
     if key not in SETTINGS:
         if key == "study":
             raise UserError("study: not a setting but a command: bnexp study NAME")
-        raise no_such_setting(key)
+        raise no_such_setting(key, known())
     if not override.is_delete():
         check_value(key, override.value(), override.input_line.lstrip("+"))
 
@@ -205,43 +204,66 @@ def _empty_config() -> Any:
     return OmegaConf.structured(Train)
 
 
-def check_option(key: str, chosen: dict[str, Any], folder: Path | None) -> None:
-    """Raise :class:`UserError` for an option that the chosen entry of its group does not have."""
-    group, *path = key.split(".")
-    known = entries(group, folder) if group in SHELVES else {}
-    if group == "probe":
-        known, path = {path[0]: known.get(path[0], {})}, path[1:]
-    elif chosen.get(group) in known:
-        known = {chosen[group]: known[chosen[group]]}
-    if not path or not any(path[0] in options for options in known.values()):
-        raise no_such_setting(key)
+def check_inside(key: str, folder: Path | None) -> None:
+    """Raise :class:`UserError` for a key inside an option that is one value: ``norm.eps.x``."""
+    parts = key.split(".")
+    place = 3 if parts[0] == "probe" else 2
+    values = [
+        options[name]
+        for options in entries(parts[0], folder).values()
+        for name in parts[place - 1 : -1]
+        if name in options
+    ]
+    if values and not any(isinstance(value, dict) for value in values):
+        whole = ".".join(parts[:place])
+        raise UserError(f"{key}: nothing is inside {whole}, which is one value; write {whole}=...")
 
 
-def no_such_setting(key: str) -> UserError:
-    """The error for a setting that does not exist."""
-    return UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
+def no_such_setting(key: str, known: Collection[str] = ()) -> UserError:
+    """The error for a setting that does not exist; ``known`` are the dotted keys of the chosen entries."""
+    group, _, option = key.partition(".")
+    own = [each.removeprefix(f"{group}.") for each in known if each.startswith(f"{group}.") and "._" not in each]
+    name, probes = option.partition(".")[0], choices("probe")
+    if group == "probe" and name not in probes:
+        return UserError(f"{key}: there is no such probe{nearest(name, probes)}; choose among {', '.join(probes)}")
+    if group == "probe" and f"probe.{name}._target_" not in known:
+        return UserError(f"{key}: the probe {name} is not chosen; choose it by probe=[{name}]")
+    if not known or group not in GROUPS or not option:
+        return UserError(
+            f"{key}: there is no such setting{nearest_setting(key, known)}; bnexp train --help lists them all"
+        )
+    others = [entry for entry, options in entries(group).items() if option in options]
+    where = f" in the chosen entries, it belongs to {group}={', '.join(others)}"
+    where = where if others else nearest(option, own, lambda name: f"{group}.{name}")
+    return UserError(f"{key}: there is no such setting{where}; the chosen {group} has {', '.join(own) or 'no options'}")
 
 
-def nearest_setting(key: str) -> str:
-    """`` (did you mean X?)``, with the setting whose last part is ``key`` or one that looks like it."""
-    known, others = [*SETTINGS], []
-    for group in SHELVES:
-        for name, options in entries(group).items():
-            place = f"{group}.{name}" if group == "probe" else group
-            known_here = known if defaults().get(group) == name else others
-            known_here += [f"{place}.{option}" for option in options if option[:1] != "_"]
-    known += others  # the options of entries that are chosen by default come first
+def nearest_setting(key: str, known: Collection[str] = ()) -> str:
+    """`` (did you mean X?)``, with the known setting that ends in ``key``, begins like it, or looks like it."""
+    known = [each for each in known or default_settings() if "._" not in each]
+    last = key.rpartition(".")[2]
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
-    if key in known:
-        return " in the chosen entries"
-    if key in ends:
-        return f" (did you mean {ends[key]}?)"
-    return nearest(key, known) or nearest(key.rpartition(".")[2], ends, ends.__getitem__)
+    alike = [each for each in known if each.startswith(key) or re.fullmatch(f"{re.escape(each)}[a-z]+", key)]
+    if last in ends or alike:
+        return f" (did you mean {ends.get(last) or alike[0]}?)"
+    for group in GROUPS:
+        for entry, options in entries(group).items():
+            if last in options:
+                return f" (did you mean {group}.{last}, with {group}={entry}?)"
+    return nearest(key, known) or nearest(last, ends, ends.__getitem__)
+
+
+def default_settings() -> list[str]:
+    """The run-level settings and the options of the entries that are chosen by default."""
+    return [*SETTINGS, *(f"{group}.{option}" for group, name in defaults().items() for option in entries(group)[name])]
 
 
 @contextmanager
-def explained(words: Sequence[str]) -> Iterator[None]:
-    """Turn the errors of Hydra and OmegaConf into :class:`UserError` that names the ``words``."""
+def explained(words: Sequence[str], known: Callable[[], Collection[str]] = tuple) -> Iterator[None]:
+    """Turn the errors of Hydra and OmegaConf into :class:`UserError` that names the ``words``.
+
+    ``known`` returns the dotted keys of the chosen entries.
+    """
     try:
         yield
     except UserError:
@@ -255,6 +277,11 @@ def explained(words: Sequence[str]) -> Iterator[None]:
     except Exception as error:  # their own types and many others
         cause = error.__cause__ or error
         key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
+        unknown = re.match(
+            r"Could not override '(\S+)'\.\s+To append to your config|Could not delete .*'(\S+)' does", str(error)
+        )
+        if unknown:
+            raise no_such_setting(unknown[1] or unknown[2], known()) from error
         if key and "not in struct" in str(error):
             raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
         if isinstance(cause, GrammarParseError | InterpolationResolutionError):

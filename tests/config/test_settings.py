@@ -189,6 +189,63 @@ def test_rerun_keeps_the_overrides_beside_one_with_a_reference_or_a_resolver(tra
 
 
 @pytest.mark.parametrize(
+    "words, key",
+    [
+        (["lr=1"], "optimizer.lr"),
+        (["+lr=1"], "optimizer.lr"),
+        (["~lr"], "optimizer.lr"),
+        (["dataset=mnist"], "data"),
+        (["opt=sgd"], "optimizer"),
+        (["batch=32"], "batch_size"),
+        (["norm_eps=1"], "norm.eps"),
+        (["norm.momentun=1"], "norm.momentum"),
+        (["stem=cifar"], "model.stem"),
+        (["model=resnet", "widths=[8]"], "model.widths"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_proposed_exists(words, key):
+    with pytest.raises(
+        UserError, match=rf"there is no such setting \(did you mean {key}(, with model=resnet)?\?\)"
+    ) as error:
+        composed(words)
+    entry = ["model=resnet"] if "with" in str(error.value) else []
+    assert OmegaConf.select(composed([*words[:-1], *entry]), key) is not None
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["model.depth=18"], "model.depth: there is no such setting; the chosen model has activation, bias"),
+        (["model=mlp", "model.depth=18"], "the chosen model has hidden, activation, bias, weight_init_std"),
+        (
+            ["norm=none", "norm.decay=1"],
+            "in the chosen entries, it belongs to norm=scratch; the chosen norm has no opt",
+        ),
+        (["~norm.foo"], "norm.foo: there is no such setting; the chosen norm has eps, momentum"),
+        (["norm.momentum.x=1"], "norm.momentum.x: nothing is inside norm.momentum, which is one value"),
+        (["+optimizer.lr.x=1"], "optimizer.lr.x: nothing is inside optimizer.lr, which is one value"),
+        (["probe=[shapes]", "++probe.shapes.layers.x=1"], "nothing is inside probe.shapes.layers"),
+        (["probe.shapes.layers=1"], "the probe shapes is not chosen; choose it by probe=[shapes]"),
+        (["probe.shape.layers=1"], "there is no such probe (did you mean shapes?)"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_an_option_is_said_of_the_chosen_entry(words, text):
+    with pytest.raises(UserError) as caught:
+        composed(words)
+    assert text in str(caught.value)
+
+
+def test_the_entries_of_a_main_config_are_the_chosen_ones(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, override model: resnet, _self_]\n")
+    with session(Source(tmp_path, "mine")):
+        assert composed(["model.widths=[4,4,4,4]"]).model.widths == [4, 4, 4, 4]
+        with pytest.raises(UserError, match="the chosen model has stem, blocks"):
+            composed(["model.depth=3"])
+
+
+@pytest.mark.parametrize(
     "before, new",
     [
         (["~norm.momentum", "+norm.momentum=0.2"], ["~norm.momentum"]),
