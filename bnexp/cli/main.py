@@ -86,9 +86,9 @@ def as_given(text: str, words: list[str]) -> str:
         key, _, values = word.lstrip("+").partition("=")
         for typed in values.split(","):
             read = {"null": None, "true": True, "false": False}.get(typed.lower(), typed)
-            for kind in (int, float):
+            for kind in (float, int):
                 with suppress(ValueError):
-                    read = kind(typed) if read is typed else read
+                    read = kind(typed)
             pattern = rf"(?<![\w.]){re.escape(key)}=({re.escape(str(read))}|{re.escape(json.dumps(read))})(?![\w.])"
             text = re.sub(pattern, f"{key}={typed}".replace("\\", "\\\\"), text)
     return text

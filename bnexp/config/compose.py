@@ -86,7 +86,6 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
     with session():
         known = partial(chosen_settings, words)
         check_words(words, _source.folder, known)
-        check_taken_out(words)
         words = quote_texts(words)
         with explained(words, known):
             cfg = composed_with_hydra(words, RunMode.RUN)
@@ -120,14 +119,6 @@ def check_order(order: str) -> None:
     """Raise :class:`UserError` for a ``sweep_order`` that does not exist."""
     if order not in ORDERS:
         raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
-
-
-def check_taken_out(words: Sequence[str]) -> None:
-    """Raise :class:`UserError` for ``~seed`` and the like."""
-    for each in parse_words(words):
-        key = each.key_or_group
-        if each.is_delete() and key in SETTINGS and key not in SHELVES:
-            raise UserError(f"~{key}: a setting of every run, which cannot be taken out; leave ~{key} out")
 
 
 def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:

@@ -128,8 +128,6 @@ def check_words(words: Sequence[str], folder: Path | None = None, known: Callabl
             check_choice(override, folder)
         elif "." not in key:
             check_setting(override, known)
-        elif key.partition(".")[0] in SHELVES:
-            check_inside(key, folder)
 
 
 def is_hydras(key: str) -> bool:
@@ -182,8 +180,9 @@ def check_setting(override: Override, known: Callable[[], Collection[str]]) -> N
         if key == "study":
             raise UserError("study: not a setting but a command: bnexp study NAME")
         raise no_such_setting(key, known())
-    if not override.is_delete():
-        check_value(key, override.value(), override.input_line.lstrip("+"))
+    if override.is_delete():
+        raise UserError(f"~{key}: a setting of every run, which cannot be taken out; leave ~{key} out")
+    check_value(key, override.value(), override.input_line.lstrip("+"))
 
 
 def check_value(key: str, value: Any, given: str) -> None:
@@ -202,21 +201,6 @@ def check_value(key: str, value: Any, given: str) -> None:
 def _empty_config() -> Any:
     """A config on which values are tried: OmegaConf decides what a type takes."""
     return OmegaConf.structured(Train)
-
-
-def check_inside(key: str, folder: Path | None) -> None:
-    """Raise :class:`UserError` for a key inside an option that is one value: ``norm.eps.x``."""
-    parts = key.split(".")
-    place = 3 if parts[0] == "probe" else 2
-    values = [
-        options[name]
-        for options in entries(parts[0], folder).values()
-        for name in parts[place - 1 : -1]
-        if name in options
-    ]
-    if values and not any(isinstance(value, dict) for value in values):
-        whole = ".".join(parts[:place])
-        raise UserError(f"{key}: nothing is inside {whole}, which is one value; write {whole}=...")
 
 
 def no_such_setting(key: str, known: Collection[str] = ()) -> UserError:
@@ -240,7 +224,8 @@ def no_such_setting(key: str, known: Collection[str] = ()) -> UserError:
 
 def nearest_setting(key: str, known: Collection[str] = ()) -> str:
     """`` (did you mean X?)``, with the known setting that ends in ``key``, begins like it, or looks like it."""
-    known = [each for each in known or default_settings() if "._" not in each]
+    usual = (f"{group}.{option}" for group, name in defaults().items() for option in entries(group)[name])
+    known = [each for each in known or [*SETTINGS, *usual] if "._" not in each]
     last = key.rpartition(".")[2]
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     alike = [each for each in known if each.startswith(key) or re.fullmatch(f"{re.escape(each)}[a-z]+", key)]
@@ -251,11 +236,6 @@ def nearest_setting(key: str, known: Collection[str] = ()) -> str:
             if last in options:
                 return f" (did you mean {group}.{last}, with {group}={entry}?)"
     return nearest(key, known) or nearest(last, ends, ends.__getitem__)
-
-
-def default_settings() -> list[str]:
-    """The run-level settings and the options of the entries that are chosen by default."""
-    return [*SETTINGS, *(f"{group}.{option}" for group, name in defaults().items() for option in entries(group)[name])]
 
 
 @contextmanager
@@ -277,13 +257,9 @@ def explained(words: Sequence[str], known: Callable[[], Collection[str]] = tuple
     except Exception as error:  # their own types and many others
         cause = error.__cause__ or error
         key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
-        unknown = re.match(
-            r"Could not override '(\S+)'\.\s+To append to your config|Could not delete .*'(\S+)' does", str(error)
-        )
-        if unknown:
-            raise no_such_setting(unknown[1] or unknown[2], known()) from error
-        if key and "not in struct" in str(error):
-            raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
+        unknown = re.match(r"Could not (?:override|delete from config\.) '(\S+)'(?!.*default)", str(error), re.DOTALL)
+        if unknown or (key and "not in struct" in str(error)):
+            raise no_such_setting(unknown[1] if unknown else key, known()) from error
         if isinstance(cause, GrammarParseError | InterpolationResolutionError):
             words = [word for word in words if "${" in word] or words
         given, text = " ".join(words) or "the settings", " ".join(str(error).split())

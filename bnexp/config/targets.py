@@ -87,6 +87,11 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
         hint = float if is_decay else hints.get(key, Any)
         if not fits(value, hint):
+            if isinstance(value, dict) and value:
+                key = f"{label}.{key}"
+                raise UserError(
+                    f"{key}.{min(value)}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
+                )
             raise UserError(f"{label}.{key}={as_typed(value)}: {in_words(hint)} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}

@@ -134,17 +134,19 @@ def keep_texts(content: Any, text: bytes, takes_text: Callable[[str], bool], pac
     """
     import yaml
 
-    def walk(content: Any, node: yaml.Node, key: str) -> None:
-        is_table = isinstance(node, yaml.MappingNode)
-        for name, inner in node.value if is_table else enumerate(node.value):
-            name, inner_key = (name.value, f"{key}.{name.value}".lstrip(".")) if is_table else (name, key)
-            value = content.get(name) if is_table else content[name]
+    def walk(content: Any, node: Any, key: str) -> None:
+        pairs = (
+            [(name.value, inner) for name, inner in node.value] if isinstance(content, dict) else enumerate(node.value)
+        )
+        for name, inner in pairs:
+            inner_key = f"{key}.{name}".lstrip(".") if isinstance(content, dict) else key
+            value = content.get(name) if isinstance(content, dict) else content[name]
             if isinstance(value, dict | list):
                 walk(value, inner, inner_key)
             elif isinstance(value, bool | int | float) and takes_text(inner_key):
                 content[name] = inner.value
 
-    if isinstance(content, dict) and content:
+    if content:
         walk(content, yaml.compose(text, _loader()), package)
 
 
