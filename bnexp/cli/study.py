@@ -27,7 +27,7 @@ from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.tables import epoch_tables
 from bnexp.report.variants import into_variants, last_part
 from bnexp.store.files import write_json
-from bnexp.store.settings import NUMBERS, decides
+from bnexp.store.settings import NUMBERS, as_typed, decides
 
 DOES_NOT_HOLD = 3  # the exit code of a study whose runs ended and whose expectations do not all hold
 
@@ -68,7 +68,7 @@ def study(arguments: Sequence[str]) -> int:
 
 def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, str]]:
     """All runs of the study, and the role of each run by its name; ``overrides`` cannot change what a variant sets."""
-    lists = [f"{key}={','.join(map(as_word, values))}" for key, values in study.sweep.items()]
+    lists = [f"{key}={','.join(map(as_typed, values))}" for key, values in study.sweep.items()]
     shared = [*study.settings, *lists, f"seed=range({study.seeds})", *overrides]
     points, roles = [], {}
     for role, own in study.variants.items():
@@ -82,11 +82,6 @@ def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, s
         choice = f"choose among {', '.join(able)}" if able else "leave it out"
         raise UserError(f"best_over: {study.best_over}: not a setting that the study sweeps; {choice}")
     return replace(grid, points=tuple(points)), roles
-
-
-def as_word(value: Any) -> str:
-    """A value of a study's ``sweep`` in Hydra's grammar."""
-    return f"[{','.join(map(as_word, value))}]" if isinstance(value, list) else "null" if value is None else str(value)
 
 
 def judge_runs(expectations: Sequence[Expectation], jobs: Sequence[Job], roles: Mapping[str, str]) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +98,8 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
             OmegaConf.resolve(cfg)
     if cfg.get("out"):
         cfg.out = str(home_path(cfg.out, "out="))
-    check_order(cfg.get("sweep_order", ORDERS[0]))
+    if (order := cfg.get("sweep_order", ORDERS[0])) not in ORDERS:
+        raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
     return cfg
 
 
@@ -108,17 +109,6 @@ def chosen_settings(words: Sequence[str]) -> list[str]:
     with explained(groups):
         cfg = OmegaConf.to_container(composed_with_hydra(groups, RunMode.RUN))
     return [*SETTINGS, *flatten({group: cfg[group] for group in SHELVES})]
-
-
-def own_config() -> Mapping[str, Any]:
-    """The config of no overrides; {} if the user has no folder and no main config of their own."""
-    return composed([]) if _source != Source() else {}
-
-
-def check_order(order: str) -> None:
-    """Raise :class:`UserError` for a ``sweep_order`` that does not exist."""
-    if order not in ORDERS:
-        raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
 
 
 def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:

@@ -135,11 +135,6 @@ def is_hydras(key: str) -> bool:
     return re.split("[./@]", key)[0] == "hydra"
 
 
-def without_hydras(words: Sequence[str]) -> list[str]:
-    """The words that set nothing of Hydra's own."""
-    return [each.input_line for each in parse_words(words) if not is_hydras(each.key_or_group)]
-
-
 def check_hydra(key: str, value: Any, given: str = "") -> None:
     """Raise :class:`UserError` for a setting of Hydra's, or one inside it, of what bnexp does itself."""
     if isinstance(value, dict) and value:

@@ -90,7 +90,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             if isinstance(value, dict) and value:
                 key = f"{label}.{key}"
                 raise UserError(
-                    f"{key}.{min(value)}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
+                    f"{key}.{next(iter(value))}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
                 )
             raise UserError(f"{label}.{key}={as_typed(value)}: {in_words(hint)} is expected")
     positional, named = CALLS[group]

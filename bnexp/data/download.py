@@ -5,7 +5,6 @@ import os
 import socket
 import ssl
 import sys
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import URLError
@@ -28,12 +27,12 @@ def download(source, missing: list[str], looked_for: str) -> None:
     root, folder = source.root, source.folder
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
+        there = next(each for each in (root, *root.absolute().parents) if each.exists())
+        with TemporaryDirectory(dir=there, prefix=".download-") as scratch:
             print(f"data={source.name}: downloading into {folder}", file=sys.stderr, flush=True)
             source.fetch(Path(scratch))
+            folder.mkdir(parents=True, exist_ok=True)
             for name in missing:
                 os.replace(scratch / folder.relative_to(root) / name, folder / name)
     except DOWNLOAD_ERRORS as error:
@@ -49,9 +48,6 @@ def download(source, missing: list[str], looked_for: str) -> None:
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)
-        for each in made:  # which stay if they hold anything
-            with suppress(OSError):
-                each.rmdir()
 
 
 def damaged(path: Path, what: str) -> UserError:

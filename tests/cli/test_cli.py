@@ -58,6 +58,8 @@ def refused(bnexp, capsys, tmp_path):
         (["train", "++norm.eps=1e400"], "norm.eps=1e400: a finite number", []),
         (["train", "data.valid=1_000_0"], "data.valid=1_000_0: takes 10000", ["data.valid=0.1"]),
         (["train", "data.valid=null"], "data.valid=null: ", ["data.valid=0.1"]),
+        (["train", "+optimizer.lr.x=1"], "optimizer.lr.x: nothing is inside optimizer.lr", ["write optimizer.lr=..."]),
+        (["train", "probe=[shapes]", "++probe.shapes.layers.x=1"], "nothing is inside probe.shapes.layers", ["number"]),
         (["train", "sweep_order=x"], "sweep_order=x: not known", ["product or zip"]),
         (["train", "epochs=0"], "epochs=0", ["1 or more"]),
         (["train", "epochs=many"], "epochs=many", ["whole number"]),

@@ -224,8 +224,6 @@ def test_a_setting_that_is_proposed_exists(words, key):
         ),
         (["~norm.foo"], "norm.foo: there is no such setting; the chosen norm has eps, momentum"),
         (["norm.momentum.x=1"], "norm.momentum.x: there is no such setting (did you mean norm.momentum?)"),
-        (["+optimizer.lr.x=1"], "optimizer.lr.x: nothing is inside optimizer.lr, a number is expected"),
-        (["probe=[shapes]", "++probe.shapes.layers.x=1"], "nothing is inside probe.shapes.layers"),
         (["probe.shapes.layers=1"], "the probe shapes is not chosen; choose it by probe=[shapes]"),
         (["probe.shape.layers=1"], "there is no such probe (did you mean shapes?)"),
     ],
