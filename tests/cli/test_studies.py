@@ -54,7 +54,7 @@ def test_texts_of_a_study_are_those_that_were_typed_and_its_values_are_words_of_
     assert (study.title, study.takes, study.expect[0]["says"]) == ("1e5", "2 s", "yes")
     with session():
         words = make_grid(study, ["seed=0"])[0].points[0].overrides
-    assert {"data.root='2026_11_28'", "model.hidden=[8,10]", "model.bias=True", "optimizer.lr=0.01"} <= {*words}
+    assert {"data.root='2026_11_28'", "model.hidden=[8,10]", "model.bias=true", "optimizer.lr=0.01"} <= {*words}
 
 
 @pytest.mark.parametrize("name", choices("study"))
