@@ -1,6 +1,7 @@
 """Finds the command, runs it and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
+import json
 import os
 import re
 import sys
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             module = import_module(f"bnexp.cli.{HOMES.get(command, command)}")
         return getattr(module, command)(rest)
     except UserError as error:
-        complain(error)
+        complain(as_given(str(error), rest))
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -77,6 +78,20 @@ def not_text(word: str) -> UserError:
             name = locale.setlocale(locale.LC_CTYPE)
             return UserError(f"{text}: the locale {name} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
     return UserError(f"{word}: not UTF-8 text; rename the file or folder")
+
+
+def as_given(text: str, words: list[str]) -> str:
+    """An error's text with the values as ``words`` have them: ``data.limit=1e3`` instead of ``data.limit=1000.0``."""
+    for word in words:
+        key, _, values = word.lstrip("+").partition("=")
+        for typed in values.split(","):
+            read = {"null": None, "true": True, "false": False}.get(typed.lower(), typed)
+            for kind in (float, int):
+                with suppress(ValueError):
+                    read = kind(typed)
+            pattern = rf"(?<![\w.]){re.escape(key)}=({re.escape(str(read))}|{re.escape(json.dumps(read))})(?![\w.])"
+            text = re.sub(pattern, f"{key}={typed}".replace("\\", "\\\\"), text)
+    return text
 
 
 def complain(what: object) -> None:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
+from bnexp.config.explain import is_hydras, parse_words
 from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError, home_path
 from bnexp.startup import quick_imports
@@ -30,7 +31,7 @@ def train(arguments: list[str]) -> int:
         return train_many(line)
     with session(line.source):
         cfg = composed(line.words, logs=True)
-    return train_one(cfg, [word for word in line.words if not word.startswith("hydra")])
+    return train_one(cfg, line.words)
 
 
 def train_many(line: Namespace) -> int:
@@ -71,6 +72,7 @@ def train_one(cfg: DictConfig, words: Sequence[str]) -> int:
     with taken(folder) as is_mine:
         if not is_mine:  # another process has resumed it at once
             raise in_other_hands(folder)
+        words = [each.input_line for each in parse_words(words) if not is_hydras(each.key_or_group)]
         finish(cfg, run, words, folder)
     return 0
 
@@ -103,7 +105,7 @@ def rerun(arguments: list[str]) -> int:
     line = parse_line("rerun", arguments[1:])
     with session(line.source):
         cfg, words = rerun_config(home_path(arguments[0]), line.words)
-    return train_one(cfg, [word for word in words if not word.startswith("hydra")])
+    return train_one(cfg, words)
 
 
 def resume(arguments: list[str]) -> int:

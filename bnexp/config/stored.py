@@ -9,8 +9,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES
-from bnexp.config.compose import composed, plain_value
-from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
+from bnexp.config.compose import composed, plain_value, takes_text
+from bnexp.config.explain import check_value, explained, is_hydras, nearest_setting, parse_words
 from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
 from bnexp.store.run_folder import CONFIG, load_status
@@ -25,7 +25,7 @@ def stored_config(folder: Path) -> DictConfig:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of a run")
     try:
-        stored = read_yaml(folder / CONFIG)
+        stored = read_yaml(folder / CONFIG, takes_text)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
     kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}
@@ -130,7 +130,7 @@ def stored_words(folder: Path) -> list[str]:
         return []
     return [
         each.input_line for each in parsed
-        if not decides(each.key_or_group) & COMMAND and not each.key_or_group.startswith("hydra") and _is_harmless(each)
+        if not decides(each.key_or_group) & COMMAND and not is_hydras(each.key_or_group) and _is_harmless(each)
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from bnexp.config.choices import choices
 from bnexp.config.schema import fits, in_words
 from bnexp.errors import UserError
 from bnexp.store.settings import as_typed
@@ -64,8 +65,9 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     ``label`` is the entry's key if it is not the group's name.
     """
     label = label or group
+    choice = f"; choose probes by probe=[NAME], among {', '.join(choices(group))}" if group == "probe" else ""
     if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # noqa: SIM118 (in hides what is missing)
-        raise UserError(f"{label}={node}: an entry of the group is expected, which has a _target_")
+        raise UserError(f"{label}={node}: an entry of the group is expected, which has a _target_{choice}")
     if missing := OmegaConf.missing_keys(node):
         raise UserError(f"{label}.{sorted(missing)[0].rpartition('.')[2]}: has to be given, it has no default")
     options = OmegaConf.to_container(node, resolve=True)
@@ -85,6 +87,11 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
         hint = float if is_decay else hints.get(key, Any)
         if not fits(value, hint):
+            if isinstance(value, dict) and value:
+                key = f"{label}.{key}"
+                raise UserError(
+                    f"{key}.{next(iter(value))}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
+                )
             raise UserError(f"{label}.{key}={as_typed(value)}: {in_words(hint)} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}

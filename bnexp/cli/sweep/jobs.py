@@ -33,7 +33,7 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job]]:
     for name, _, overrides in grid.points:
         try:
             configs[name] = composed(overrides)
-            check.check(configs[name], many=True)
+            check.check(configs[name], free=False, many=True)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(grid.points) > 1 else str(error)) from error
     check_sweep(grid.hydra, configs)

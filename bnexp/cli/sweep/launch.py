@@ -18,7 +18,6 @@ from bnexp.cli.sweep.lockstep import LAST, race, tell_alone, together
 from bnexp.cli.sweep.worker import cached_datasets, run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
-from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
 from bnexp.train.interrupt import Interrupted, deferred_signals
 
@@ -91,10 +90,7 @@ def hydra_config(words: Sequence[str], folder: Path = Path()) -> DictConfig:
     """The config that Hydra makes of its own ``words``; :class:`UserError` for a launcher that does not exist."""
     with explained(words):
         fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
-        cfg = composed_with_hydra([*fixed, *words], RunMode.MULTIRUN)
-    if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: jobs that change the folder would write elsewhere; leave it out")
-    return cfg
+        return composed_with_hydra([*fixed, *words], RunMode.MULTIRUN)
 
 
 def written_at(folder: Path) -> int:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.sweep.grid import Job
 from bnexp.config import build, parts
+from bnexp.config.explain import parse_words
 from bnexp.config.start import fail, open_job
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
@@ -84,11 +85,10 @@ def check_sweep(hydra: Sequence[str], configs: Mapping[str, DictConfig]) -> None
         raise UserError(f"replicas={','.join(map(str, values))}: belongs to the sweep as a whole; give one value")
     if values[0] == 1:
         return
-    launchers = [word for word in hydra if word.startswith("hydra/launcher=") and not word.endswith("=basic")]
-    if launchers:
-        raise UserError(
-            f"replicas={values[0]} and {launchers[0]}: folded runs share one process; leave out one of the two"
-        )
+    for each in parse_words(hydra):
+        if each.key_or_group == "hydra/launcher" and each.value() != "basic":
+            given = f"replicas={values[0]} and {each.input_line}"
+            raise UserError(f"{given}: folded runs share one process; leave out one of the two")
     for name, cfg in {common(cfg): (name, cfg) for name, cfg in configs.items()}.values():
         try:
             check_replicas(cfg)
