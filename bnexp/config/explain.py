@@ -30,9 +30,11 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
     parser = OverridesParser.create(config_loader)
     parsed = []
     for word in words:
-        key, _, value = word.partition("=")
-        try:  # Hydra reads no ~, with which the home folder begins
-            parsed += parser.parse_overrides([f"{key}={quoted(value)}" if value.startswith("~") else word])
+        key, equals, value = word.partition("=")
+        if value.startswith("~"):  # Hydra reads no ~, with which the home folder begins
+            value = ",".join(quoted(each) if each.startswith("~") else each for each in value.split(","))
+        try:
+            parsed += parser.parse_overrides([key + equals + value])
         except Exception as error:  # Hydra's own types and, for numbers of many digits, others
             raise UserError(unreadable(word)) from error
     return parsed

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from bnexp.config.compose import composed, hparams
+from bnexp.config.compose import composed, hparams, values_of
 from bnexp.config.explain import parse_words, quoted, unreadable
 from bnexp.config.schema import Train
 from bnexp.config.stored import moved, rerun_config, stored_config
@@ -88,6 +88,11 @@ def test_a_tilde_without_a_home_is_refused(home, monkeypatch):
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     with pytest.raises(UserError, match="^out=~/x: there is no home folder"):
         composed(["out=~/x"])
+
+
+def test_each_tilde_of_a_list_is_a_home():
+    (override,) = parse_words(["data.root=~/a,~/b"])
+    assert values_of(override) == ["'~/a'", "'~/b'"]
 
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
