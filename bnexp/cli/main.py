@@ -4,13 +4,12 @@ import errno
 import os
 import re
 import sys
-from contextlib import suppress
 from importlib import import_module
 
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
 from bnexp.errors import UserError, nearest
-from bnexp.store.untrusted import printable
+from bnexp.store.untrusted import check_name, printable
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file of a command, if not its own name
 
@@ -35,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "completion":
             return completion(rest)
-        if odd := [word for word in words if re.search("[\0\ud800-\udfff]", word)]:
-            raise not_text(odd[0])
+        for word in words:
+            if re.search("[\0\x80-\x9f\ud800-\udfff]", word):  # other control characters are for the command
+                check_name(word)
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -66,17 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             complain(f"{what}; the traceback is in {keep_traceback(error)}")
         return 1
-
-
-def not_text(word: str) -> UserError:
-    """The error for a word with NUL, or with bytes that are no text in this locale."""
-    import locale
-
-    with suppress(UnicodeError):
-        if (text := os.fsencode(word).decode()) != word:
-            name = locale.setlocale(locale.LC_CTYPE)
-            return UserError(f"{text}: the locale {name} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
-    return UserError(f"{word}: not UTF-8 text; rename the file or folder")
 
 
 def complain(what: object) -> None:

@@ -12,7 +12,14 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from bnexp.config.choices import SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
@@ -235,11 +242,16 @@ def explained(words: Sequence[str]) -> Iterator[None]:
         group = group or "config"
         raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}{choice}") from error
     except Exception as error:  # their own types and many others
-        cause = error.__cause__ or error
-        key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
+        causes = (error.__cause__, error, error.__context__)
+        cause = next((each for each in causes if isinstance(each, OmegaConfBaseException)), error.__cause__ or error)
+        key = getattr(cause, "full_key", None)
+        given, text = " ".join(words) or "the settings", str(cause).partition("\n")[0] or type(error).__name__
         if key and "not in struct" in str(error):
             raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            raise UserError(f"{given}: {key}: there is no such setting{nearest_setting(key)}; take it out") from error
+        if isinstance(cause, MissingMandatoryValue):
+            raise UserError(f"{given}: {key}: has to be given, it has no default") from error
         if isinstance(cause, GrammarParseError | InterpolationResolutionError):
-            words = [word for word in words if "${" in word] or words
-        given, text = " ".join(words) or "the settings", " ".join(str(error).split())
-        raise UserError(f"cannot use {given}: {text or type(error).__name__}") from error
+            given = " ".join(word for word in words if "${" in word) or given
+        raise UserError(f"cannot use {given}: {f'{key}: ' if key else ''}{text}") from error

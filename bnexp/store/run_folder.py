@@ -23,7 +23,7 @@ from typing import Any
 
 from bnexp.errors import StorageError, UserError
 from bnexp.store.files import ELSEWHERE, REMEDIES, not_written, warn_once, write_json, write_new, writing
-from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
+from bnexp.store.untrusted import check_name, number, printable, read_json
 
 CONFIG, STATUS, METRICS, PROBES, LOCK = "config.yaml", "status.json", "metrics.jsonl", "probes.jsonl", ".lock"
 WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
@@ -82,8 +82,7 @@ def check_own(folder: Path) -> None:
 
     The folder may come from a stranger. Writing through a link would change other files, and a pipe would block.
     """
-    if UNPRINTABLE.search(str(folder)):
-        raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
+    check_name(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         with suppress(FileNotFoundError):  # the process that holds the run can rename its files at any time
             if path.name.lstrip(".").startswith(OWN) and not stat.S_ISREG(path.lstat().st_mode):
