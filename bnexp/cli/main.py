@@ -1,17 +1,15 @@
 """Finds the command, runs it and prints errors; imports neither torch nor Hydra before a command runs."""
 
 import errno
-import json
 import os
 import re
 import sys
-from contextlib import suppress
 from importlib import import_module
 
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
 from bnexp.errors import UserError, nearest
-from bnexp.store.untrusted import printable
+from bnexp.store.untrusted import check_name, printable
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file of a command, if not its own name
 
@@ -36,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "completion":
             return completion(rest)
-        if odd := [word for word in words if re.search("[\0\ud800-\udfff]", word)]:
-            raise not_text(odd[0])
+        for word in words:
+            if re.search("[\0\x80-\x9f\ud800-\udfff]", word):  # other control characters are for the command
+                check_name(word)
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             module = import_module(f"bnexp.cli.{HOMES.get(command, command)}")
         return getattr(module, command)(rest)
     except UserError as error:
-        complain(as_given(str(error), rest))
+        complain(error)
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -67,31 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             complain(f"{what}; the traceback is in {keep_traceback(error)}")
         return 1
-
-
-def not_text(word: str) -> UserError:
-    """The error for a word with NUL, or with bytes that are no text in this locale."""
-    import locale
-
-    with suppress(UnicodeError):
-        if (text := os.fsencode(word).decode()) != word:
-            name = locale.setlocale(locale.LC_CTYPE)
-            return UserError(f"{text}: the locale {name} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
-    return UserError(f"{word}: not UTF-8 text; rename the file or folder")
-
-
-def as_given(text: str, words: list[str]) -> str:
-    """An error's text with the values as ``words`` have them: ``data.limit=1e3`` instead of ``data.limit=1000.0``."""
-    for word in words:
-        key, _, values = word.lstrip("+").partition("=")
-        for typed in values.split(","):
-            read = {"null": None, "true": True, "false": False}.get(typed.lower(), typed)
-            for kind in (float, int):
-                with suppress(ValueError):
-                    read = kind(typed)
-            pattern = rf"(?<![\w.]){re.escape(key)}=({re.escape(str(read))}|{re.escape(json.dumps(read))})(?![\w.])"
-            text = re.sub(pattern, f"{key}={typed}".replace("\\", "\\\\"), text)
-    return text
 
 
 def complain(what: object) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
 from bnexp.config.explain import is_hydras, parse_words
-from bnexp.config.stored import moved, rerun_config, stored_config
+from bnexp.config.stored import moved, remember_place, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError, home_path
 from bnexp.startup import quick_imports
 from bnexp.store.run_folder import CONFIG, DONE, STATUS, claim, claim_new, in_other_hands, read_status, taken
@@ -112,8 +112,9 @@ def resume(arguments: list[str]) -> int:
     """``bnexp resume RUN``: continue an interrupted run, in its folder, from its last checkpoint."""
     if not arguments:
         raise UserError("resume: which run? Give the folder of an interrupted one: bnexp resume outputs/DATE/RUN")
+    flags = [word for word in arguments if word.startswith("-")]
     folder = home_path(arguments[0])
-    cfg = moved(folder, arguments[1:], "resume")
+    cfg = moved(folder, flags or arguments[1:], "resume")
     if ended := go_on(cfg, folder):
         raise UserError(f"{folder}: this run is {ended}, nothing is left to do; bnexp rerun repeats it")
     return 0
@@ -150,5 +151,7 @@ def go_on(cfg: DictConfig, folder: Path) -> str | None:
         if status.get("status") in DONE:
             return status["status"]
         check.check(cfg, free=False)
-        finish(cfg, build.build(cfg), status.get("overrides", []), folder)
+        run = build.build(cfg)
+        remember_place(folder, cfg)
+        finish(cfg, run, status.get("overrides", []), folder)
     return None

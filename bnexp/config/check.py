@@ -13,7 +13,7 @@ from bnexp.config import parts
 from bnexp.config.choices import GROUPS
 from bnexp.config.explain import no_such_setting
 from bnexp.config.schema import SETTINGS, fits
-from bnexp.config.targets import check_options
+from bnexp.config.targets import check_allow, check_options
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
@@ -34,6 +34,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     if unknown := set(cfg) - {*SETTINGS}:
         raise no_such_setting(min(unknown))
     check_numbers(cfg)
+    check_allow(cfg.allow)
     for key, known in (("keep", KEEP), ("precision", AUTOCAST)):
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: not known; choose one of {', '.join(known)}")

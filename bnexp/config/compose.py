@@ -65,10 +65,15 @@ def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
 
 
 class FileConfigSource(FileSource):
-    """Hydra's reader of yaml files, but text settings get the text that was typed. Hydra keeps the first of a name."""
+    """Hydra's reader of yaml files; text settings in files of the user's own get the text that was typed.
+
+    Hydra takes the first reader that has registered under a name.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
+        if Path(self.path) == conf_dir():
+            return result
         group = config_path.rpartition("/")[0].replace("/", ".")
         package = (result.header.get("package") or "_group_").replace("_group_", group).replace("_global_", "")
         content = OmegaConf.to_container(result.config)

@@ -13,7 +13,14 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from bnexp.config.choices import GROUPS, SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
@@ -43,9 +50,11 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
     parser = OverridesParser.create(config_loader)
     parsed = []
     for word in words:
-        key, _, value = word.partition("=")
-        try:  # Hydra reads no ~, with which the home folder begins
-            parsed += parser.parse_overrides([f"{key}={quoted(value)}" if value.startswith("~") else word])
+        key, equals, value = word.partition("=")
+        if value.startswith("~"):  # Hydra reads no ~, with which the home folder begins
+            value = ",".join(quoted(each) if each.startswith("~") else each for each in value.split(","))
+        try:
+            parsed += parser.parse_overrides([key + equals + value])
         except Exception as error:  # Hydra's own types and, for numbers of many digits, others
             raise UserError(unreadable(word)) from error
     return parsed
@@ -250,12 +259,17 @@ def explained(words: Sequence[str], known: Callable[[], Collection[str]] = tuple
         group = group or "config"
         raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}{choice}") from error
     except Exception as error:  # their own types and many others
-        cause = error.__cause__ or error
-        key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
+        causes = (error.__cause__, error, error.__context__)
+        cause = next((each for each in causes if isinstance(each, OmegaConfBaseException)), error.__cause__ or error)
+        key = getattr(cause, "full_key", None)
+        given, text = " ".join(words) or "the settings", str(cause).partition("\n")[0] or type(error).__name__
         unknown = re.match(r"Could not (?:override|delete from config\.) '(\S+)'(?!.*default)", str(error), re.DOTALL)
         if unknown or (key and "not in struct" in str(error)):
             raise no_such_setting(unknown[1] if unknown else key, known()) from error
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            raise UserError(f"{given}: {key}: there is no such setting{nearest_setting(key)}; take it out") from error
+        if isinstance(cause, MissingMandatoryValue):
+            raise UserError(f"{given}: {key}: has to be given, it has no default") from error
         if isinstance(cause, GrammarParseError | InterpolationResolutionError):
-            words = [word for word in words if "${" in word] or words
-        given, text = " ".join(words) or "the settings", " ".join(str(error).split())
-        raise UserError(f"cannot use {given}: {text or type(error).__name__}") from error
+            given = " ".join(word for word in words if "${" in word) or given
+        raise UserError(f"cannot use {given}: {f'{key}: ' if key else ''}{text}") from error

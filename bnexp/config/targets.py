@@ -4,8 +4,9 @@ A run's folder can come from a stranger. A config therefore reaches bnexp's own 
 torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
 """
 
-import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
 
@@ -29,6 +30,17 @@ CALLS = {  # the arguments that a target is called with, besides its options; th
     "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
     "schedule": ((0, 0), {}), "engine": ((0,), {}), "probe": ((), {}),
 }  # fmt: skip
+
+
+def check_allow(allow: Collection[str]) -> None:
+    """Raise :class:`UserError` for a name in ``allow=[...]`` that is no package here; imports none."""
+    for name in allow:
+        try:
+            is_here = name.isidentifier() and (name in sys.modules or importlib.util.find_spec(name) is not None)
+        except (ImportError, ValueError):
+            is_here = False
+        if not is_here:
+            raise UserError(f"allow=[{name}]: there is no package {name} here; install it, or leave it out")
 
 
 def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:

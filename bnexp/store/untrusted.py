@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from bnexp.errors import UserError
+
 MOST_YAML, MOST_JSON, MOST_LINE = 100_000, 2**24, 2**22  # bytes of a file, of a file and of a line
 DEEPEST = 30  # nested lists and tables
 LARGEST = 2**63  # bound of whole numbers: torch has no larger ones, and Python does not print very large ones
@@ -26,6 +28,22 @@ def printable(text: object, most: int = 10_000) -> str:
     text = str(text)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def check_name(name: str | Path) -> None:
+    """Raise :class:`UserError` for a name with control characters, which may be a locale's reading of UTF-8."""
+    if not UNPRINTABLE.search(str(name)):
+        return
+    try:
+        meant = os.fsencode(name).decode()
+    except UnicodeError:
+        raise UserError(f"{name}: not UTF-8 text; rename the file or folder") from None
+    if meant == str(name):
+        raise UserError(f"{name}: control characters in the name of a file or folder; give it another")
+    import locale
+
+    here = locale.setlocale(locale.LC_CTYPE)
+    raise UserError(f"{meant}: the locale {here} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
 
 
 def as_file_name(text: str) -> str:

@@ -123,8 +123,8 @@ class EventFile:
 
 def append(file: io.FileIO, data: bytes) -> None:
     """Append all of ``data`` or nothing: if the disk is full, the file is cut back to its old length."""
-    before = os.fstat(file.fileno()).st_size
     with writing(file.name):
+        before = os.fstat(file.fileno()).st_size
         try:
             while data:
                 data = data[file.write(data) :]

@@ -1,5 +1,7 @@
 """The flags of the commands that compose a config: each works where it makes sense, and is refused elsewhere."""
 
+import itertools
+import pwd
 from pathlib import Path
 
 import pytest
@@ -228,3 +230,36 @@ def test_what_hydra_does_by_itself_is_no_fault_of_a_main_config(mine, bnexp, tmp
     lines = "".join(f"  - {each}\n" for each in parts.split(", "))
     (tmp_path / "own conf/alone.yaml").write_text(f"defaults:\n{lines}")
     assert bnexp("train", "-cd", mine, "-cn", "alone", *TINY[1:], "hydra.job.chdir=false", "out=run") == 0
+
+
+LINES = ("train", "train -m seed=0,1", "compare norm=none,library", "train resume=true", "bench")
+
+
+@pytest.mark.parametrize("out, line, file", [
+    *itertools.product(["~", "."], LINES, [".config/x"]),
+    *itertools.product(["~/", "~somebody"], ["train"], [".bashrc", "notes.txt", "thesis/1.tex", ".lock"]),
+])  # fmt: skip
+def test_no_run_is_begun_among_the_files_of_a_home(out, line, file, bnexp, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if out == "~somebody":
+        monkeypatch.setenv("HOME", "/nowhere")
+        somebody = pwd.getpwuid(0).__class__(("somebody", "x", 1, 1, "", str(tmp_path), "/bin/sh"))
+        monkeypatch.setattr(pwd, "getpwall", lambda: [somebody])
+        monkeypatch.setattr(pwd, "getpwnam", lambda name: somebody)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    words = line.split() if line == "bench" else [*line.split(), *TINY]
+    assert bnexp(*words, f"out={out}") == 2
+    told = f"holds {file.partition('/')[0]} already; choose a new folder, or an empty one"
+    assert told in capsys.readouterr().err
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [tmp_path / file]
+
+
+def test_a_run_in_an_empty_home_and_one_among_logs_are_begun(bnexp, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.txt").write_text("mine")
+    (tmp_path / "home").mkdir()
+    for out in ("~", "run"):
+        assert bnexp("train", *TINY, f"out={out}") == 0
+    assert read_status(tmp_path / "home")["status"] == read_status(tmp_path / "run")["status"] == "finished"

@@ -1,12 +1,13 @@
 """What each setting decides, that text stays text, and that rerun is train with the stored overrides and the new."""
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
 from omegaconf import OmegaConf
 
-from bnexp.config.compose import Source, composed, hparams, session
+from bnexp.config.compose import Source, composed, hparams, session, values_of
 from bnexp.config.explain import parse_words, quoted, unreadable
 from bnexp.config.schema import Train
 from bnexp.config.stored import moved, rerun_config, stored_config
@@ -104,6 +105,11 @@ def test_a_tilde_without_a_home_is_refused(home, monkeypatch):
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     with pytest.raises(UserError, match="^out=~/x: there is no home folder"):
         composed(["out=~/x"])
+
+
+def test_each_tilde_of_a_list_is_a_home():
+    (override,) = parse_words(["data.root=~/a,~/b"])
+    assert values_of(override) == ["'~/a'", "'~/b'"]
 
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
@@ -306,10 +312,36 @@ def test_a_strangers_overrides_look_nothing_up_and_trust_nobody(train, monkeypat
 
 def test_a_run_may_be_resumed_where_data_and_devices_are_others(train):
     folder = train(*TINY)
-    cfg = moved(folder, ["++data.root=x"] and ["threads=2", "deterministic=true", "allow=[mine]"], "resume")
-    assert (cfg.threads, cfg.deterministic, cfg.allow) == ("2", True, ["mine"])
-    with pytest.raises(UserError, match="seed=1: resume keeps the settings of the run"):
-        moved(folder, ["seed=1"], "resume")
+    cfg = moved(folder, ["threads=2", "++deterministic=true", "allow=[numpy]"], "resume")
+    assert (cfg.threads, cfg.deterministic, cfg.allow) == ("2", True, ["numpy"])
+
+
+@pytest.mark.parametrize("word, told", [
+    ("seed=1", "resume keeps the settings of the run and takes only device, data.root, threads, deterministic, allow"),
+    ("out=y", "resume keeps the settings of the run"),
+    ("--config-dir", "resume keeps the settings of the run"),
+    ("~threads", "resume keeps the settings of the run"),
+    ("allow=mymod", r"a list of texts, written allow=\[a,b\], is expected"),
+    ("allow=null", "a list of texts"),
+    ("allow={a:1}", "a list of texts"),
+    ("deterministic=maybe", "true or false is expected"),
+    ("deterministic=null", "true or false is expected"),
+    ("threads=null", "text is expected"),
+    ("allow=${seed}", r"\$\{...\} is not looked up by resume"),
+    ("device=cpu,cuda", "one value is expected"),
+])  # fmt: skip
+def test_a_setting_that_resume_cannot_take_is_refused_in_words(word, told, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    with pytest.raises(UserError, match=f"^{re.escape(word)}: {told}"):
+        moved(tmp_path, [word], "resume")
+
+
+@pytest.mark.parametrize("name", ["nosuchpackage", "1", "torch.nn", "os:path"])
+@pytest.mark.parametrize("command", ["train", "summary"])
+def test_a_package_that_is_not_here_cannot_be_trusted(command, name, bnexp, capsys, tmp_path):
+    assert bnexp(command, "model=mlp", f"allow=[{name}]") == 2
+    assert f"allow=[{name}]: there is no package {name} here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_hparams_are_what_makes_the_variant():
