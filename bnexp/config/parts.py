@@ -82,22 +82,9 @@ def filled_in(
     options = OmegaConf.to_container(node, resolve=True)
     target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
-    options = {key: value for key, value in options.items() if key not in without}
-    if not is_own(node):
-        return partial(target, **options)
-    own = OwnPart(target, **options)
-    own.label = label or f"{group}._target_={node._target_}"
-    return own
-
-
-class OwnPart(partial):
-    """A part of a package that the user trusts by ``allow=[...]``; its errors are raised as :class:`PartFailed`."""
-
-    label = ""
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        with naming(self.label):
-            return super().__call__(*args, **kwargs)
+    if is_own(node):
+        target = naming(label or f"{group}._target_={node._target_}")(target)
+    return partial(target, **{key: value for key, value in options.items() if key not in without})
 
 
 def is_own(node: DictConfig) -> bool:
@@ -186,9 +173,9 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     def make(groups: list[dict]) -> Optimizer:
         try:
             made = without_compiler(optimizer.func)(groups, **options)
-        except Exception as error:
-            if is_own(cfg.optimizer):
-                raise PartFailed(target_of(cfg, "optimizer"), error) from error
+        except PartFailed:
+            raise
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
             numbers = {key: value for key, value in options.items() if type(value) in (int, float, tuple)}
             given = ", ".join(f"optimizer.{key}={as_typed(value)}" for key, value in numbers.items()) or "optimizer"
             raise UserError(f"{given}: the optimizer refuses its options: {error}") from error

@@ -2,7 +2,7 @@
 
 import math
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -265,10 +265,7 @@ def read_probes(run: Run, due: Sequence[tuple[Probe, object]]) -> list[Reading]:
 def look(probe: Probe, run: Run, before: object) -> list[Reading]:
     """The readings of ``probe``. Those of the user's own are tried out, because they can be anything."""
     with naming(probe.label):
-        readings = probe.look(run, before)
-        if probe.label and (isinstance(readings, str) or not isinstance(readings, Iterable)):
-            raise TypeError(f"look returns an object of type {type(readings).__name__}, not readings")
-        readings = list(readings)
+        readings = list(probe.look(run, before))
         for reading in readings if probe.label else ():
             try_out(reading)
     return readings

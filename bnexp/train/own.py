@@ -33,7 +33,10 @@ def code_of(frame: FrameType) -> str:
 
 @contextmanager
 def naming(label: str) -> Iterator[None]:
-    """Raise errors inside as :class:`PartFailed`, but those for the user and of the memory; an empty label does not."""
+    """Raise errors inside, or of a decorated function, as :class:`PartFailed`.
+
+    Errors for the user and of the memory stay as they are, and with an empty ``label`` all do.
+    """
     try:
         yield
     except Exception as error:
