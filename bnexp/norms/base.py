@@ -247,7 +247,9 @@ class BatchNormBase(Norm, _BatchNorm):
         if self.num_batches_tracked is None:
             return self.momentum or 0.0
         self.num_batches_tracked.add_(1)
-        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        if self.momentum is None and not self.num_batches_tracked.is_meta:  # a check on the meta device has no numbers
+            return 1.0 / float(self.num_batches_tracked)
+        return self.momentum or 0.0
 
     def share_left(self, num_batches: int) -> float:
         """(1 - momentum)^num_batches, because every batch multiplies the share by 1 - momentum.
