@@ -138,6 +138,18 @@ def scalars(readings: Iterable[Reading]) -> dict[str, float]:
     return {reading.tag: reading.value for reading in readings if isinstance(reading, Scalar)}
 
 
+def try_out(reading: Reading) -> None:
+    """Raise an error if ``reading`` cannot be written."""
+    if not isinstance(reading, Reading):
+        raise TypeError(f"an object of type {type(reading).__name__} is no reading")
+    if isinstance(reading, Scalar):
+        Summary.Value(tag=reading.tag, simple_value=reading.value)
+        json.dumps(reading.value)
+    else:
+        as_summary(reading)
+        json.dumps(as_rows(0, reading))
+
+
 def as_rows(step: int, reading: Reading) -> list[dict]:
     """The lines of probes.jsonl for ``reading``; none for images."""
     if isinstance(reading, Histogram):
