@@ -12,7 +12,7 @@ from bnexp.errors import StorageError, first_line
 from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
 from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
-from bnexp.train.interrupt import Interrupted, OutOfPatience, take_time
+from bnexp.train.interrupt import take_time
 from bnexp.train.meter import Measured
 from bnexp.train.probe import Probe
 from bnexp.train.recorder import Recorder
@@ -161,7 +161,7 @@ class Loop:
         take_time()
         try:
             try:
-                if isinstance(reason, Interrupted | OutOfPatience):
+                if type(reason) is not KeyboardInterrupt:
                     if self.is_between_steps:
                         self.recorder.save(self.run)
                     else:
