@@ -10,14 +10,25 @@ from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
 from bnexp.errors import UserError, nearest
 from bnexp.store.untrusted import check_name, printable
+from bnexp.train.interrupt import raised_signals
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file of a command, if not its own name
 
 
+@raised_signals()
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 (a study
     that does not hold), 130 when interrupted."""
-    startup.replace_unprintable()
+    try:
+        return run_command(arguments)
+    except KeyboardInterrupt:
+        print("bnexp: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_command(arguments: list[str] | None) -> int:
+    """:func:`main`, but raise KeyboardInterrupt."""
+    startup.prepare_output()
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command, *rest = words
     if command in ("--help", "-h", "help"):
@@ -56,9 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(f"cannot write the output: {error.strerror}")
         return 1
-    except KeyboardInterrupt:
-        print("bnexp: interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(error, MemoryError) or re.search("allocate memory|[Oo]verflow", what):

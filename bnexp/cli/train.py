@@ -1,5 +1,6 @@
 """``bnexp train``, ``resume`` and ``rerun``: start a run, continue it, and repeat it."""
 
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -38,7 +39,7 @@ def train_many(line: Namespace) -> int:
     """``bnexp train -m``: run every job of the sweep that is not done; returns 1 if a run failed."""
     with quick_imports():
         from bnexp.cli.sweep.grid import read_grid
-        from bnexp.cli.sweep.jobs import prepare
+        from bnexp.cli.sweep.jobs import folder_told, prepare
         from bnexp.cli.sweep.launch import hydra_config, run_all, written_at
         from bnexp.report.tables import show_sweep
 
@@ -46,12 +47,12 @@ def train_many(line: Namespace) -> int:
         grid = read_grid(line.words)
         hydra_config(grid.hydra)  # refuses a launcher that does not exist before any work
         folder, jobs = prepare(grid, "sweep")
-        try:
-            failed = run_all(grid.hydra, folder, jobs)
-        finally:
-            if not jobs[0].cfg.quiet and any(written_at(job.folder) for job in jobs):
-                show_sweep(folder)
-            print(folder, flush=True)
+        with folder_told(folder):
+            try:
+                failed = run_all(grid.hydra, folder, jobs)
+            finally:
+                if not jobs[0].cfg.quiet and any(written_at(job.folder) for job in jobs):
+                    show_sweep(folder)
     return 1 if failed else 0
 
 
@@ -90,6 +91,10 @@ def finish(cfg: DictConfig, run: "Run", words: Sequence[str], folder: Path) -> N
     try:
         drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
     except UserError:
+        raise
+    except KeyboardInterrupt:
+        if not cfg.quiet:
+            print(f"to go on: bnexp resume {shlex.quote(str(folder))}")
         raise
     except Exception as error:
         what = f"the run failed at step {run.num_steps}: {type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
 from bnexp.store.writer import try_out
 from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
-from bnexp.train.interrupt import Interrupted, OutOfPatience, take_time
+from bnexp.train.interrupt import take_time
 from bnexp.train.meter import Measured
 from bnexp.train.own import PartFailed, culprit, naming
 from bnexp.train.probe import Probe
@@ -179,7 +179,7 @@ class Loop:
         take_time()
         try:
             try:
-                if isinstance(reason, Interrupted | OutOfPatience):
+                if type(reason) is not KeyboardInterrupt:
                     if self.is_between_steps:
                         self.recorder.save(self.run)
                     else:

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,21 @@ def test_a_yaml_of_the_users_own_is_refused_in_words(text, bnexp, capsys, tmp_pa
     told = capsys.readouterr().err
     assert (MAIN | STUDY)[text] in told and "étude" in told
     assert not any(raw in told for raw in ("full_key", "object_type", "Structured config", "raised while"))
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+@pytest.mark.parametrize(
+    "command", [["train", *TINY, "out=run"], ["train", "-m", *TINY, "seed=0,1", "out=run"], ["report", "old"]]
+)
+def test_a_closed_terminal_is_a_hangup(command, is_ignored, train, tmp_path):
+    train(*TINY, "out=old")
+    ours, theirs = os.openpty()
+    os.close(ours)
+    heard = signal.SIG_IGN if is_ignored else signal.SIG_DFL
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    words = [sys.executable, "-m", "bnexp", *command]
+    process = subprocess.Popen(words, cwd=tmp_path, **streams, preexec_fn=lambda: signal.signal(signal.SIGHUP, heard))
+    os.close(theirs)
+    assert process.wait(60) == (0 if is_ignored else 130)
+    statuses = {read_status(path.parent)["status"] for path in tmp_path.glob("run/**/status.json")}
+    assert statuses <= ({"finished"} if is_ignored else {"finished", "interrupted"})

@@ -1,9 +1,10 @@
 """Runs the jobs of a sweep through Hydra's launcher until none is left."""
 
+import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hydra._internal.callbacks import Callbacks
@@ -19,7 +20,7 @@ from bnexp.cli.sweep.worker import cached_datasets, run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
-from bnexp.train.interrupt import Interrupted, deferred_signals
+from bnexp.train.interrupt import Interrupted, blocked_in_children, deferred_signals
 
 
 def run_all(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
@@ -62,8 +63,7 @@ def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
             return any(statuses[job] not in DONE for job in failed)
         free = [job for job in left if not is_taken(job.folder)]
         if free:
-            # Parallel workers get the same Ctrl-C and need time to write their checkpoints.
-            with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
+            with nullcontext([]) if is_alone else passed_on_signals() as asked:
                 results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
             for job, result in zip(free, results, strict=True):
                 if (ended := result.return_value) == "failed":
@@ -78,6 +78,23 @@ def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
                 tell_wait(left)
             is_waiting = True
             time.sleep(0.5)  # if a process that holds jobs dies, they are run here
+
+
+@contextmanager
+def passed_on_signals() -> Iterator[list[float]]:
+    """:func:`deferred_signals`, which worker processes get too, with time to write their checkpoints."""
+
+    def stop_workers() -> None:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # who has received the signal already passes over this one
+
+    with deferred_signals(longer=2.0, tell=stop_workers) as asked, blocked_in_children():
+        try:
+            yield asked
+        except Exception:
+            if asked:  # a worker that died of it is no error
+                raise Interrupted from None
+            raise
 
 
 def tell_wait(jobs: Sequence[Job]) -> None:
