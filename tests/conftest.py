@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 
 
 def _has_cuda_driver() -> bool:
@@ -27,6 +28,14 @@ import torch  # noqa: E402
 def _one_thread():
     """Sums in one order, and no quarrel over cores when tests run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_heard():
+    """Signals that the tests were started to ignore, in the background or under nohup, are heard by what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -3,27 +3,13 @@
 import argparse
 from collections.abc import Sequence
 
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from bnexp.cli.parser import Parser
 from bnexp.config.choices import SHELVES, choices
-from bnexp.config.compose import Source, composed, composed_with_hydra, session
-from bnexp.config.explain import check_hydra, explained
+from bnexp.config.compose import Source, composed, session
 from bnexp.errors import UserError, home_path
 
-NOW = "${now:%Y-%m-%d}/${now:%H-%M-%S}"
-USUAL = {  # what conf/train.yaml and Hydra itself set where a main config sets nothing
-    "hydra.run.dir": (".", f"outputs/{NOW}"),
-    "hydra.output_subdir": (None, ".hydra"),
-    "hydra.sweep.dir": (f"multirun/{NOW}",),
-    "hydra.sweep.subdir": ("${hydra.job.num}",),
-    "hydra.job.chdir": (None, False),
-    "hydra.mode": (None,),
-    "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
-    "hydra.sweeper.max_batch_size": (None,),
-    "hydra.sweeper.params": (None,),
-}
 TRAIN_HELP = """\
 bnexp train: train one model and log it to TensorBoard.
 
@@ -81,17 +67,7 @@ def parse_line(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     if folder is not None and not folder.is_dir():
         raise UserError(f"--config-dir {folder}: no such folder; give one that holds norm/, model/, ... with yamls")
     line.source = Source(folder, line.config_name)
-    check_main(line.source)
     return line
-
-
-def check_main(source: Source) -> None:
-    """Raise :class:`UserError` if a main config of the user's own sets for Hydra what bnexp does itself."""
-    if source == Source():
-        return
-    with session(source), explained([f"--config-name {source.main}"]):
-        cfg = OmegaConf.to_container(composed_with_hydra([], RunMode.RUN).hydra)
-    check_hydra("hydra", cfg, usual=USUAL)
 
 
 def was_shown(line: argparse.Namespace) -> bool:
@@ -105,10 +81,11 @@ def was_shown(line: argparse.Namespace) -> bool:
             groups = "\n".join(f"  {group}: {', '.join(choices(group, line.source.folder))}" for group in SHELVES)
             flags = make_parser("train").format_help().partition(":\n")[2].rstrip()
             print(TRAIN_HELP.format(groups=groups, flags=flags) + OmegaConf.to_yaml(composed(line.words)), end="")
-        elif line.cfg:
-            composed(line.words)  # which checks the words
-            hydra = GlobalHydra.instance().hydra
+            return True
+        composed(line.words)  # which checks the words
+        hydra = GlobalHydra.instance().hydra
+        if line.cfg:
             hydra.show_cfg(line.source.main, line.words, line.cfg, line.package, line.resolve)
         else:
-            GlobalHydra.instance().hydra.show_info(line.info, line.source.main, line.words)
+            hydra.show_info(line.info, line.source.main, line.words)
     return True

@@ -4,21 +4,31 @@ import errno
 import os
 import re
 import sys
-from contextlib import suppress
 from importlib import import_module
 
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
 from bnexp.errors import UserError, nearest
-from bnexp.store.untrusted import printable
+from bnexp.store.untrusted import check_name, printable
+from bnexp.train.interrupt import raised_signals
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file of a command, if not its own name
 
 
+@raised_signals()
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 (a study
     that does not hold), 130 when interrupted."""
-    startup.replace_unprintable()
+    try:
+        return run_command(arguments)
+    except KeyboardInterrupt:
+        print("bnexp: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_command(arguments: list[str] | None) -> int:
+    """:func:`main`, but raise KeyboardInterrupt."""
+    startup.prepare_output()
     words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command, *rest = words
     if command in ("--help", "-h", "help"):
@@ -35,8 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "completion":
             return completion(rest)
-        if odd := [word for word in words if re.search("[\0\ud800-\udfff]", word)]:
-            raise not_text(odd[0])
+        for word in words:
+            if re.search("[\0\x80-\x9f\ud800-\udfff]", word):  # other control characters are for the command
+                check_name(word)
         if command not in COMMANDS:
             known = ", ".join(COMMANDS)
             raise UserError(f"{command}: not a command{nearest(command, COMMANDS)}; choose one of {known}")
@@ -56,9 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         complain(f"cannot write the output: {error.strerror}")
         return 1
-    except KeyboardInterrupt:
-        print("bnexp: interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if isinstance(error, MemoryError) or re.search("allocate memory|[Oo]verflow", what):
@@ -66,17 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             complain(f"{what}; the traceback is in {keep_traceback(error)}")
         return 1
-
-
-def not_text(word: str) -> UserError:
-    """The error for a word with NUL, or with bytes that are no text in this locale."""
-    import locale
-
-    with suppress(UnicodeError):
-        if (text := os.fsencode(word).decode()) != word:
-            name = locale.setlocale(locale.LC_CTYPE)
-            return UserError(f"{text}: the locale {name} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
-    return UserError(f"{word}: not UTF-8 text; rename the file or folder")
 
 
 def complain(what: object) -> None:

@@ -18,15 +18,16 @@ from bnexp.cli.sweep.grid import Grid, Job, Point, read_grid
 from bnexp.cli.sweep.jobs import all_taken, folder_told, prepare
 from bnexp.cli.sweep.launch import hydra_config, run_all
 from bnexp.cli.sweep.lockstep import race
-from bnexp.config.choices import choices
+from bnexp.config.choices import GROUPS, choices
 from bnexp.config.compose import session
 from bnexp.config.study import FORMS, Study, choose, load
 from bnexp.errors import UserError
 from bnexp.report.expectations import Expectation, Finding, judge
 from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.tables import epoch_tables
-from bnexp.report.variants import into_variants
+from bnexp.report.variants import into_variants, last_part
 from bnexp.store.files import write_json
+from bnexp.store.settings import NUMBERS, as_typed, decides
 
 DOES_NOT_HOLD = 3  # the exit code of a study whose runs ended and whose expectations do not all hold
 
@@ -67,7 +68,7 @@ def study(arguments: Sequence[str]) -> int:
 
 def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, str]]:
     """All runs of the study, and the role of each run by its name; ``overrides`` cannot change what a variant sets."""
-    lists = [f"{key}={','.join(map(str, values))}" for key, values in study.sweep.items()]
+    lists = [f"{key}={','.join(map(as_typed, values))}" for key, values in study.sweep.items()]
     shared = [*study.settings, *lists, f"seed=range({study.seeds})", *overrides]
     points, roles = [], {}
     for role, own in study.variants.items():
@@ -76,6 +77,10 @@ def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, s
             name, variant = (role if each == "run" else f"{role}-{each}" for each in (name, variant))
             points.append(Point(name, variant, words))
             roles[name] = role
+    able = [key for key in dict.fromkeys([*study.sweep, *grid.swept]) if decides(key) & NUMBERS and key not in GROUPS]
+    if study.best_over is not None and study.best_over not in [*able, *map(last_part, able)]:
+        choice = f"choose among {', '.join(able)}" if able else "leave it out"
+        raise UserError(f"best_over: {study.best_over}: not a setting that the study sweeps; {choice}")
     return replace(grid, points=tuple(points)), roles
 
 

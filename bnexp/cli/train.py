@@ -1,5 +1,6 @@
 """``bnexp train``, ``resume`` and ``rerun``: start a run, continue it, and repeat it."""
 
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -11,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
-from bnexp.config.stored import moved, rerun_config, stored_config
+from bnexp.config.explain import is_hydras, parse_words
+from bnexp.config.stored import moved, remember_place, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError, home_path
 from bnexp.startup import quick_imports
 from bnexp.store.run_folder import CONFIG, DONE, STATUS, claim, claim_new, in_other_hands, read_status, taken
@@ -30,14 +32,14 @@ def train(arguments: list[str]) -> int:
         return train_many(line)
     with session(line.source):
         cfg = composed(line.words, logs=True)
-    return train_one(cfg, [word for word in line.words if not word.startswith("hydra")])
+    return train_one(cfg, line.words)
 
 
 def train_many(line: Namespace) -> int:
     """``bnexp train -m``: run every job of the sweep that is not done; returns 1 if a run failed."""
     with quick_imports():
         from bnexp.cli.sweep.grid import read_grid
-        from bnexp.cli.sweep.jobs import prepare
+        from bnexp.cli.sweep.jobs import folder_told, prepare
         from bnexp.cli.sweep.launch import hydra_config, run_all, written_at
         from bnexp.report.tables import show_sweep
 
@@ -45,12 +47,12 @@ def train_many(line: Namespace) -> int:
         grid = read_grid(line.words)
         hydra_config(grid.hydra)  # refuses a launcher that does not exist before any work
         folder, jobs = prepare(grid, "sweep")
-        try:
-            failed = run_all(grid.hydra, folder, jobs)
-        finally:
-            if not jobs[0].cfg.quiet and any(written_at(job.folder) for job in jobs):
-                show_sweep(folder)
-            print(folder, flush=True)
+        with folder_told(folder):
+            try:
+                failed = run_all(grid.hydra, folder, jobs)
+            finally:
+                if not jobs[0].cfg.quiet and any(written_at(job.folder) for job in jobs):
+                    show_sweep(folder)
     return 1 if failed else 0
 
 
@@ -71,6 +73,7 @@ def train_one(cfg: DictConfig, words: Sequence[str]) -> int:
     with taken(folder) as is_mine:
         if not is_mine:  # another process has resumed it at once
             raise in_other_hands(folder)
+        words = [each.input_line for each in parse_words(words) if not is_hydras(each.key_or_group)]
         finish(cfg, run, words, folder)
     return 0
 
@@ -89,6 +92,10 @@ def finish(cfg: DictConfig, run: "Run", words: Sequence[str], folder: Path) -> N
         drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
     except UserError:
         raise
+    except KeyboardInterrupt:
+        if not cfg.quiet:
+            print(f"to go on: bnexp resume {shlex.quote(str(folder))}")
+        raise
     except Exception as error:
         what = f"the run failed at step {run.num_steps}: {type(error).__name__}: {error}"
         raise RunFailed(f"{what}; the traceback is in {folder / STATUS}") from error
@@ -103,15 +110,16 @@ def rerun(arguments: list[str]) -> int:
     line = parse_line("rerun", arguments[1:])
     with session(line.source):
         cfg, words = rerun_config(home_path(arguments[0]), line.words)
-    return train_one(cfg, [word for word in words if not word.startswith("hydra")])
+    return train_one(cfg, words)
 
 
 def resume(arguments: list[str]) -> int:
     """``bnexp resume RUN``: continue an interrupted run, in its folder, from its last checkpoint."""
     if not arguments:
         raise UserError("resume: which run? Give the folder of an interrupted one: bnexp resume outputs/DATE/RUN")
+    flags = [word for word in arguments if word.startswith("-")]
     folder = home_path(arguments[0])
-    cfg = moved(folder, arguments[1:], "resume")
+    cfg = moved(folder, flags or arguments[1:], "resume")
     if ended := go_on(cfg, folder):
         raise UserError(f"{folder}: this run is {ended}, nothing is left to do; bnexp rerun repeats it")
     return 0
@@ -148,5 +156,7 @@ def go_on(cfg: DictConfig, folder: Path) -> str | None:
         if status.get("status") in DONE:
             return status["status"]
         check.check(cfg, free=False)
-        finish(cfg, build.build(cfg), status.get("overrides", []), folder)
+        run = build.build(cfg)
+        remember_place(folder, cfg)
+        finish(cfg, run, status.get("overrides", []), folder)
     return None

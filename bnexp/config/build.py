@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bnexp.config import parts
-from bnexp.config.check import check_evaluation, check_last_batch
+from bnexp.config.check import check_evaluation, check_last_batch, check_schedule, mixes_images
 from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
@@ -18,7 +18,10 @@ from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
 from bnexp.train.device import memory_explained
 from bnexp.train.loop import Plan
+from bnexp.train.own import naming
 from bnexp.train.run import Run
+
+MOST_FACTORS = 100_000  # steps of a schedule of the user's own that are tried before the run
 
 
 def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
@@ -44,31 +47,47 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     optimizer = parts.build_optimizer(cfg, model)
     if device.type == "cuda":
         place_learning_rates(optimizer, device)
-    return Run(
+    run = Run(
         model,
         optimizer,
         batches,
-        total_steps=cfg.steps or cfg.epochs * batches.steps_per_epoch,
+        total_steps=count_steps(cfg, batches),
         schedule=parts.part(cfg, "schedule"),
         precision=cfg.precision,
         channels_last=cfg.channels_last,
         threads=threads,
         deterministic=cfg.deterministic,
         engine=parts.part(cfg, "engine"),
+        mixes_images=mixes_images(cfg, model, dataset),
+        own_parts=parts.own_parts(cfg),
     )
+    parts.check_kind(parts.target_of(cfg, "engine"), run.take_step, Callable)
+    return run
 
 
 def make_batches(cfg: DictConfig, source: Any, dataset: Dataset) -> Batches:
     """The run's training batches; :class:`UserError` if the splits are too small for them or for a norm."""
     check_last_batch(cfg, source, len(dataset.train))
     check_evaluation(cfg, source, dataset)
-    return Batches(dataset, cfg.batch_size, cfg.seed, drop_last=cfg.drop_last, classes_per_batch=cfg.classes_per_batch)
+    options = {"drop_last": cfg.drop_last, "classes_per_batch": cfg.classes_per_batch}
+    batches = Batches(dataset, cfg.batch_size, cfg.seed, **options)
+    if parts.is_own(cfg.schedule):
+        num_steps = count_steps(cfg, batches)
+        check_schedule(cfg, num_steps, range(min(num_steps, MOST_FACTORS)))
+    return batches
+
+
+def count_steps(cfg: DictConfig, batches: Batches) -> int:
+    """The number of steps of the whole run."""
+    return cfg.steps or cfg.epochs * batches.steps_per_epoch
 
 
 def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
     """The dataset that ``source`` loads; :class:`UserError` unless it has the source's shape and classes."""
     target = parts.target_of(cfg, "data")
-    dataset = parts.check_kind(target, source.load(), Dataset, "load()")
+    with naming(target if parts.is_own(cfg.data) else ""):
+        dataset = source.load()
+    parts.check_kind(target, dataset, Dataset, "load()")
     for name in ("in_shape", "class_names"):
         here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))
         if here != there:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,20 @@ from bnexp.config import parts
 from bnexp.config.choices import GROUPS
 from bnexp.config.explain import no_such_setting
 from bnexp.config.schema import SETTINGS, fits
-from bnexp.config.targets import check_options
+from bnexp.config.targets import check_allow, check_options
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of, divisors
+from bnexp.probes.population import evenly_spaced
 from bnexp.report.question import Question
 from bnexp.store import run_folder
+from bnexp.train.device import forked_rng
+from bnexp.train.own import PartFailed, culprit, naming
 from bnexp.train.recorder import KEEP
-from bnexp.train.run import AUTOCAST
+from bnexp.train.run import AUTOCAST, EVALUATION_BATCH, depends_on_company, equal_chunks, uses_batch_statistics
 
+TRIED = 64  # images by which a trial finds whether results depend on other images
 MOST_THREADS = 1024  # with more, the OpenMP library ends the process
 
 
@@ -35,6 +39,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     if unknown := set(cfg) - {*SETTINGS}:
         raise no_such_setting(min(unknown))
     check_numbers(cfg)
+    check_allow(cfg.allow)
     for key, known in (("keep", KEEP), ("precision", AUTOCAST)):
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: not known; choose one of {', '.join(known)}")
@@ -52,7 +57,7 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
             raise UserError(f"{group}: has to be given, nothing runs without it")
         check_options(group, cfg[group], cfg.allow)
         check_finite(group, cfg[group])
-    check_schedule(cfg)
+    check_schedule(cfg, cfg.steps or 100)
     check_model(cfg, runs, device)
     if runs:
         traits_of(parts.part(cfg, "engine").func).require_device(device)
@@ -79,15 +84,16 @@ def check_model(cfg: DictConfig, runs: bool, device: torch.device) -> None:
     """Build model and optimizer without data or weights, so that their parts raise errors for wrong settings."""
     source = parts.part(cfg, "data")()
     check_source(cfg, source)
-    check_results(cfg, source)
     model = parts.meta_model(cfg, source)
     parts.build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
     if runs:
         for module in model.modules():
             contract_of(module).require_device(device)
         check_batch(cfg, source, model, cfg.batch_size)
+    check_results(cfg, source, [cfg.batch_size] * runs, [cfg.batch_size])
     for probe in parts.probes_of(cfg):
-        probe.check(model)
+        with naming(probe.label):
+            probe.check(model)
 
 
 PROMISES = {  # what a source says without reading its files, what that is, and whether a value can be it
@@ -110,27 +116,32 @@ def check_source(cfg: DictConfig, source: Any) -> None:
             raise UserError(f"{parts.target_of(cfg, 'data')}: has {has} {name}; {name} must be {meaning}")
 
 
-def check_results(cfg: DictConfig, source: Any) -> None:
-    """Raise :class:`UserError` if a foreign model or norm returns something that a run cannot use.
+def check_results(cfg: DictConfig, source: Any, training: Collection[int], evaluation: Collection[int]) -> None:
+    """Raise :class:`UserError` if a model or norm of the user's own fails, or returns what a run cannot use.
 
-    A batch of zeros passes the model in training and in evaluation mode: on torch's meta device, which costs nothing,
-    or on the CPU if the parts need numbers. Any other error that they raise is left to the run, which reports where it
-    arose.
+    Batches of these sizes pass the model in training and in evaluation mode: on torch's meta device, which costs
+    nothing, or on the run's device if the parts need numbers.
     """
     if not parts.is_foreign(cfg):
         return
-    for device in ("meta", "cpu"):
+    for device in (torch.device("meta"), parts.find_device(cfg.device)):
         try:
-            with torch.device(device), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with device, forked_rng(device):
                 model = parts.plain_model(cfg, source, watched_norm(cfg))
-                for is_training in (True, False):
-                    logits = model.train(is_training)(torch.zeros(cfg.batch_size, *source.in_shape))
-                    check_result(cfg, "model", logits, (cfg.batch_size, len(source.class_names)))
+                for is_training, size in [(True, size) for size in training] + [(False, size) for size in evaluation]:
+                    with torch.set_grad_enabled(is_training):
+                        logits = model.train(is_training)(torch.rand(size, *source.in_shape))
+                    check_result(cfg, "model", logits, (size, len(source.class_names)))
+                    if is_training and not logits.requires_grad:
+                        raise UserError(
+                            f"{parts.target_of(cfg, 'model')}: no weight has a part in what forward returns"
+                        )
             return
-        except UserError:
+        except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:
-            continue
+        except Exception as error:
+            failure, at = error, f" for {size} images in {'training' if is_training else 'evaluation'} mode"
+    raise PartFailed(culprit(failure, parts.own_parts(cfg)), failure, at) from failure
 
 
 def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
@@ -138,7 +149,8 @@ def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
     norm = parts.part(cfg, "norm")
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        check_result(cfg, "norm", output, (*args, *kwargs.values())[0].shape)
+        x = (*args, *kwargs.values())[0]
+        check_result(cfg, "norm", output, x.shape, x.dtype)
 
     def make(*args: Any, **kwargs: Any) -> nn.Module:
         module = parts.check_kind(parts.target_of(cfg, "norm"), norm(*args, **kwargs), nn.Module)
@@ -148,13 +160,16 @@ def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
     return make
 
 
-def check_result(cfg: DictConfig, group: str, result: Any, shape: Sequence[int]) -> None:
-    """Raise :class:`UserError` unless the result of the group's part is a tensor of floats of this shape."""
+def check_result(
+    cfg: DictConfig, group: str, result: Any, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> None:
+    """Raise :class:`UserError` unless the result of the group's part is a tensor of floats of this shape and type."""
     is_right = isinstance(result, torch.Tensor) and result.shape == tuple(shape) and result.is_floating_point()
-    if not is_right:
+    if not is_right or dtype not in (None, result.dtype):
         raise UserError(
             f"{parts.target_of(cfg, group)}: its forward returns {parts.describe_result(result)}; "
             f"return one floating-point tensor of shape {tuple(shape)}"
+            f"{'' if dtype is None else ', of the type of the input'}"
         )
 
 
@@ -167,18 +182,22 @@ def check_finite(group: str, node: DictConfig) -> None:
                 raise UserError(f"{group}.{key}={value}: a finite number is expected, and it has to be so in float32")
 
 
-def check_schedule(cfg: DictConfig) -> None:
-    """Raise :class:`UserError` for a schedule that makes the learning rate negative or not finite."""
-    schedule, total_steps = parts.part(cfg, "schedule"), cfg.steps or 100
-    for step in (0, total_steps // 2, total_steps - 1):
+def check_schedule(cfg: DictConfig, total_steps: int, steps: Sequence[int] = ()) -> None:
+    """Raise :class:`UserError` for a schedule that makes the learning rate negative or not finite.
+
+    ``steps`` are tried besides the first, the middle and the last.
+    """
+    schedule, target = parts.part(cfg, "schedule"), parts.target_of(cfg, "schedule")
+    for step in (0, total_steps // 2, *steps, total_steps - 1):
         try:
-            factor = parts.check_kind(parts.target_of(cfg, "schedule"), schedule(step, total_steps), int | float)
+            factor = parts.check_kind(target, schedule(step, total_steps), int | float, f"at step {step} it")
         except OverflowError:
             factor = math.inf
         if not 0 <= factor < math.inf:
             options = {k: v for k, v in cfg.schedule.items() if not k.startswith("_")}
+            given = target if parts.is_own(cfg.schedule) else f"schedule={options}"
             raise UserError(
-                f"schedule={options}: the learning rate would be multiplied by {factor:g} at step {step}; "
+                f"{given}: the learning rate would be multiplied by {factor:g} at step {step}; "
                 "give numbers that keep this factor at 0 or more"
             )
 
@@ -188,26 +207,45 @@ def check_last_batch(cfg: DictConfig, source: Any, num_images: int) -> None:
     last = num_images % cfg.batch_size
     if last and not cfg.drop_last:
         check_batch(cfg, source, parts.meta_model(cfg, source), last, num_images)
+        check_results(cfg, source, [last], [])
 
 
 def check_evaluation(cfg: DictConfig, source: Any, dataset: Dataset) -> None:
-    """Raise :class:`UserError` for a split of one image if a norm would take the variance of one value per channel."""
-    single = [name for name in ("valid", "test") if len(getattr(dataset, name)) == 1]
-    if not single:
+    """Raise :class:`UserError` if a split cannot be evaluated.
+
+    Its chunks must pass a model of the user's own, and it must not be one image if results depend on other images.
+    """
+    splits = {name: len(getattr(dataset, name)) for name in ("valid", "test") if len(getattr(dataset, name))}
+    if 1 not in splits.values() and not parts.is_foreign(cfg):
         return
-    model = parts.meta_model(cfg, source).eval()
-    if not any(contract_of(module).uses_batch_statistics() for module in model.modules()):
-        return
-    try:
-        model(torch.empty(1, *source.in_shape, device="meta"))
-    except ValueError as error:
-        is_off = cfg.norm.get("track_running_stats") is False
-        given = "norm.track_running_stats=false" if is_off else parts.target_of(cfg, "norm")
-        remedy = "norm.track_running_stats=true" if is_off else "another norm"
-        raise UserError(
-            f"{given}: evaluation on 1 {single[0]} image leaves a norm one value per channel ({error}); "
-            f"use more {single[0]} images, none, or {remedy}"
-        ) from error
+    model = parts.make_model(cfg, source).to(dataset.device)
+    mixes = mixes_images(cfg, model, dataset)
+    for name, num_images in splits.items():
+        if mixes and num_images == 1:
+            is_off = cfg.norm.get("track_running_stats") is False
+            group = "model" if parts.is_own(cfg.model) and not parts.is_own(cfg.norm) else "norm"
+            given = "norm.track_running_stats=false" if is_off else parts.target_of(cfg, group)
+            remedy = "norm.track_running_stats=true" if is_off else f"another {group}"
+            raise UserError(
+                f"{given}: evaluation on 1 {name} image has no other images, on which its result depends; "
+                f"use more {name} images, none, or {remedy}"
+            )
+        order = torch.arange(num_images)
+        chunks = equal_chunks(order) if mixes else order.split(EVALUATION_BATCH)
+        check_results(cfg, source, [], dict.fromkeys(map(len, chunks)))
+
+
+def mixes_images(cfg: DictConfig, model: nn.Module, dataset: Dataset) -> bool:
+    """Whether the result of an image in evaluation mode depends on other images.
+
+    A norm says so, or a trial shows it, which only parts of the user's own need.
+    """
+    model.eval()
+    is_said = uses_batch_statistics(model)
+    model.train()
+    if is_said or not parts.is_foreign(cfg):
+        return is_said
+    return depends_on_company(model, dataset.prepare(evenly_spaced(dataset.train, TRIED).images))
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_images: int | None = None) -> None:
@@ -227,7 +265,7 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_i
             raise UserError(unsplit(cfg, contract.virtual_batch, size, num_images, error)) from None
     others = [norm for norm in contracts if norm.normalizes and not norm.implements_batch_norm]
     is_foreign = parts.is_foreign(cfg)
-    if size > 1 and not others and not (is_foreign and size < cfg.batch_size):
+    if size > 1 and not others:
         return
     images = torch.empty(size, *source.in_shape, device="meta")
     if others and not is_foreign:
@@ -247,6 +285,9 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_i
             f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, which has no "
             f"variance; use {way_to_more(cfg, num_images)} ({error})"
         ) from error
+    except Exception:
+        if not is_foreign:
+            raise  # of the user's own parts, check_results finds what is wrong
 
 
 def way_to_more(cfg: DictConfig, num_images: int | None) -> str:

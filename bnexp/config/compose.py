@@ -5,26 +5,32 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra._internal.core_plugins.file_config_source import FileConfigSource as FileSource
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import configure_log
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bnexp.config.choices import GROUPS, SHELVES, conf_dir, entries
-from bnexp.config.explain import check_words, explained, parse_words, quoted
+from bnexp.config.choices import GROUPS, SHELVES, choices, conf_dir, entries
+from bnexp.config.explain import check_hydra, check_words, explained, parse_words, quoted
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
-from bnexp.store.settings import numbers, short_name
+from bnexp.store.settings import flatten, numbers, short_name
+from bnexp.store.untrusted import keep_texts
 
+ORDERS = ("product", "zip")  # of sweep_order
 ConfigStore.instance().store(name="schema", node=Train)
 
 
@@ -58,14 +64,37 @@ def session(source: Source = Source()) -> Iterator[None]:  # noqa: B008 (frozen)
         _source = Source()
 
 
+class FileConfigSource(FileSource):
+    """Hydra's reader of yaml files; text settings in files of the user's own get the text that was typed.
+
+    Hydra takes the first reader that has registered under a name.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(config_path)
+        if Path(self.path) == conf_dir():
+            return result
+        group = config_path.rpartition("/")[0].replace("/", ".")
+        package = (result.header.get("package") or "_group_").replace("_group_", group).replace("_global_", "")
+        content = OmegaConf.to_container(result.config)
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        keep_texts(content, path.read_bytes(), takes_text, package)
+        result.config = OmegaConf.create(content)
+        return result
+
+
+SourcesRegistry.instance().register(FileConfigSource)
+
+
 def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
     """The config of these overrides, with interpolations resolved; ``logs=True`` starts Hydra's logging."""
     with session():
-        check_words(words, _source.folder)
-        check_taken_out(words)
+        known = partial(chosen_settings, words)
+        check_words(words, _source.folder, known)
         words = quote_texts(words)
-        with explained(words):
+        with explained(words, known):
             cfg = composed_with_hydra(words, RunMode.RUN)
+            check_hydra("hydra", OmegaConf.to_container(cfg.hydra))
             HydraConfig.instance().set_config(cfg)
             if logs:
                 configure_log(cfg.hydra.job_logging, cfg.hydra.verbose)
@@ -74,15 +103,17 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
             OmegaConf.resolve(cfg)
     if cfg.get("out"):
         cfg.out = str(home_path(cfg.out, "out="))
+    if (order := cfg.get("sweep_order", ORDERS[0])) not in ORDERS:
+        raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
     return cfg
 
 
-def check_taken_out(words: Sequence[str]) -> None:
-    """Raise :class:`UserError` for ``~seed`` and the like."""
-    for each in parse_words(words):
-        key = each.key_or_group
-        if each.is_delete() and key in SETTINGS and key not in SHELVES:
-            raise UserError(f"~{key}: a setting of every run, which cannot be taken out; leave ~{key} out")
+def chosen_settings(words: Sequence[str]) -> list[str]:
+    """The dotted keys of the config that the entries chosen in ``words`` make."""
+    groups = [each.input_line for each in parse_words(words) if choices(each.key_or_group, _source.folder)]
+    with explained(groups):
+        cfg = OmegaConf.to_container(composed_with_hydra(groups, RunMode.RUN))
+    return [*SETTINGS, *flatten({group: cfg[group] for group in SHELVES})]
 
 
 def composed_with_hydra(words: Sequence[str], mode: RunMode) -> DictConfig:
@@ -125,10 +156,13 @@ def takes_text(key: str) -> bool:
     group, _, option = key.partition(".")
     if not option:
         return is_text(get_type_hints(Train).get(group, Any))
-    found = [options for options in entries(group, _source.folder).values() if option in options]
-    if any(isinstance(options[option], str) for options in found):
-        return not any(isinstance(options[option], bool | int | float) for options in found)
-    return any(options[option] is None and is_text(_type_of(options, option)) for options in found)
+    for folder in (None, _source.folder):  # a user's own entry says nothing about an option of bnexp's
+        found = [options for options in entries(group, folder).values() if option in options]
+        if found and folder is None and any(isinstance(options[option], bool | int | float) for options in found):
+            return False
+        if found:
+            return any(isinstance(each[option], str) or is_text(_type_of(each, option)) for each in found)
+    return False
 
 
 def _type_of(options: dict[str, Any], option: str) -> Any:
@@ -138,7 +172,7 @@ def _type_of(options: dict[str, Any], option: str) -> Any:
     try:
         with quick_imports():  # the first that needs torch
             target = get_object(options["_target_"])
-        return get_type_hints(target.__init__).get(option, Any)
+        return get_type_hints(target.__init__ if isinstance(target, type) else target).get(option, Any)
     except Exception:  # a target that is not bnexp's; it is checked later
         return Any
 

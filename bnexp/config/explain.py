@@ -1,20 +1,28 @@
 """Checks the overrides of a command line before Hydra reads them, so that every error names the word and a remedy."""
 
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from bnexp.config.choices import SHELVES, choices, defaults, entries
+from bnexp.config.choices import GROUPS, SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
 from bnexp.errors import UserError, nearest
 
@@ -22,7 +30,19 @@ PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
 # Hydra's settings of what bnexp does itself; each ends with a dot, so that none is the beginning of another.
 FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir.", "hydra.job.chdir.", "hydra/output.")
 JOBS = ("hydra.sweeper.", "hydra/sweeper.", "hydra.mode.")
-HARMLESS = {"hydra/sweeper": ("basic",), "hydra.job.chdir": (False,)}
+NOW = "${now:%Y-%m-%d}/${now:%H-%M-%S}"
+USUAL = {  # what conf/train.yaml and Hydra itself set
+    "hydra.run.dir": (".", f"outputs/{NOW}"),
+    "hydra.output_subdir": (None, ".hydra"),
+    "hydra.sweep.dir": (f"multirun/{NOW}",),
+    "hydra.sweep.subdir": ("${hydra.job.num}",),
+    "hydra.job.chdir": (None, False),
+    "hydra.mode": (None,),
+    "hydra/sweeper": ("basic",),
+    "hydra.sweeper._target_": ("hydra._internal.core_plugins.basic_sweeper.BasicSweeper",),
+    "hydra.sweeper.max_batch_size": (None,),
+    "hydra.sweeper.params": (None,),
+}
 
 
 def parse_words(words: Sequence[str], config_loader: object = None) -> list[Override]:
@@ -30,9 +50,11 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
     parser = OverridesParser.create(config_loader)
     parsed = []
     for word in words:
-        key, _, value = word.partition("=")
-        try:  # Hydra reads no ~, with which the home folder begins
-            parsed += parser.parse_overrides([f"{key}={quoted(value)}" if value.startswith("~") else word])
+        key, equals, value = word.partition("=")
+        if value.startswith("~"):  # Hydra reads no ~, with which the home folder begins
+            value = ",".join(quoted(each) if each.startswith("~") else each for each in value.split(","))
+        try:
+            parsed += parser.parse_overrides([key + equals + value])
         except Exception as error:  # Hydra's own types and, for numbers of many digits, others
             raise UserError(unreadable(word)) from error
     return parsed
@@ -91,20 +113,19 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\'", "\\\\\\'").replace("'", "\\'") + "'"
 
 
-def check_words(words: Sequence[str], folder: Path | None = None) -> None:
-    """Raise :class:`UserError` for settings, entries and values that do not exist.
+def check_words(words: Sequence[str], folder: Path | None = None, known: Callable[[], Collection[str]] = tuple) -> None:
+    """Raise :class:`UserError` for run-level settings, entries and values that do not exist.
 
-    ``folder`` holds the user's own entries. The value of an entry's option is checked later, in the composed config.
+    ``folder`` holds the user's own entries, ``known`` returns the dotted keys of the chosen entries. Options of entries
+    are checked later, in the composed config.
     """
-    parsed = parse_words(words)
-    chosen = defaults() | {each.key_or_group: each.value() for each in parsed if not each.is_sweep_override()}
-    for override in parsed:
+    for override in parse_words(words):
         key = override.key_or_group
         if not key:
             raise UserError(unreadable(override.input_line))
-        if key.startswith("hydra"):
+        if is_hydras(key):
             is_many = override.is_sweep_override()
-            check_hydra(key, None if is_many or override.is_delete() else override.value(), override.input_line)
+            check_hydra(key, ... if is_many or override.is_delete() else override.value(), override.input_line)
             if is_many:
                 raise UserError(f"{override.input_line}: holds for a sweep as a whole; give one value")
         elif override.is_sweep_override():
@@ -115,22 +136,22 @@ def check_words(words: Sequence[str], folder: Path | None = None) -> None:
         elif key in SHELVES or (folder is not None and choices(key, folder)):
             check_choice(override, folder)
         elif "." not in key:
-            check_setting(override)
-        elif override.type is OverrideType.CHANGE:
-            check_option(key, chosen, folder)
+            check_setting(override, known)
 
 
-def check_hydra(key: str, value: Any, given: str = "", usual: Mapping[str, Any] = HARMLESS) -> None:
-    """Raise :class:`UserError` for a setting of Hydra's, or one inside it, of what bnexp does itself.
+def is_hydras(key: str) -> bool:
+    """Whether the key, written without ``+`` or ``~``, is a setting or a group of Hydra's own."""
+    return re.split("[./@]", key)[0] == "hydra"
 
-    ``usual`` holds the values that change nothing.
-    """
+
+def check_hydra(key: str, value: Any, given: str = "") -> None:
+    """Raise :class:`UserError` for a setting of Hydra's, or one inside it, of what bnexp does itself."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
-            check_hydra(f"{key}.{name}", inner, given, usual)
+            check_hydra(f"{key}.{name}", inner, given)
         return
     given, place = given or f"{key}={value}", f"{key}."
-    if value in usual.get(key, ()):
+    if value in USUAL.get(key, ()):
         return
     elif place.startswith(JOBS):
         raise UserError(f"{given}: bnexp makes the jobs of a sweep itself; leave it out")
@@ -156,15 +177,16 @@ def check_choice(override: Override, folder: Path | None) -> None:
             raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}; {remedy}")
 
 
-def check_setting(override: Override) -> None:
+def check_setting(override: Override, known: Callable[[], Collection[str]]) -> None:
     """Raise :class:`UserError` for a run-level setting that does not exist, or a value of another type."""
     key = override.key_or_group
     if key not in SETTINGS:
         if key == "study":
             raise UserError("study: not a setting but a command: bnexp study NAME")
-        raise no_such_setting(key)
-    if not override.is_delete():
-        check_value(key, override.value(), override.input_line.lstrip("+"))
+        raise no_such_setting(key, known())
+    if override.is_delete():
+        raise UserError(f"~{key}: a setting of every run, which cannot be taken out; leave ~{key} out")
+    check_value(key, override.value(), override.input_line.lstrip("+"))
 
 
 def check_value(key: str, value: Any, given: str) -> None:
@@ -185,43 +207,47 @@ def _empty_config() -> Any:
     return OmegaConf.structured(Train)
 
 
-def check_option(key: str, chosen: dict[str, Any], folder: Path | None) -> None:
-    """Raise :class:`UserError` for an option that the chosen entry of its group does not have."""
-    group, *path = key.split(".")
-    known = entries(group, folder) if group in SHELVES else {}
-    if group == "probe":
-        known, path = {path[0]: known.get(path[0], {})}, path[1:]
-    elif chosen.get(group) in known:
-        known = {chosen[group]: known[chosen[group]]}
-    if not path or not any(path[0] in options for options in known.values()):
-        raise no_such_setting(key)
+def no_such_setting(key: str, known: Collection[str] = ()) -> UserError:
+    """The error for a setting that does not exist; ``known`` are the dotted keys of the chosen entries."""
+    group, _, option = key.partition(".")
+    own = [each.removeprefix(f"{group}.") for each in known if each.startswith(f"{group}.") and "._" not in each]
+    name, probes = option.partition(".")[0], choices("probe")
+    if group == "probe" and name not in probes:
+        return UserError(f"{key}: there is no such probe{nearest(name, probes)}; choose among {', '.join(probes)}")
+    if group == "probe" and f"probe.{name}._target_" not in known:
+        return UserError(f"{key}: the probe {name} is not chosen; choose it by probe=[{name}]")
+    if not known or group not in GROUPS or not option:
+        return UserError(
+            f"{key}: there is no such setting{nearest_setting(key, known)}; bnexp train --help lists them all"
+        )
+    others = [entry for entry, options in entries(group).items() if option in options]
+    where = f" in the chosen entries, it belongs to {group}={', '.join(others)}"
+    where = where if others else nearest(option, own, lambda name: f"{group}.{name}")
+    return UserError(f"{key}: there is no such setting{where}; the chosen {group} has {', '.join(own) or 'no options'}")
 
 
-def no_such_setting(key: str) -> UserError:
-    """The error for a setting that does not exist."""
-    return UserError(f"{key}: there is no such setting{nearest_setting(key)}; bnexp train --help lists them all")
-
-
-def nearest_setting(key: str) -> str:
-    """`` (did you mean X?)``, with the setting whose last part is ``key`` or one that looks like it."""
-    known, others = [*SETTINGS], []
-    for group in SHELVES:
-        for name, options in entries(group).items():
-            place = f"{group}.{name}" if group == "probe" else group
-            known_here = known if defaults().get(group) == name else others
-            known_here += [f"{place}.{option}" for option in options if option[:1] != "_"]
-    known += others  # the options of entries that are chosen by default come first
+def nearest_setting(key: str, known: Collection[str] = ()) -> str:
+    """`` (did you mean X?)``, with the known setting that ends in ``key``, begins like it, or looks like it."""
+    usual = (f"{group}.{option}" for group, name in defaults().items() for option in entries(group)[name])
+    known = [each for each in known or [*SETTINGS, *usual] if "._" not in each]
+    last = key.rpartition(".")[2]
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
-    if key in known:
-        return " in the chosen entries"
-    if key in ends:
-        return f" (did you mean {ends[key]}?)"
-    return nearest(key, known) or nearest(key.rpartition(".")[2], ends, ends.__getitem__)
+    alike = [each for each in known if each.startswith(key) or re.fullmatch(f"{re.escape(each)}[a-z]+", key)]
+    if last in ends or alike:
+        return f" (did you mean {ends.get(last) or alike[0]}?)"
+    for group in GROUPS:
+        for entry, options in entries(group).items():
+            if last in options:
+                return f" (did you mean {group}.{last}, with {group}={entry}?)"
+    return nearest(key, known) or nearest(last, ends, ends.__getitem__)
 
 
 @contextmanager
-def explained(words: Sequence[str]) -> Iterator[None]:
-    """Turn the errors of Hydra and OmegaConf into :class:`UserError` that names the ``words``."""
+def explained(words: Sequence[str], known: Callable[[], Collection[str]] = tuple) -> Iterator[None]:
+    """Turn the errors of Hydra and OmegaConf into :class:`UserError` that names the ``words``.
+
+    ``known`` returns the dotted keys of the chosen entries.
+    """
     try:
         yield
     except UserError:
@@ -233,11 +259,17 @@ def explained(words: Sequence[str]) -> Iterator[None]:
         group = group or "config"
         raise UserError(f"{group}={name}: there is no such {group}{nearest(name, known)}{choice}") from error
     except Exception as error:  # their own types and many others
-        cause = error.__cause__ or error
-        key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
-        if key and "not in struct" in str(error):
-            raise UserError(f"{key}: there is no such setting{nearest_setting(key)}; write +{key}=...") from error
+        causes = (error.__cause__, error, error.__context__)
+        cause = next((each for each in causes if isinstance(each, OmegaConfBaseException)), error.__cause__ or error)
+        key = getattr(cause, "full_key", None)
+        given, text = " ".join(words) or "the settings", str(cause).partition("\n")[0] or type(error).__name__
+        unknown = re.match(r"Could not (?:override|delete from config\.) '(\S+)'(?!.*default)", str(error), re.DOTALL)
+        if unknown or (key and "not in struct" in str(error)):
+            raise no_such_setting(unknown[1] if unknown else key, known()) from error
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            raise UserError(f"{given}: {key}: there is no such setting{nearest_setting(key)}; take it out") from error
+        if isinstance(cause, MissingMandatoryValue):
+            raise UserError(f"{given}: {key}: has to be given, it has no default") from error
         if isinstance(cause, GrammarParseError | InterpolationResolutionError):
-            words = [word for word in words if "${" in word] or words
-        given, text = " ".join(words) or "the settings", " ".join(str(error).split())
-        raise UserError(f"cannot use {given}: {text or type(error).__name__}") from error
+            given = " ".join(word for word in words if "${" in word) or given
+        raise UserError(f"cannot use {given}: {f'{key}: ' if key else ''}{text}") from error

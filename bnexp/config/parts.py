@@ -1,5 +1,7 @@
 """Makes the parts that a config names: model, norm, source of data, optimizer, probes, device."""
 
+import copy
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection
@@ -9,13 +11,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from bnexp.config.choices import GROUPS
 from bnexp.config.targets import DECAYS, check_options, find_target
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer, without_compiler
+from bnexp.probes.layers import smallest_batch
 from bnexp.store.settings import as_typed
+from bnexp.train.own import PartFailed, naming
 from bnexp.train.probe import Probe
 
 
@@ -26,8 +32,10 @@ def probes_of(cfg: DictConfig) -> list[Probe]:
     probes = []
     for name, node in cfg.probe.items():
         check_options("probe", node, cfg.allow, label=f"probe.{name}")
-        probe = filled_in("probe", node, cfg.allow)()
-        probes.append(check_kind(f"probe.{name}._target_={node._target_}", probe, Probe))
+        label = f"probe.{name}._target_={node._target_}"
+        probe = check_kind(label, filled_in("probe", node, cfg.allow, label=label)(), Probe)
+        probe.label = label if is_own(node) else ""
+        probes.append(probe)
     return probes
 
 
@@ -68,25 +76,52 @@ def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable
 
 
 def filled_in(
-    group: str, node: DictConfig, allow: Collection[str], without: Collection[str] = ()
+    group: str, node: DictConfig, allow: Collection[str], without: Collection[str] = (), label: str = ""
 ) -> Callable[..., Any]:
-    """:func:`part` for the entry ``node`` of a group."""
+    """:func:`part` for the entry ``node`` of a group; ``label`` names it in errors."""
     options = OmegaConf.to_container(node, resolve=True)
     target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
+    if is_own(node):
+        target = naming(label or f"{group}._target_={node._target_}")(target)
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
 
+def is_own(node: DictConfig) -> bool:
+    """Whether the entry ``node`` names a part of a package that the user trusts by ``allow=[...]``."""
+    return not node._target_.startswith(("bnexp.", "torch.", "torchvision."))
+
+
+def own_parts(cfg: DictConfig) -> dict[str, str]:
+    """The user's own parts but probes: the name of the code by the label, ``model._target_=mypackage.Net``."""
+    found = {target_of(cfg, group): part(cfg, group).func for group in GROUPS if is_own(cfg[group])}
+    return {label: f"{target.__module__}.{target.__qualname__}" for label, target in found.items()}
+
+
 def is_foreign(cfg: DictConfig) -> bool:
-    """Whether the model or the norm comes from a package that the user trusts by ``allow=[...]``."""
-    known = ("bnexp.", "torch.", "torchvision.")
-    return not (cfg.model._target_.startswith(known) and cfg.norm._target_.startswith(known))
+    """Whether the model or the norm is a part of the user's own."""
+    return is_own(cfg.model) or is_own(cfg.norm)
 
 
 def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | None = None) -> nn.Module:
     """The model for images like the source's, with the weights that its layers give themselves."""
     model = part(cfg, "model")(source.in_shape, len(source.class_names), norm or part(cfg, "norm"))
-    return check_kind(target_of(cfg, "model"), model, nn.Module)
+    check_kind(target_of(cfg, "model"), model, nn.Module)
+    if not is_foreign(cfg):
+        return model
+    if find_lazy(model):
+        with naming(", ".join(own_parts(cfg))), torch.no_grad():
+            model.eval()(torch.zeros(smallest_batch(model), *source.in_shape))
+        model.train()
+    if lazy := find_lazy(model):
+        raise UserError(f"{', '.join(own_parts(cfg))}: {lazy} gets no shape in a forward pass; give it one")
+    return copy.deepcopy(model)  # or two runs would train a module that a part keeps
+
+
+def find_lazy(model: nn.Module) -> str | None:
+    """The name of a parameter or buffer that gets its shape in the first forward pass, if there is one."""
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return next((name for name, tensor in tensors if is_lazy(tensor)), None)
 
 
 def target_of(cfg: DictConfig, group: str) -> str:
@@ -114,6 +149,8 @@ def make_model(cfg: DictConfig, source: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)  # for layers that ``initialize`` does not know
         model = plain_model(cfg, source)
+    if any(p.is_meta for p in model.parameters()):
+        raise UserError(f"{', '.join(own_parts(cfg))}: keeps a module for the next model; make every module anew")
     initialize(model, torch.Generator().manual_seed(cfg.seed))
     return model
 
@@ -136,6 +173,8 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     def make(groups: list[dict]) -> Optimizer:
         try:
             made = without_compiler(optimizer.func)(groups, **options)
+        except PartFailed:
+            raise
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             numbers = {key: value for key, value in options.items() if type(value) in (int, float, tuple)}
             given = ", ".join(f"optimizer.{key}={as_typed(value)}" for key, value in numbers.items()) or "optimizer"

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from bnexp.config import build, parts
 from bnexp.config.advice import advice
 from bnexp.config.compose import group_name, hparams
+from bnexp.config.stored import remember_place
 from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError, first_line
 from bnexp.store import checkpoint
@@ -69,8 +70,10 @@ def open_job(
     cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
 ) -> tuple[Run, Recorder]:
     """The run of a job, at its last checkpoint if there is one, and its recorder. The caller holds the job's lock."""
-    write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    is_new = write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     run = build.build(cfg, datasets)
+    if not is_new:
+        remember_place(Path(cfg.out), cfg)
     advise(cfg, run)
     return run, open_recorder(cfg, run, overrides, Path(cfg.out))
 

@@ -9,13 +9,16 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES
-from bnexp.config.compose import composed, plain_value
-from bnexp.config.explain import check_value, explained, nearest_setting, parse_words
+from bnexp.config.compose import composed, plain_value, takes_text
+from bnexp.config.explain import check_value, explained, is_hydras, nearest_setting, parse_words
 from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
+from bnexp.store.files import replacing
 from bnexp.store.run_folder import CONFIG, load_status
 from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides
 from bnexp.store.untrusted import read_yaml
+
+PLACES = [key for key in DECIDES if decides(key) & PLACE]
 
 
 def stored_config(folder: Path) -> DictConfig:
@@ -25,7 +28,7 @@ def stored_config(folder: Path) -> DictConfig:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of a run")
     try:
-        stored = read_yaml(folder / CONFIG)
+        stored = read_yaml(folder / CONFIG, takes_text)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
     kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}
@@ -40,19 +43,34 @@ def stored_config(folder: Path) -> DictConfig:
 
 def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
     """The stored config with other settings of the place (data.root, device, threads, ...) or another ``allow``."""
-    parsed = parse_words(words)
-    changes = {each.key_or_group: plain_value(each) for each in parsed}
-    able = [key for key in DECIDES if decides(key) & PLACE or key == "allow"]
-    if odd := [each.input_line for each in parsed if each.key_or_group not in able]:
+    able, flags = [*PLACES, "allow"], [word for word in words if word.startswith("-")]
+    parsed = [] if flags else parse_words(words)
+    if odd := flags or [each.input_line for each in parsed if each.key_or_group not in able or each.is_delete()]:
         raise UserError(
-            f"{odd[0]}: {command} keeps the settings of the run and takes only {', '.join(able)}; "
+            f"{odd[0]}: {command} keeps the settings of the run and takes only {', '.join(able)}, each as name=value; "
             "bnexp rerun trains with other settings, in a new folder"
         )
     cfg = stored_config(folder)
-    for key, value in changes.items():
+    for each in parsed:
+        key, value = each.key_or_group, plain_value(each)
+        if "${" in str(value):
+            raise UserError(f"{each.input_line}: ${{...}} is not looked up by {command}; write the value itself")
+        if key in SETTINGS:
+            check_value(key, value, each.input_line)
         with explained(words):
-            OmegaConf.update(cfg, key, value)
+            OmegaConf.update(cfg, key, value, merge=False)
     return cfg
+
+
+def remember_place(folder: Path, cfg: DictConfig) -> None:
+    """Write the settings of the place in ``cfg`` that differ from those in the run's folder into its config.yaml."""
+    here, there = ({key: OmegaConf.select(each, key) for key in PLACES} for each in (cfg, stored_config(folder)))
+    if changes := {key: value for key, value in here.items() if value != there[key]}:
+        stored = OmegaConf.create(read_yaml(folder / CONFIG))
+        for key, value in changes.items():
+            OmegaConf.update(stored, key, value)
+        with replacing(folder / CONFIG) as file:
+            file.write(OmegaConf.to_yaml(stored).encode())
 
 
 def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[str]]:
@@ -130,7 +148,7 @@ def stored_words(folder: Path) -> list[str]:
         return []
     return [
         each.input_line for each in parsed
-        if not decides(each.key_or_group) & COMMAND and not each.key_or_group.startswith("hydra") and _is_harmless(each)
+        if not decides(each.key_or_group) & COMMAND and not is_hydras(each.key_or_group) and _is_harmless(each)
     ]  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 
 from bnexp.config.choices import choices, conf_dir
-from bnexp.config.explain import explained, parse_words
-from bnexp.config.schema import fits
+from bnexp.config.compose import takes_text
+from bnexp.config.explain import explained, is_hydras, parse_words
+from bnexp.config.schema import fits, is_text
 from bnexp.errors import UserError, home_path, nearest
 from bnexp.report.expectations import Expectation
 from bnexp.store.settings import PERSON, decides
@@ -68,7 +69,7 @@ def load(name: str) -> Study:
     """The study of this name in ``conf/study``, or in the user's own file if ``name`` ends with .yaml or .yml."""
     path = home_path(name, "study ") if name.endswith((".yaml", ".yml")) else conf_dir() / "study" / f"{name}.yaml"
     try:
-        content = read_yaml(path)
+        content = read_yaml(path, takes_text_in_study)
     except FileNotFoundError:
         known = choices("study")
         near = nearest(name, known)
@@ -81,6 +82,14 @@ def load(name: str) -> Study:
         for form in study.forms.values():
             check_study_words(form)
     return study
+
+
+def takes_text_in_study(key: str) -> bool:
+    """Whether a field of a study, or a setting in its ``sweep`` or ``only``, is text."""
+    field, _, inner = re.sub(r"^forms\.[^.]*\.", "", key).partition(".")
+    if field == "sweep" or inner.startswith("only."):
+        return takes_text(inner.removeprefix("only."))
+    return is_text(get_type_hints(Expectation if field == "expect" else Study).get(inner or field))
 
 
 def check_study_words(study: Study | Form) -> None:
@@ -97,7 +106,7 @@ def check_study_words(study: Study | Form) -> None:
         raise UserError(f"{odd[0]}: not a setting; write it as text, name=value")
     for override in parse_words(words):
         key = override.key_or_group
-        if decides(key) & PERSON or key.startswith("hydra"):
+        if decides(key) & PERSON or is_hydras(key):
             raise UserError(f"{override.input_line}: not allowed in a study; give it on the command line")
 
 

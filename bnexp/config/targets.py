@@ -4,8 +4,9 @@ A run's folder can come from a stranger. A config therefore reaches bnexp's own 
 torch, torchvision's models, and packages that the person at the keyboard names with ``allow=[...]``.
 """
 
-import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
+from bnexp.config.choices import choices
 from bnexp.config.schema import fits, in_words
 from bnexp.errors import UserError
 from bnexp.store.settings import as_typed
@@ -28,6 +30,17 @@ CALLS = {  # the arguments that a target is called with, besides its options; th
     "model": ((0, 0, 0), {}), "norm": ((0,), {"activation": 0}), "data": ((), {}), "optimizer": ((0,), {}),
     "schedule": ((0, 0), {}), "engine": ((0,), {}), "probe": ((), {}),
 }  # fmt: skip
+
+
+def check_allow(allow: Collection[str]) -> None:
+    """Raise :class:`UserError` for a name in ``allow=[...]`` that is no package here; imports none."""
+    for name in allow:
+        try:
+            is_here = name.isidentifier() and (name in sys.modules or importlib.util.find_spec(name) is not None)
+        except (ImportError, ValueError):
+            is_here = False
+        if not is_here:
+            raise UserError(f"allow=[{name}]: there is no package {name} here; install it, or leave it out")
 
 
 def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
@@ -64,8 +77,9 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     ``label`` is the entry's key if it is not the group's name.
     """
     label = label or group
+    choice = f"; choose probes by probe=[NAME], among {', '.join(choices(group))}" if group == "probe" else ""
     if not isinstance(node, DictConfig) or "_target_" not in node.keys():  # noqa: SIM118 (in hides what is missing)
-        raise UserError(f"{label}={node}: an entry of the group is expected, which has a _target_")
+        raise UserError(f"{label}={node}: an entry of the group is expected, which has a _target_{choice}")
     if missing := OmegaConf.missing_keys(node):
         raise UserError(f"{label}.{sorted(missing)[0].rpartition('.')[2]}: has to be given, it has no default")
     options = OmegaConf.to_container(node, resolve=True)
@@ -85,6 +99,11 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
         hint = float if is_decay else hints.get(key, Any)
         if not fits(value, hint):
+            if isinstance(value, dict) and value:
+                key = f"{label}.{key}"
+                raise UserError(
+                    f"{key}.{next(iter(value))}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
+                )
             raise UserError(f"{label}.{key}={as_typed(value)}: {in_words(hint)} is expected")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}

@@ -44,7 +44,7 @@ class Batches:
     ):
         num_images = len(dataset.train)
         if type(batch_size) is not int or batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: not a number of images; give 1 or more")
+            raise UserError(f"batch_size={batch_size}: not a whole number of images; give 1 or more")
         if drop_last and batch_size > num_images:
             raise UserError(
                 f"batch_size={batch_size}: only {num_images} training images, which makes no full batch; "

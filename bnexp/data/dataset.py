@@ -155,7 +155,7 @@ class Options:
                     f"give a fraction below 1 (data.{split}=0.1), a count (data.{split}=5000) or 0 for none"
                 )
         if self.limit is not None and not (type(self.limit) is int and self.limit > 0):
-            raise UserError(f"data.limit={self.limit}: not a number of images; give 1 or more, null for all")
+            raise UserError(f"data.limit={self.limit}: not a whole number of images; give 1 or more, null for all")
         if self.augment not in AUGMENTATIONS:
             choices = ", ".join(AUGMENTATIONS)
             raise UserError(f"data.augment={self.augment}: not known; choose one of {choices}")
@@ -168,7 +168,7 @@ def check_size(size: int | None, default: int) -> int:
     if size is None:
         return default
     if type(size) is not int or size < 1:
-        raise UserError(f"data.size={size}: not a number of pixels; give 1 or more, {default} for example")
+        raise UserError(f"data.size={size}: not a whole number of pixels; give 1 or more, {default} for example")
     return size
 
 

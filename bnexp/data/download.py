@@ -28,10 +28,11 @@ def download(source, missing: list[str], looked_for: str) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)  # torchvision sets none
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=".download-") as scratch:
+        there = next(each for each in (root, *root.absolute().parents) if each.exists())
+        with TemporaryDirectory(dir=there, prefix=".download-") as scratch:
             print(f"data={source.name}: downloading into {folder}", file=sys.stderr, flush=True)
             source.fetch(Path(scratch))
+            folder.mkdir(parents=True, exist_ok=True)
             for name in missing:
                 os.replace(scratch / folder.relative_to(root) / name, folder / name)
     except DOWNLOAD_ERRORS as error:

@@ -16,7 +16,7 @@ import torch
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
 from bnexp.data.pictures import has_colour, no_bombs, read_picture
 from bnexp.errors import UserError
-from bnexp.store.untrusted import printable
+from bnexp.store.untrusted import check_name, printable
 
 LAYOUT = "one folder per class is expected, as in train/cat/1.jpg and train/dog/2.jpg, or cat/1.jpg and dog/2.jpg"
 SPLIT_NAMES = {
@@ -70,9 +70,8 @@ class Folder:
             test = 0.1 if self._is_flat else 0
         self.options = Options(valid, limit, augment, normalize, test)
         self.class_names = tuple(dict.fromkeys(map(_class_name, _folders_in(self._folders["train"]))))
-        if odd := [name for name in self.class_names if printable(name) != name]:
-            where = self._folders["train"] / printable(odd[0])
-            raise UserError(f"{where}: control characters in the name of a class; rename it")
+        for name in self.class_names:
+            check_name(self._folders["train"] / name)
         if len(self.class_names) < 2:
             raise UserError(f"{self._folders['train']}: holds fewer than two class folders; {LAYOUT}")
         self._files = {split: self._scan(folder) for split, folder in self._folders.items()}

@@ -3,6 +3,7 @@
 An engine that needs a certain device, or that can compute many runs as one, states it by :func:`with_traits`.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,4 +41,4 @@ def with_traits(**traits: Callable) -> Callable[[Function], Function]:
 
 def traits_of(engine: Callable) -> Traits:
     """The traits of ``engine``, the function itself."""
-    return TRAITS.get(engine, Traits())
+    return TRAITS.get(inspect.unwrap(engine), Traits())

@@ -1,11 +1,18 @@
 """The compile engine: forward, loss and backward by code that torch.compile makes for the model."""
 
+import ctypes
 import logging
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from types import FunctionType, MethodType
 
@@ -16,26 +23,45 @@ from bnexp.errors import UserError
 from bnexp.train.run import Run
 
 MOST_MODELS = 2**20  # the most models for which a process compiles code that they share; torch's own limit is 8
+for name in ("torch.utils.cpp_extension", "torch._dynamo"):  # they log a missing CUDA and graph breaks
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise :class:`UserError` without the compiler that torch.compile calls: C++ for a CPU, C for a GPU."""
-    if device.type == "cuda":  # Triton looks for it in this way
-        needed, variable, usual = "a C compiler", "CC", "gcc"
-        is_there = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    else:
-        from torch._inductor import cpp_builder, exc
-
-        needed, variable, usual = "a C++ compiler", "CXX", "g++"
-        try:
-            is_there = cpp_builder.get_cpp_compiler()
-        except exc.InvalidCxxCompiler:
-            is_there = None
-    if not is_there:
+    """Raise :class:`UserError` unless the compiler that torch.compile calls works: C++ for a CPU, C for a GPU."""
+    language, variable, usual = ("C", "CC", "gcc") if device.type == "cuda" else ("C++", "CXX", "g++")
+    try:
+        compile_line(language)
+    except Exception as error:  # of the system, of torch or of the compiler
+        said = str(error).partition(" in torch._inductor")[0]
+        if isinstance(error, subprocess.CalledProcessError):
+            said = error.stderr.strip().partition("\n")[0] or f"exit code {error.returncode}"
+        given = f"{variable}={os.environ[variable]}" if variable in os.environ else usual
         raise UserError(
-            f"engine=compile: torch.compile needs {needed} and finds none here; install {usual}, name another by the "
-            f"environment variable {variable}, or use engine=eager"
-        )
+            f"engine=compile: torch.compile needs a {language} compiler, and {given} makes nothing that runs "
+            f"({said[:200]}); install {usual}, name a compiler by the environment variable {variable} and a folder for "
+            "its files by TORCHINDUCTOR_CACHE_DIR, or use engine=eager"
+        ) from error
+
+
+@cache
+def compile_line(language: str) -> None:
+    """Compile a small file as torch.compile compiles the code of a model, and load the library."""
+    from torch._inductor import cpp_builder
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    with TemporaryDirectory(dir=cache_dir()) as folder:
+        source, library = f"{folder}/line.{'cpp' if language == 'C++' else 'c'}", f"{folder}/line.so"
+        Path(source).write_text("#include <Python.h>\nint line;\n")
+        if language == "C++":
+            builder = cpp_builder.CppBuilder("line", source, cpp_builder.CppTorchOptions(), folder)
+            command = shlex.split(builder.get_command_line())
+        else:  # as Triton does
+            compiler = os.environ.get("CC", shutil.which("gcc") or shutil.which("clang") or "gcc")
+            include = f"-I{sysconfig.get_path('include')}"
+            command = [compiler, source, "-shared", "-fPIC", include, "-o", library]
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=True)
+        ctypes.CDLL(library)
 
 
 @with_traits(require_device=require_compiler)
@@ -48,8 +74,6 @@ def compiled(run: Run) -> Callable[[], None]:
     torch keeps compiled code on the disk (TORCHINDUCTOR_CACHE_DIR), so that the same model and batch size start sooner
     the next time. The seconds of the first step are added to ``run.setup_seconds``.
     """
-    for name in ("torch.utils.cpp_extension", "torch._dynamo"):  # they log a missing CUDA and graph breaks
-        logging.getLogger(name).setLevel(logging.ERROR)
     uncompiled = run.loss
 
     def take() -> None:

@@ -5,7 +5,6 @@ and activate in one pass over memory.
 """
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,30 +156,28 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-class NoSyncBatchNorm:
-    """A class attribute ``qconfig`` that raises :class:`UserError` in ``SyncBatchNorm.convert_sync_batchnorm``.
+class GuardedEps:
+    """The attribute ``eps``, which raises :class:`UserError` in functions of torch that would lose part of the norm.
 
-    That function reads ``qconfig`` of every norm that it replaces, and the replacement would lose residual, activation
-    and options without a warning. For all other readers the attribute does not exist, until torch's quantization
-    sets it. The methods ``__set__`` and ``__delete__`` make Python ask ``__get__`` even then.
+    ``SyncBatchNorm.convert_sync_batchnorm`` replaces norms without residual, activation and options.
+    ``torch.nn.utils.fusion`` puts a norm into the layer before it, without activation. Both read ``eps``.
     """
 
-    def __get__(self, norm: nn.Module | None, owner: type) -> Any:
-        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
-            raise UserError(
-                f"{owner.__module__}.{owner.__qualname__}: cannot become a torch.nn.SyncBatchNorm, which knows no "
-                "residual and no activation; leave this norm out of convert_sync_batchnorm"
-            )
-        if norm is None or "qconfig" not in vars(norm):
-            raise AttributeError("qconfig")
-        return vars(norm)["qconfig"]
+    def __get__(self, norm: nn.Module | None, owner: type) -> float:
+        if norm is None or "eps" not in vars(norm):
+            raise AttributeError("eps")
+        if not torch.compiler.is_compiling():  # the compiler does not read frames
+            reader = sys._getframe(1).f_code.co_name
+            is_fused = reader in ("fuse_conv_bn_eval", "fuse_linear_bn_eval") and norm.activation != "identity"
+            if reader == "convert_sync_batchnorm" or is_fused:
+                raise UserError(
+                    f"{owner.__module__}.{owner.__qualname__}: cannot be replaced by {reader}, whose result has no "
+                    f"{'activation' if is_fused else 'residual and no activation'}; leave this norm out"
+                )
+        return vars(norm)["eps"]
 
-    def __set__(self, norm: nn.Module, value: Any) -> None:
-        vars(norm)["qconfig"] = value
-
-    def __delete__(self, norm: nn.Module) -> None:
-        if vars(norm).pop("qconfig", self) is self:
-            raise AttributeError("qconfig")
+    def __set__(self, norm: nn.Module, value: float) -> None:
+        vars(norm)["eps"] = value
 
 
 class BatchNormBase(Norm, _BatchNorm):
@@ -198,7 +195,7 @@ class BatchNormBase(Norm, _BatchNorm):
 
     implements_batch_norm = True
     made_for_small_batches = False  # True: corrects for noisy statistics of a few examples
-    qconfig = NoSyncBatchNorm()
+    eps = GuardedEps()
 
     def __init__(
         self,
@@ -250,7 +247,9 @@ class BatchNormBase(Norm, _BatchNorm):
         if self.num_batches_tracked is None:
             return self.momentum or 0.0
         self.num_batches_tracked.add_(1)
-        return self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        if self.momentum is None and not self.num_batches_tracked.is_meta:  # a check on the meta device has no numbers
+            return 1.0 / float(self.num_batches_tracked)
+        return self.momentum or 0.0
 
     def share_left(self, num_batches: int) -> float:
         """(1 - momentum)^num_batches, because every batch multiplies the share by 1 - momentum.

@@ -1,7 +1,6 @@
 """Tables for a terminal: a comparison, a sweep so far, and the epochs as tutorials print them."""
 
 import math
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -187,11 +186,8 @@ def new_table(title: str, *columns: str, caption: str | None = None, gap: int = 
 
 
 def show_sweep(folder: Path) -> None:
-    """Print the results of the sweep in ``folder`` so far, and how to continue it if it was interrupted."""
-    records, problems = read_runs([folder])
-    Console().print(sweep_table(records, problems))
-    if any(each.status == "interrupted" for each in problems):
-        print(f"to go on, repeat the command with out={folder}", file=sys.stderr)
+    """Print the results of the sweep in ``folder`` so far."""
+    Console().print(sweep_table(*read_runs([folder])))
 
 
 def sweep_table(records: Sequence[RunRecord], problems: Sequence[Problem]) -> Group:

@@ -18,6 +18,7 @@ from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
 DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch")  # beside the seed and the kind of device
+VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,15 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
     The flag says that the variants were tried with different numbers of values, so that the choice favours some.
 
     The best value has the smallest share of diverged runs and, among equal shares, the highest mean over seeds of the
-    best validation accuracy (without accuracies: the lowest mean of the best validation loss).
+    best validation accuracy (without accuracies: the lowest mean of the best validation loss). `UserError` for a key
+    at whose values these numbers mean different things.
     """
+    if key == "eval_every" or (key.startswith("data.") and key not in VIEWS):
+        what = "readings to be the best of" if key == "eval_every" else "training or validation images"
+        raise UserError(
+            f"best over {key}: its values have other {what}, so that none is better; leave out --best-over, "
+            "or choose a setting of the training such as optimizer.lr"
+        )
     variants, superseded = into_variants(records)
     buckets: dict[str, list[Variant]] = defaultdict(list)
     for variant in variants:

@@ -19,8 +19,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from bnexp.errors import UserError
-from bnexp.store.files import replacing, sync, writing
+from bnexp.errors import StorageError, UserError
+from bnexp.store.files import REMEDIES, replacing, sync, writing
 from bnexp.store.untrusted import is_step
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
@@ -118,6 +118,8 @@ def load(folder: Path, device: torch.device, model: nn.Module | None = None, *, 
             state = read(path, device)
             if model is not None:
                 check_fits(state, model, path)
+        except StorageError:
+            raise
         except UserError as error:
             bad.append((path, error))
             continue
@@ -138,6 +140,9 @@ def read(path: Path, device: torch.device) -> object:
     try:
         check_whole(path)
         return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:  # the file may well be whole
+        remedy = REMEDIES.get(error.errno, "try again")
+        raise StorageError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except Exception as error:  # torch raises many types for broken files
         code = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         reason = f"it names {code[1]}, which is code; none was run" if code else " ".join(str(error).split())[:200]

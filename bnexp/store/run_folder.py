@@ -9,6 +9,7 @@ import fcntl
 import itertools
 import os
 import platform
+import pwd
 import socket
 import stat
 import subprocess
@@ -22,11 +23,11 @@ from typing import Any
 
 from bnexp.errors import StorageError, UserError
 from bnexp.store.files import ELSEWHERE, REMEDIES, not_written, warn_once, write_json, write_new, writing
-from bnexp.store.untrusted import UNPRINTABLE, number, printable, read_json
+from bnexp.store.untrusted import check_name, number, printable, read_json
 
 CONFIG, STATUS, METRICS, PROBES, LOCK = "config.yaml", "status.json", "metrics.jsonl", "probes.jsonl", ".lock"
 WRITTEN = (CONFIG, STATUS, METRICS, PROBES, "checkpoint*.pt", "best.pt", "events.out.tfevents*")
-OWN = ("config", "status", "metrics", "probes", "lock", "checkpoint", "best")  # prefixes of the files of a run
+OWN = (*WRITTEN[:4], "lock", "checkpoint", "best.pt")  # how names of a run's files begin, after dots
 STATUS_EVERY = 1.0  # seconds between two writes of status.json that hold only new readings
 NO_LOCKS = (  # from flock on some network file systems
     errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.EPROTONOSUPPORT,
@@ -34,14 +35,18 @@ NO_LOCKS = (  # from flock on some network file systems
 DONE = ("finished", "diverged")  # a run with any other status can be resumed
 
 
-def check_free(out: str | Path) -> None:
-    """Raise :class:`UserError` for a folder that cannot be written, or that holds files of a run."""
+def check_free(out: str | Path, mark: str = "") -> None:
+    """Raise :class:`UserError` for a folder that cannot be written, or that holds files of a run or :func:`others`.
+
+    A folder with a file called ``mark`` may hold others.
+    """
     if out == "":
         raise UserError("out=: names no folder; give one, or leave it out for a new one under outputs/")
     path = Path(out)
     try:
         check_own(path)
         found = [each.name for pattern in WRITTEN for each in path.glob(pattern)]
+        foreign = others(path)
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # such as a name that is too long
         raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
@@ -50,10 +55,26 @@ def check_free(out: str | Path) -> None:
             raise in_other_hands(path)
         what = "a run" if {CONFIG, STATUS} & {*found} else found[0]
         raise UserError(f"out={path}: already holds {what}, which is never overwritten; choose another folder")
+    if foreign and not (mark and (path / mark).exists()):  # looked for last: another process may be making it
+        raise UserError(f"out={path}: holds {min(foreign)} already; choose a new folder, or an empty one")
     if not existing.is_dir():
         raise UserError(f"out={path}: {existing} is a file; choose a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"out={path}: {existing} cannot be written to; choose another folder")
+
+
+def others(folder: Path) -> list[str]:
+    """The names of what lies in ``folder`` and is not of a run: folders and results, and in a user's home any file.
+
+    Other loose files, such as logs, may lie in the folder of a run or sweep.
+    """
+    if not folder.is_dir():
+        return []
+    homes = {os.path.realpath(os.path.expanduser("~")), *(user.pw_dir for user in pwd.getpwall())}
+    if not homes.isdisjoint((os.path.abspath(folder), os.path.realpath(folder))):
+        return os.listdir(folder)
+    shown = [each for each in folder.iterdir() if not each.name.startswith(".")]
+    return [each.name for each in shown if each.is_dir() or each.stem in ("comparison", "study")]
 
 
 def check_own(folder: Path) -> None:
@@ -61,12 +82,11 @@ def check_own(folder: Path) -> None:
 
     The folder may come from a stranger. Writing through a link would change other files, and a pipe would block.
     """
-    if UNPRINTABLE.search(str(folder)):
-        raise UserError(f"{printable(folder)}: control characters in a folder's name; give it another")
+    check_name(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         with suppress(FileNotFoundError):  # the process that holds the run can rename its files at any time
             if path.name.lstrip(".").startswith(OWN) and not stat.S_ISREG(path.lstat().st_mode):
-                raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file; remove it")
+                raise UserError(f"{path}: a link, a pipe or a folder where a run writes a file; move it elsewhere")
 
 
 def claim(path: Path, config: str) -> Path:

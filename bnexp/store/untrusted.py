@@ -9,10 +9,12 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from bnexp.errors import UserError
 
 MOST_YAML, MOST_JSON, MOST_LINE = 100_000, 2**24, 2**22  # bytes of a file, of a file and of a line
 DEEPEST = 30  # nested lists and tables
@@ -26,6 +28,22 @@ def printable(text: object, most: int = 10_000) -> str:
     text = str(text)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def check_name(name: str | Path) -> None:
+    """Raise :class:`UserError` for a name with control characters, which may be a locale's reading of UTF-8."""
+    if not UNPRINTABLE.search(str(name)):
+        return
+    try:
+        meant = os.fsencode(name).decode()
+    except UnicodeError:
+        raise UserError(f"{name}: not UTF-8 text; rename the file or folder") from None
+    if meant == str(name):
+        raise UserError(f"{name}: control characters in the name of a file or folder; give it another")
+    import locale
+
+    here = locale.setlocale(locale.LC_CTYPE)
+    raise UserError(f"{meant}: the locale {here} cannot hold this UTF-8 text; set PYTHONUTF8=1 and try again")
 
 
 def as_file_name(text: str) -> str:
@@ -104,8 +122,10 @@ def number(value: object, what: str) -> float:
     raise ValueError(f"{what}: {printable(json.dumps(value), 30)} is not a number that can be used")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, takes_text: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
     """The table in a YAML file of settings: names, and below them text, numbers, true, false and null.
+
+    Settings whose dotted key ``takes_text`` get the text that was typed, see :func:`keep_texts`.
 
     Refused are references (``*name``), with which ten lines can hold a billion values, tags (``!!name``), which ask
     for other types, and interpolations (``${...}``), which would read the environment of the person who loads the file.
@@ -121,7 +141,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: holds no settings")
     _check_settings(content, path.name)
+    keep_texts(content, text, takes_text)
     return content
+
+
+def keep_texts(content: Any, text: bytes, takes_text: Callable[[str], bool], package: str = "") -> None:
+    """Put back the text that was typed where ``content``, loaded from YAML, holds a number or true or false for it.
+
+    This changes the dotted keys that ``takes_text``, and the items of their lists. ``package`` is the key of the whole.
+    """
+    import yaml
+
+    def walk(content: Any, node: Any, key: str) -> None:
+        pairs = (
+            [(name.value, inner) for name, inner in node.value] if isinstance(content, dict) else enumerate(node.value)
+        )
+        for name, inner in pairs:
+            inner_key = f"{key}.{name}".lstrip(".") if isinstance(content, dict) else key
+            value = content.get(name) if isinstance(content, dict) else content[name]
+            if isinstance(value, dict | list):
+                walk(value, inner, inner_key)
+            elif isinstance(value, bool | int | float) and takes_text(inner_key):
+                content[name] = inner.value
+
+    if content:
+        walk(content, yaml.compose(text, _loader()), package)
 
 
 def _check_events(text: bytes) -> None:

@@ -123,8 +123,8 @@ class EventFile:
 
 def append(file: io.FileIO, data: bytes) -> None:
     """Append all of ``data`` or nothing: if the disk is full, the file is cut back to its old length."""
-    before = os.fstat(file.fileno()).st_size
     with writing(file.name):
+        before = os.fstat(file.fileno()).st_size
         try:
             while data:
                 data = data[file.write(data) :]
@@ -136,6 +136,18 @@ def append(file: io.FileIO, data: bytes) -> None:
 def scalars(readings: Iterable[Reading]) -> dict[str, float]:
     """The scalars among ``readings`` by tag."""
     return {reading.tag: reading.value for reading in readings if isinstance(reading, Scalar)}
+
+
+def try_out(reading: Reading) -> None:
+    """Raise an error if ``reading`` cannot be written."""
+    if not isinstance(reading, Reading):
+        raise TypeError(f"an object of type {type(reading).__name__} is no reading")
+    if isinstance(reading, Scalar):
+        Summary.Value(tag=reading.tag, simple_value=reading.value)
+        json.dumps(reading.value)
+    else:
+        as_summary(reading)
+        json.dumps(as_rows(0, reading))
 
 
 def as_rows(step: int, reading: Reading) -> list[dict]:

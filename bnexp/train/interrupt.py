@@ -1,14 +1,15 @@
 """Signals that stop a run: a step is finished first, unless it takes too long."""
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+from bnexp.startup import SIGNALS
+
 PATIENCE = 2.0  # seconds after a signal until a step is broken off; a checkpoint may take longer
 HURRY = 1.0  # seconds after a signal from which no step is begun
-# Ctrl-C, kill, a closed terminal, and the warning of a scheduler that a job's time is nearly over.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,16 +21,61 @@ class OutOfPatience(KeyboardInterrupt):
 
 
 _is_patient = False
+_asked: list[float] | None = None  # the times of signals, while in raised_signals
+
+
+def handle(handler: Callable[[int, object], object], *also: int) -> dict[int, object]:
+    """Set the handler of ``also`` and of all SIGNALS that the process does not ignore; returns the earlier handlers.
+
+    Does nothing in other threads than the main thread, because Python sets handlers in no other.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    heard = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]  # as in nohup
+    return {each: signal.signal(each, handler) for each in (*also, *heard)}
 
 
 @contextmanager
-def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
+def handled(handler: Callable[[int, object], object], *also: int) -> Iterator[None]:
+    """:func:`handle` signals inside the block."""
+    before = handle(handler, *also)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def raised_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt inside the block at the first of SIGNALS, and at every further Ctrl-C.
+
+    If it is raised where it cannot be passed on, the next :func:`deferred_signals` yields the time of the signal.
+    """
+    global _asked
+    asked: list[float] = []
+
+    def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT or not asked:
+            asked.append(perf_counter())
+            raise KeyboardInterrupt
+
+    before, _asked = _asked, asked
+    try:
+        with handled(stop):
+            yield
+    finally:
+        _asked = before
+
+
+@contextmanager
+def deferred_signals(longer: float = 0.0, tell: Callable[[], object] = lambda: None) -> Iterator[list[float]]:
     """Yield a list to which the time of the first of SIGNALS is added, instead of breaking off a step.
 
-    :class:`OutOfPatience` is raised ``PATIENCE + longer`` seconds after it, but never inside :func:`patience`, and
-    KeyboardInterrupt at a second Ctrl-C.
+    ``tell()`` is called at the first signal. :class:`OutOfPatience` is raised ``PATIENCE + longer`` seconds after it,
+    but never inside :func:`patience`, and KeyboardInterrupt at a second Ctrl-C.
     """
-    asked: list[float] = []
+    asked = [] if _asked is None else _asked
 
     def ask(number: int, frame: object) -> None:
         if number == signal.SIGALRM:
@@ -39,21 +85,35 @@ def deferred_signals(longer: float = 0.0) -> Iterator[list[float]]:
         elif not asked:
             asked.append(perf_counter())
             signal.setitimer(signal.ITIMER_REAL, PATIENCE + longer)
+            tell()
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    heard = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]  # nohup
+    with handled(ask, signal.SIGALRM):
+        try:
+            yield asked
+        finally:
+            take_time()
+
+
+@contextmanager
+def blocked_in_children() -> Iterator[None]:
+    """Start processes inside the block with SIGNALS blocked: a signal waits until they unblock it.
+
+    This process is not affected: a thread receives signals for it, and Python runs handlers in the main thread.
+    """
+    from multiprocessing.resource_tracker import ensure_running  # slow to import
+
+    is_over = threading.Event()
+    threading.Thread(target=is_over.wait, daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        before = {each: signal.signal(each, ask) for each in (signal.SIGALRM, *heard)}
-    except ValueError:  # not the main thread, in which alone Python sets handlers
-        yield asked
-        return
-    try:
-        yield asked
+        ensure_running()  # it unblocks signals, in Python before 3.12
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        yield
     finally:
-        take_time()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        is_over.set()
 
 
 @contextmanager

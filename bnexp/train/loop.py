@@ -8,12 +8,14 @@ from time import perf_counter
 
 import torch
 
-from bnexp.errors import StorageError, first_line
+from bnexp.errors import StorageError, UserError, first_line
 from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
+from bnexp.store.writer import try_out
 from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
-from bnexp.train.interrupt import Interrupted, OutOfPatience, take_time
+from bnexp.train.interrupt import take_time
 from bnexp.train.meter import Measured
+from bnexp.train.own import PartFailed, culprit, naming
 from bnexp.train.probe import Probe
 from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
@@ -45,7 +47,15 @@ class Plan:
     def looks(self, step: int, total_steps: int) -> tuple[str, ...]:
         """The names of the evaluations and probes that are due after ``step``."""
         evaluation = ("evaluation",) if step % self.eval_every == 0 or step == total_steps else ()
-        return evaluation + tuple(type(each).__name__ for each in self.probes if each.is_due(step, total_steps))
+        return evaluation + tuple(type(each).__name__ for each in self.due(step, total_steps))
+
+    def due(self, step: int, total_steps: int) -> list[Probe]:
+        """The probes that look after ``step``."""
+        due = []
+        for probe in self.probes:
+            with naming(probe.label):
+                due += [probe] * bool(probe.is_due(step, total_steps))
+        return due
 
 
 class Loop:
@@ -96,7 +106,10 @@ class Loop:
         self.is_between_steps = False
         began = perf_counter()
         configure_process(run)
-        self.due = [(probe, probe.before(run)) for probe in self.plan.probes if probe.is_due(*when)]
+        self.due = []
+        for probe in self.plan.due(*when):
+            with naming(probe.label):
+                self.due.append((probe, probe.before(run)))
         run.seconds += perf_counter() - began
 
     def conclude(self, seconds: float) -> None:
@@ -112,10 +125,15 @@ class Loop:
             readings += self.read_meter(began, origin)
             if not self.is_running:
                 return
-        if "evaluation" in self.looks:
-            readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
-        if self.due:
-            readings += read_probes(run, self.due)
+        try:
+            if "evaluation" in self.looks:
+                readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
+            if self.due:
+                readings += read_probes(run, self.due)
+        except Exception:
+            if readings:
+                self.recorder.write(run, readings)
+            raise
         run.seconds = perf_counter() - origin
         if readings:
             self.latest |= self.recorder.write(run, readings)
@@ -161,7 +179,7 @@ class Loop:
         take_time()
         try:
             try:
-                if isinstance(reason, Interrupted | OutOfPatience):
+                if type(reason) is not KeyboardInterrupt:
                     if self.is_between_steps:
                         self.recorder.save(self.run)
                     else:
@@ -175,6 +193,11 @@ class Loop:
         """End as failed: ``error`` and its traceback go into status.json."""
         run = self.run
         error = explain_memory(error, run.device, type(run.model).__name__, run.batches.batch_size)
+        when = f" after step {run.num_steps}"
+        if isinstance(error, PartFailed):
+            error = PartFailed(error.label, error.__cause__, when)
+        elif not isinstance(error, UserError) and (label := culprit(error, run.own_parts)):
+            error = PartFailed(label, error, when)
         self.status, self.error = "failed", error
         text = "".join(traceback.format_exception(error))
         try:
@@ -235,8 +258,17 @@ def read_probes(run: Run, due: Sequence[tuple[Probe, object]]) -> list[Reading]:
     """The readings of probes, each given with the result of its ``before``, and the seconds that they took."""
     began = perf_counter()
     with forked_rng(run.device):
-        readings = [reading for probe, before in due for reading in probe.look(run, before)]
+        readings = [reading for probe, before in due for reading in look(probe, run, before)]
     return [*readings, Scalar("time/probes", perf_counter() - began)]
+
+
+def look(probe: Probe, run: Run, before: object) -> list[Reading]:
+    """The readings of ``probe``. Those of the user's own are tried out, because they can be anything."""
+    with naming(probe.label):
+        readings = list(probe.look(run, before))
+        for reading in readings if probe.label else ():
+            try_out(reading)
+    return readings
 
 
 def evaluate(run: Run, eval_train: bool, *, test: bool) -> list[Scalar]:

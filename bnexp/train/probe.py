@@ -19,6 +19,8 @@ class Probe(ABC):
     weights are infinite or NaN, the readings are not finite either.
     """
 
+    label = ""  # how errors name a probe of the user's own
+
     def __init__(self, every: int) -> None:
         self.every = self.at_least("every", every, 1, "steps between looks")
 

@@ -1,7 +1,9 @@
 """A run: one variant with one seed. It steps, evaluates, and continues from a saved state."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,8 @@ class Run:
 
     ``schedule(step, total_steps)`` returns the factor of the learning rate. ``precision`` is fp32, bf16 or fp16
     (autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step, by default
-    :meth:`eager_step`. Only the batches draw random numbers.
+    :meth:`eager_step`. Only the batches draw random numbers. ``mixes_images`` says that an image's result in evaluation
+    depends on other images. ``own_parts`` are the labels and names of parts of the user's own.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class Run:
         threads: int = 1,
         deterministic: bool = False,
         engine: Callable[["Run"], Callable[[], None]] | None = None,
+        mixes_images: bool = False,
+        own_parts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -46,6 +51,7 @@ class Run:
         self.total_steps = total_steps
         self.schedule = schedule
         self.channels_last = channels_last
+        self.mixes_images, self.own_parts = mixes_images, own_parts
         self.threads = threads
         self.deterministic = deterministic
         self.autocast_dtype = AUTOCAST[precision]
@@ -142,20 +148,18 @@ class Run:
     def chunks(self, split: Split, model: nn.Module) -> Sequence[slice | Tensor]:
         """Indices into ``split``, a chunk for the images that are evaluated together.
 
-        Images come in stored order unless a norm of ``model`` uses batch statistics. Then a prediction depends on the
-        other images of its chunk, which would be of one class if files are sorted by class; so the images are
-        shuffled, always in the same way, and the sizes of the chunks differ by one image at most.
+        Images come in stored order unless a prediction depends on the other images of its chunk. These would be of one
+        class if files are sorted by class, so the images are then shuffled, always in the same way, and the sizes of
+        the chunks differ by one image at most.
         """
-        if uses_batch_statistics(model):
-            order = shuffled(len(split), self.device)
-            return order.tensor_split(-(-len(split) // EVALUATION_BATCH))
+        if self.mixes_images or uses_batch_statistics(model):
+            return equal_chunks(shuffled(len(split), self.device))
         return [slice(start, start + EVALUATION_BATCH) for start in range(0, len(split), EVALUATION_BATCH)]
 
-    @cached_property
+    @property
     def evaluation(self) -> str | None:
         """How the model is evaluated if an image's result depends on other images, else None."""
-        norms = map(contract_of, self.model.modules())
-        if not any(norm.uses_batch_statistics() and not norm.keeps_running_statistics() for norm in norms):
+        if not self.mixes_images:
             return None
         return f"batch statistics over shuffled chunks of at most {EVALUATION_BATCH} images"
 
@@ -210,6 +214,31 @@ def uses_batch_statistics(model: nn.Module) -> bool:
     return any(contract_of(module).uses_batch_statistics() for module in model.modules())
 
 
+@torch.no_grad()
+def depends_on_company(model: nn.Module, images: Tensor) -> bool:
+    """Whether the results of ``images`` (prepared) in evaluation mode depend on the other images, by trying.
+
+    Half of the images pass a copy of the model alone and among black ones. Weights that are 0 are 0.1 in the copy,
+    because they can hide what comes before them. An error counts as no: the run reports it.
+    """
+    model = copy.deepcopy(model).eval()
+    for p in model.parameters():
+        p.masked_fill_(p == 0, 0.1)
+    half = shuffled(len(images), images.device)[: len(images) // 2]
+    among = torch.full_like(images, images.min()).index_copy(0, half, images[half])
+    try:
+        alone, among = model(images[half]), model(among)[half]
+    except Exception:
+        return False
+    size = float(alone.nan_to_num().abs().max()) if len(half) else 0.0
+    return not torch.allclose(alone, among, rtol=0, atol=1e-3 * size, equal_nan=True)  # other sizes round differently
+
+
+def equal_chunks(order: Tensor) -> Sequence[Tensor]:
+    """``order`` in as few chunks of at most EVALUATION_BATCH as there can be, equal up to one."""
+    return order.tensor_split(-(-len(order) // EVALUATION_BATCH))
+
+
 @cache
 def shuffled(num_images: int, device: torch.device) -> Tensor:
     """A random permutation of ``num_images`` indices, the same every time and on every device."""
@@ -219,6 +248,7 @@ def shuffled(num_images: int, device: torch.device) -> Tensor:
 def find_non_finite(parameters: Iterable[nn.Parameter]) -> Tensor:
     """1 in float32 on the device of ``parameters`` if a gradient holds inf or NaN, else 0."""
     gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
     device = gradients[0].device if gradients else torch.device("cpu")
     found = torch.zeros((), device=device)
     for kind in {gradient.dtype for gradient in gradients}:

@@ -1,5 +1,7 @@
 """The flags of the commands that compose a config: each works where it makes sense, and is refused elsewhere."""
 
+import itertools
+import pwd
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,10 @@ def test_compare_summary_and_study_take_it(mine, bnexp, capsys, tmp_path):
         (["compare", "-m", "norm=none,library"], "several values need no flag"),
         (["train", "--resolve"], "belong to --cfg"),
         (["train", "--cfg", "nothing"], "--cfg"),
+        (["train", "--info", "defaults", "lrr=3"], "lrr: there is no such setting"),
+        (["train", "--info", "all", "norm=foo"], "norm=foo: there is no such norm"),
+        (["train", "--info", "norm=none,library"], "--info"),
+        (["train", "--info", "searchpath", "a,b"], "a,b: not a setting"),
         (["train", "--no-such-flag"], "--no-such-flag"),
         (["train", "--experimental-rerun", "x"], "can hold code"),
         (["train", "hydra/sweeper=optuna"], "bnexp makes the jobs of a sweep itself"),
@@ -162,6 +168,8 @@ JOBS, FOLDERS = "bnexp makes the jobs of a sweep itself", "bnexp makes the folde
         (["-m", "+hydra/sweeper=optuna"], JOBS),
         (["++hydra/sweeper="], JOBS),
         (["~hydra/sweeper"], JOBS),
+        (["~hydra.mode"], JOBS),
+        (["~hydra.job.chdir"], FOLDERS),
         (["-m", "hydra.sweeper.max_batch_size=1"], JOBS),
         (["+hydra.sweeper.params.seed=5"], JOBS),
         (["-m", "+hydra.sweeper.params.seed=0,1"], "hydra.sweeper.params.seed=0,1: " + JOBS),
@@ -189,8 +197,31 @@ def test_what_bnexp_does_itself_is_not_left_to_hydra_however_it_is_written(argum
 )
 def test_a_main_config_leaves_it_to_bnexp_too(hydra, words, mine, bnexp, capsys, tmp_path):
     (tmp_path / "own conf/odd.yaml").write_text(f"defaults: [train, _self_]\nhydra: {{{hydra}}}\n")
-    assert bnexp("train", "-cd", mine, "-cn", "odd", *TINY) == 2
-    assert words in capsys.readouterr().err and [each.name for each in tmp_path.iterdir()] == [mine]
+    (tmp_path / "own conf/exp").mkdir()
+    (tmp_path / "own conf/exp/odd.yaml").write_text(f"# @package _global_\nhydra: {{{hydra}}}\n")
+    for odd in (["-cn", "odd"], ["+exp=odd"], ["-m", "seed=0,1", "+exp=odd"]):
+        assert bnexp("train", "-cd", mine, *odd, *TINY) == 2
+        assert words in capsys.readouterr().err and [each.name for each in tmp_path.iterdir()] == [mine]
+
+
+def test_a_sweep_takes_its_folder_and_order_from_a_main_config(mine, bnexp, tmp_path):
+    (tmp_path / "own conf/placed.yaml").write_text("defaults: [train, _self_]\nout: 1e5\nsweep_order: zip\n")
+    words = ("-cd", mine, "-cn", "placed", *TINY)
+    assert bnexp("train", "-m", *words, "norm=none,library", "log_every=5,6") == 0
+    assert bnexp("compare", *words, "norm=none,library", "out=compared") == 0
+    runs = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("status.json")}
+    assert runs == {"1e5/none-log_every5", "1e5/library-log_every6", "compared/none", "compared/library"}
+
+
+def test_a_group_whose_name_begins_like_hydras_is_the_users(mine, bnexp, tmp_path):
+    (tmp_path / "own conf/hydrafoo").mkdir()
+    (tmp_path / "own conf/hydrafoo/fast.yaml").write_text("# @package _global_\nlog_every: 7\n")
+    words = ("-cd", mine, *TINY, "+hydrafoo=fast")
+    assert bnexp("train", *words, "out=one") == bnexp("train", "-m", *words, "seed=0,1", "out=many") == 0
+    assert bnexp("rerun", "one", "-cd", mine, "out=again") == 0
+    for run in ("one", "many/s0", "again"):
+        assert "log_every: 7" in (tmp_path / run / "config.yaml").read_text()
+        assert "+hydrafoo=fast" in read_status(tmp_path / run)["overrides"]
 
 
 def test_what_hydra_does_by_itself_is_no_fault_of_a_main_config(mine, bnexp, tmp_path):
@@ -199,3 +230,36 @@ def test_what_hydra_does_by_itself_is_no_fault_of_a_main_config(mine, bnexp, tmp
     lines = "".join(f"  - {each}\n" for each in parts.split(", "))
     (tmp_path / "own conf/alone.yaml").write_text(f"defaults:\n{lines}")
     assert bnexp("train", "-cd", mine, "-cn", "alone", *TINY[1:], "hydra.job.chdir=false", "out=run") == 0
+
+
+LINES = ("train", "train -m seed=0,1", "compare norm=none,library", "train resume=true", "bench")
+
+
+@pytest.mark.parametrize("out, line, file", [
+    *itertools.product(["~", "."], LINES, [".config/x"]),
+    *itertools.product(["~/", "~somebody"], ["train"], [".bashrc", "notes.txt", "thesis/1.tex", ".lock"]),
+])  # fmt: skip
+def test_no_run_is_begun_among_the_files_of_a_home(out, line, file, bnexp, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if out == "~somebody":
+        monkeypatch.setenv("HOME", "/nowhere")
+        somebody = pwd.getpwuid(0).__class__(("somebody", "x", 1, 1, "", str(tmp_path), "/bin/sh"))
+        monkeypatch.setattr(pwd, "getpwall", lambda: [somebody])
+        monkeypatch.setattr(pwd, "getpwnam", lambda name: somebody)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    words = line.split() if line == "bench" else [*line.split(), *TINY]
+    assert bnexp(*words, f"out={out}") == 2
+    told = f"holds {file.partition('/')[0]} already; choose a new folder, or an empty one"
+    assert told in capsys.readouterr().err
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == [tmp_path / file]
+
+
+def test_a_run_in_an_empty_home_and_one_among_logs_are_begun(bnexp, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.txt").write_text("mine")
+    (tmp_path / "home").mkdir()
+    for out in ("~", "run"):
+        assert bnexp("train", *TINY, f"out={out}") == 0
+    assert read_status(tmp_path / "home")["status"] == read_status(tmp_path / "run")["status"] == "finished"

@@ -150,7 +150,25 @@ def test_other_settings_than_the_runs_are_refused_by_name_and_those_that_change_
         assert words in err
     assert "give those of the run, or another folder" in err
     assert files(tmp_path / "run") == before
-    assert again("allow=[mypackage]", "quiet=false")[0] == 0
+    assert again("allow=[numpy]", "quiet=false")[0] == 0
+
+
+@pytest.mark.parametrize("words", [("resume", "run"), ("train", "resume=true", "out=run")], ids="-".join)
+def test_a_resumed_run_remembers_where_its_data_are(words, again, bnexp, tmp_path, mnist_root):
+    (tmp_path / "old").symlink_to(mnist_root)
+    assert again("data=mnist", "data.root=old", "deterministic=true")[0] == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    interrupted(tmp_path / "run")
+    command, *rest = words
+    settings = [] if command == "resume" else [*TINY, "data=mnist", "threads=1", "quiet=true", "deterministic=true"]
+    before = (tmp_path / "run/config.yaml").read_text()
+    assert bnexp(command, *rest, *settings, "data.root=nowhere") == 2
+    assert (tmp_path / "run/config.yaml").read_text() == before
+    assert bnexp(command, *rest, *settings, "data.root=new") == 0
+    assert (tmp_path / "run/config.yaml").read_text() == before.replace("root: old", "root: new")
+    interrupted(tmp_path / "run")
+    assert bnexp("resume", "run") == 0
+    assert bnexp("inspect", "run") == 0 and bnexp("rerun", "run", "out=another") == 0
 
 
 def test_which_run_has_to_be_said(bnexp, capsys):

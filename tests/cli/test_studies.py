@@ -35,6 +35,28 @@ def tiny(tmp_path):
     return "tiny.yaml"
 
 
+@pytest.mark.parametrize("key", ["seed", "norm", "steps", "''"])
+def test_a_study_whose_best_setting_is_not_swept_is_refused_before_any_work(key, bnexp, tmp_path, capsys):
+    sweep = "sweep: {norm: [none, library], optimizer.lr: [0.1, 1]}"
+    (tmp_path / "own.yaml").write_text(f"{TINY}best_over: {key}\n{sweep}\n")
+    assert bnexp("study", "own.yaml", "out=s") == 2
+    assert "not a setting that the study sweeps; choose among optimizer.lr" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["own.yaml"]
+
+
+def test_texts_of_a_study_are_those_that_were_typed_and_its_values_are_words_of_hydra(tmp_path):
+    text = TINY.replace("title: A network that is trained knows more than one that is not", "title: 1e5")
+    sweep = (
+        "sweep: {data.root: [2026_11_28, yes], model.hidden: [[8, 1_0], null], model.bias: [yes], optimizer.lr: [1e-2]}"
+    )
+    (tmp_path / "own.yaml").write_text(f"{text.replace('it knows more', 'yes')}{sweep}\n")
+    study = load(str(tmp_path / "own.yaml"))
+    assert (study.title, study.takes, study.expect[0]["says"]) == ("1e5", "2 s", "yes")
+    with session():
+        words = make_grid(study, ["seed=0"])[0].points[0].overrides
+    assert {"data.root='2026_11_28'", "model.hidden=[8,10]", "model.bias=true", "optimizer.lr=0.01"} <= {*words}
+
+
 @pytest.mark.parametrize("name", choices("study"))
 @pytest.mark.parametrize("form", ["", "quick=true", "full=true"])
 def test_every_study_can_be_run_as_far_as_can_be_told_without_running_it(name, form, monkeypatch):

@@ -309,7 +309,7 @@ def test_no_sweep_is_begun_where_something_else_would_be_replaced_or_counted(the
     Path("place", theirs).write_text("mine")
     before = snapshot(Path())
     assert bnexp(*command, *SMALL, "norm=none,library", "steps=1", "out=place") == 2
-    complaint = f"out=place: holds {theirs.partition('/')[0]} and no sweep; choose a new folder, or an empty one"
+    complaint = f"out=place: holds {theirs.partition('/')[0]} already; choose a new folder, or an empty one"
     assert capsys.readouterr().err == f"bnexp: error: {complaint}\n"
     assert bnexp(*command, *SMALL, "norm=none,library", "steps=1", "out=") == 2
     assert "out=: names no folder" in capsys.readouterr().err

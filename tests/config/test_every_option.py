@@ -95,3 +95,12 @@ def test_one_image_to_evaluate_is_refused_where_its_norms_need_a_batch(tmp_path,
         run = run_of(*overrides, "data.valid=1")
         run.step()
         assert math.isfinite(run.evaluate(run.dataset.valid)[0])
+
+
+@pytest.mark.parametrize("momentum", ["null", "0.1"])
+def test_a_last_batch_of_one_image_is_refused_whatever_the_momentum(momentum):
+    with pytest.raises(UserError, match="a batch of one image leaves a norm one value per channel"):
+        run_of(
+            "model=resnet", *NARROW["resnet"], "data.size=8", "data.limit=33", "drop_last=false",
+            f"norm.momentum={momentum}",
+        )  # fmt: skip

@@ -1,12 +1,13 @@
 """What each setting decides, that text stays text, and that rerun is train with the stored overrides and the new."""
 
 import json
+import re
 from dataclasses import fields
 
 import pytest
 from omegaconf import OmegaConf
 
-from bnexp.config.compose import composed, hparams
+from bnexp.config.compose import Source, composed, hparams, session, values_of
 from bnexp.config.explain import parse_words, quoted, unreadable
 from bnexp.config.schema import Train
 from bnexp.config.stored import moved, rerun_config, stored_config
@@ -71,6 +72,22 @@ def test_a_folder_of_data_may_be_called_by_a_number():
     assert composed(["data=mnist", "++data.root=2026_11"]).data.root == "2026_11"
 
 
+@pytest.mark.parametrize("text", ["1e5", "2026_11_28", "yes", "0x10", "12:30:45", "007", "1.50"])
+def test_so_does_one_in_a_file_of_the_users(text, tmp_path, train):
+    lines = f"out: {text}\nkeep: {text}\nseed: 1_0\nnorm: {{eps: 1e-3}}\nmodel: {{activation: {text}}}\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [train, override data: mine, _self_]\n{lines}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine.yaml").write_text(f"_target_: bnexp.data.folder.Folder\nroot: {text}\nlimit: 1_0\n")
+    with session(Source(tmp_path, "mine")):
+        cfg = composed([])
+    assert (cfg.out, cfg.keep, cfg.data.root, cfg.model.activation) == (text, text, text, text)
+    assert (cfg.seed, cfg.norm.eps, cfg.data.limit) == (10, 0.001, 10)
+    folder = train(*TINY)
+    config = (folder / "config.yaml").read_text().replace("activation: relu", f"activation: {text}")
+    (folder / "config.yaml").write_text(config.replace("eps: 1.0e-05", "eps: 1e-3"))
+    assert (stored_config(folder).model.activation, stored_config(folder).norm.eps) == (text, 0.001)
+
+
 def test_numbers_stay_numbers():
     cfg = composed(["optimizer.lr=1e-2", "data.limit=1_0", "seed=1_000", "norm=group", "norm.groups=2"])
     assert (cfg.optimizer.lr, cfg.data.limit, cfg.seed, cfg.norm.groups) == (0.01, 10, 1000, 2)
@@ -88,6 +105,11 @@ def test_a_tilde_without_a_home_is_refused(home, monkeypatch):
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     with pytest.raises(UserError, match="^out=~/x: there is no home folder"):
         composed(["out=~/x"])
+
+
+def test_each_tilde_of_a_list_is_a_home():
+    (override,) = parse_words(["data.root=~/a,~/b"])
+    assert values_of(override) == ["'~/a'", "'~/b'"]
 
 
 def test_a_tilde_is_the_home_of_the_user(monkeypatch):
@@ -173,6 +195,61 @@ def test_rerun_keeps_the_overrides_beside_one_with_a_reference_or_a_resolver(tra
 
 
 @pytest.mark.parametrize(
+    "words, key",
+    [
+        (["lr=1"], "optimizer.lr"),
+        (["+lr=1"], "optimizer.lr"),
+        (["~lr"], "optimizer.lr"),
+        (["dataset=mnist"], "data"),
+        (["opt=sgd"], "optimizer"),
+        (["batch=32"], "batch_size"),
+        (["norm_eps=1"], "norm.eps"),
+        (["norm.momentun=1"], "norm.momentum"),
+        (["stem=cifar"], "model.stem"),
+        (["model=resnet", "widths=[8]"], "model.widths"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_proposed_exists(words, key):
+    with pytest.raises(
+        UserError, match=rf"there is no such setting \(did you mean {key}(, with model=resnet)?\?\)"
+    ) as error:
+        composed(words)
+    entry = ["model=resnet"] if "with" in str(error.value) else []
+    assert OmegaConf.select(composed([*words[:-1], *entry]), key) is not None
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["model.depth=18"], "model.depth: there is no such setting; the chosen model has activation, bias"),
+        (["model=mlp", "model.depth=18"], "the chosen model has hidden, activation, bias, weight_init_std"),
+        (
+            ["norm=none", "norm.decay=1"],
+            "in the chosen entries, it belongs to norm=scratch; the chosen norm has no opt",
+        ),
+        (["~norm.foo"], "norm.foo: there is no such setting; the chosen norm has eps, momentum"),
+        (["norm.momentum.x=1"], "norm.momentum.x: there is no such setting (did you mean norm.momentum?)"),
+        (["probe.shapes.layers=1"], "the probe shapes is not chosen; choose it by probe=[shapes]"),
+        (["probe.shape.layers=1"], "there is no such probe (did you mean shapes?)"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_an_option_is_said_of_the_chosen_entry(words, text):
+    with pytest.raises(UserError) as caught:
+        composed(words)
+    assert text in str(caught.value)
+
+
+def test_the_entries_of_a_main_config_are_the_chosen_ones(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, override model: resnet, _self_]\n")
+    with session(Source(tmp_path, "mine")):
+        assert composed(["model.widths=[4,4,4,4]"]).model.widths == [4, 4, 4, 4]
+        with pytest.raises(UserError, match="the chosen model has stem, blocks"):
+            composed(["model.depth=3"])
+
+
+@pytest.mark.parametrize(
     "before, new",
     [
         (["~norm.momentum", "+norm.momentum=0.2"], ["~norm.momentum"]),
@@ -235,10 +312,36 @@ def test_a_strangers_overrides_look_nothing_up_and_trust_nobody(train, monkeypat
 
 def test_a_run_may_be_resumed_where_data_and_devices_are_others(train):
     folder = train(*TINY)
-    cfg = moved(folder, ["++data.root=x"] and ["threads=2", "deterministic=true", "allow=[mine]"], "resume")
-    assert (cfg.threads, cfg.deterministic, cfg.allow) == ("2", True, ["mine"])
-    with pytest.raises(UserError, match="seed=1: resume keeps the settings of the run"):
-        moved(folder, ["seed=1"], "resume")
+    cfg = moved(folder, ["threads=2", "++deterministic=true", "allow=[numpy]"], "resume")
+    assert (cfg.threads, cfg.deterministic, cfg.allow) == ("2", True, ["numpy"])
+
+
+@pytest.mark.parametrize("word, told", [
+    ("seed=1", "resume keeps the settings of the run and takes only device, data.root, threads, deterministic, allow"),
+    ("out=y", "resume keeps the settings of the run"),
+    ("--config-dir", "resume keeps the settings of the run"),
+    ("~threads", "resume keeps the settings of the run"),
+    ("allow=mymod", r"a list of texts, written allow=\[a,b\], is expected"),
+    ("allow=null", "a list of texts"),
+    ("allow={a:1}", "a list of texts"),
+    ("deterministic=maybe", "true or false is expected"),
+    ("deterministic=null", "true or false is expected"),
+    ("threads=null", "text is expected"),
+    ("allow=${seed}", r"\$\{...\} is not looked up by resume"),
+    ("device=cpu,cuda", "one value is expected"),
+])  # fmt: skip
+def test_a_setting_that_resume_cannot_take_is_refused_in_words(word, told, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    with pytest.raises(UserError, match=f"^{re.escape(word)}: {told}"):
+        moved(tmp_path, [word], "resume")
+
+
+@pytest.mark.parametrize("name", ["nosuchpackage", "1", "torch.nn", "os:path"])
+@pytest.mark.parametrize("command", ["train", "summary"])
+def test_a_package_that_is_not_here_cannot_be_trusted(command, name, bnexp, capsys, tmp_path):
+    assert bnexp(command, "model=mlp", f"allow=[{name}]") == 2
+    assert f"allow=[{name}]: there is no package {name} here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_hparams_are_what_makes_the_variant():

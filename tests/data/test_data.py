@@ -452,10 +452,11 @@ def test_a_root_that_is_a_file_is_an_error(tmp_path, monkeypatch, source):
 def test_without_network_the_error_says_what_was_looked_for_and_offers_digits(tmp_path, mirrors, closed_port):
     mirrors(f"http://127.0.0.1:{closed_port}/", f"http://localhost:{closed_port}/")
     with pytest.raises(UserError) as caught:
-        MNIST(root=tmp_path).load()
+        MNIST(root=tmp_path / "new/root").load()
     message = str(caught.value)
+    assert everything_in(tmp_path) == list(tmp_path.iterdir()) == []
     assert "no network" in message and "Connection refused" in message and "data=digits" in message
-    assert str(tmp_path / "MNIST/raw") in message
+    assert str(tmp_path / "new/root/MNIST/raw") in message
     assert all(f"{name}[.gz]" in message for name in IDX_NAMES)
     assert f"127.0.0.1:{closed_port}" in message and f"localhost:{closed_port}" in message  # both were tried
     assert "labels without images" not in message and "images without labels" not in message

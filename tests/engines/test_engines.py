@@ -1,6 +1,7 @@
 """Engines: another way to take the same steps. Captured ones are tried on a CPU by a stand-in for CUDA graphs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.engines.base import traits_of
 from bnexp.engines.capture import warn_uncaptured
-from bnexp.engines.compile import compiled
+from bnexp.engines.compile import compile_line, compiled
 from bnexp.engines.graph import Captured, captured
 from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
@@ -239,17 +240,46 @@ def test_the_tenth_model_of_a_process_is_compiled_like_the_first(overrides, caps
     assert capsys.readouterr().err.count("compiled in pieces") == 10 * bool(overrides)
 
 
-def test_without_a_compiler_a_run_that_asks_for_one_is_refused_before_any_work(bnexp, capsys, monkeypatch):
+COMPILERS = {  # what CXX or CC names, and what the error says of it
+    "no-such-compiler": "",
+    "": "",
+    "/bin": "Permission denied",
+    "cc-with-errors": "licence expired",
+    "cc-without-a-word": "exit code 3",
+    "true": "cannot open shared object file",
+}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("variable", ["CXX", "CC"])
+def test_without_a_compiler_that_works_a_run_that_asks_for_one_is_refused_before_any_work(
+    variable, compiler, bnexp, capsys, monkeypatch, tmp_path
+):
     import torch._inductor.config as inductor
 
-    with inductor.patch("cpp.cxx", (None, "no-such-compiler")):
+    compile_line.cache_clear()
+    for name, said in (("cc-with-errors", "echo licence expired >&2; "), ("cc-without-a-word", "")):
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0; {said}exit 3\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv(variable, compiler)
+    told = rf"{variable}={compiler} makes nothing that runs \(.*{COMPILERS[compiler]}.*by the environment variable"
+    if variable == "CC":
+        with pytest.raises(UserError, match=f"needs a C compiler, and {told} CC"):
+            traits_of(compiled).require_device(torch.device("cuda"))
+        return
+    with inductor.patch("cpp.cxx", (None, compiler)):
         assert bnexp("train", "engine=compile", "device=cpu", "model=mlp", "out=run") == 2
-    told = "engine=compile: torch.compile needs a C++ compiler and finds none here; install g++"
-    assert told in capsys.readouterr().err and not Path("run").exists()
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(UserError, match="needs a C compiler .* variable CC, or use engine=eager"):
-        traits_of(compiled).require_device(torch.device("cuda"))
+    error = capsys.readouterr().err
+    assert re.search(told, error) and error.count("\n") == 1 and not Path("run").exists()
+
+
+def test_a_folder_for_compiled_code_that_cannot_be_written_is_refused_before_any_work(bnexp, capsys, monkeypatch):
+    compile_line.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null")
+    assert bnexp("train", "engine=compile", "device=cpu", "model=mlp", "out=run") == 2
+    assert "'/dev/null'" in (error := capsys.readouterr().err) and "TORCHINDUCTOR_CACHE_DIR" in error
+    assert not Path("run").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_models import NORMS, SMALL_BATCHES, load_entry, make_norm
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.optim.swa_utils import update_bn
 
 from bnexp.errors import UserError
@@ -216,26 +217,34 @@ def test_torchs_update_bn_averages_the_statistics_of_its_batches(make):
     assert module.num_batches_tracked == 3 and module.momentum == momentum and not module.training
 
 
-def assert_not_synchronized(module):
+@every_norm
+def test_torchs_conversion_to_synchronized_statistics_changes_no_norm_in_silence(name):
+    module = make_norm(name)(6, activation="relu")
     if isinstance(module, BatchNormBase):
-        with pytest.raises(UserError, match="cannot become a torch.nn.SyncBatchNorm, .*leave this norm out"):
+        with pytest.raises(UserError, match="cannot be replaced by convert_sync_batchnorm, .*leave this norm out"):
             nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))
     else:
         assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(module))[0] is module
 
 
-@every_norm
-def test_torchs_conversion_to_synchronized_statistics_changes_no_norm_in_silence(name):
-    module = make_norm(name)(6, activation="relu")
-    assert_not_synchronized(module)
-    assert not hasattr(module, "qconfig")
-    module.qconfig = "mine"  # as torch's quantization does
-    assert module.qconfig == copy.deepcopy(module).qconfig == "mine"
-    assert_not_synchronized(module)
-    del module.qconfig
-    assert not hasattr(module, "qconfig")
-    with pytest.raises(AttributeError):
-        del module.qconfig
+@runnable
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("fuse, layer, x", [
+    (fuse_conv_bn_eval, nn.Conv2d(6, 6, 2), images()),
+    (fuse_linear_bn_eval, nn.Linear(6, 6), images()[:, :, 0, 0]),
+])  # fmt: skip
+def test_a_norm_that_torch_puts_into_the_layer_before_it_loses_nothing_in_silence(name, activation, fuse, layer, x):
+    module = make_norm(name)(6, activation=activation)
+    if not module.keeps_running_statistics():
+        pytest.skip("has no statistics to put anywhere")
+    pair = nn.Sequential(layer, module)
+    pair(x)
+    pair.eval()
+    if activation == "identity":
+        torch.testing.assert_close(fuse(*pair)(x), pair(x))
+    else:
+        with pytest.raises(UserError, match=f"cannot be replaced by {fuse.__name__}, whose result has no activation"):
+            fuse(*pair)
 
 
 @runnable

@@ -412,6 +412,26 @@ def test_best_over_an_unknown_key_proposes_the_settings_that_vary(tmp_path):
         compared(tmp_path, best_over="optimizer.momentum")
 
 
+DIGITS = {"_target_": "bnexp.data.digits.Digits", "valid": 0.1, "limit": None, "augment": "none"}
+
+
+@pytest.mark.parametrize("key", ["valid", "limit", "data._target_", "test", "root", "eval_every"])
+def test_best_over_refuses_settings_at_whose_values_the_numbers_mean_different_things(tmp_path, key):
+    for i, more in enumerate(({}, {"valid": 0.3, "limit": 9, "_target_": "mine.Data", "test": 0.1, "root": "photos"})):
+        config = {"data": DIGITS | more, "eval_every": 10 * i + 10}
+        write_run(tmp_path / str(i), config=config, readings=curves(0.9))
+    with pytest.raises(UserError, match=f"best over .*{key}: its values have other "):
+        compared(tmp_path, best_over=key)
+
+
+def test_best_over_picks_a_way_to_show_the_same_images(tmp_path):
+    for augment, accuracy in (("none", 0.1), ("flip", 0.2)):
+        write_run(
+            tmp_path / augment, config={"data": DIGITS | {"augment": augment}}, readings=curves(valid=(1 - accuracy,))
+        )
+    assert list(compared(tmp_path, best_over="augment").chosen.values()) == ["flip"]
+
+
 def test_best_over_a_setting_that_does_not_vary_names_the_one_that_does(tmp_path):
     sweep_rates(tmp_path, {0.1: (0.6, 0.6), 1.0: (0.9, 0.9)})
     notes = compared(tmp_path, best_over="epochs").notes

@@ -9,8 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from bnexp.store import files
+from bnexp.errors import StorageError
+from bnexp.store import checkpoint, files
 from bnexp.store.files import ELSEWHERE, NO_SYNC, REMEDIES, not_written, write_json
 from bnexp.store.run_folder import NO_LOCKS, is_taken, read_status, taken
 
@@ -95,7 +97,8 @@ def test_a_move_that_the_file_system_refuses_is_told_with_a_way_out(number, bnex
     assert ELSEWHERE in capsys.readouterr().err
 
 
-LOST = [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS, errno.EDQUOT, errno.EFBIG]
+LOST = [errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.ENETUNREACH,
+        errno.ECONNREFUSED, errno.EPROTO, errno.ESHUTDOWN, errno.EKEYEXPIRED]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", LOST)
@@ -103,3 +106,17 @@ def test_space_is_asked_for_only_where_space_is_missing(number, tmp_path):
     told = not_written(OSError(number, os.strerror(number)), tmp_path)
     assert REMEDIES[number] in told
     assert ("free some space" in told) == (number == errno.EDQUOT)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)
+def test_a_checkpoint_that_the_system_cannot_read_is_not_taken_for_a_damaged_one(number, train, monkeypatch):
+    folder = train("model=mlp", "data.limit=64", "batch_size=16", "steps=2", "checkpoint_every=1")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+
+    def fails(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("bnexp.store.checkpoint.check_whole", fails)
+    with pytest.raises(StorageError, match=f"cannot be read .{os.strerror(number)}.; {REMEDIES[number]}"):
+        checkpoint.load(folder, torch.device("cpu"), mend=True)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before

@@ -23,10 +23,12 @@ from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
 from bnexp.errors import StorageError
 from bnexp.optim import constant, make_optimizer
+from bnexp.startup import SIGNALS
 from bnexp.store import checkpoint, files
 from bnexp.store.run_folder import Status, read_status
 from bnexp.store.writer import NullWriter, Writer
 from bnexp.train.drive import drive
+from bnexp.train.interrupt import raised_signals
 from bnexp.train.loop import Loop, Plan
 from bnexp.train.progress import NullProgress
 from bnexp.train.recorder import Recorder
@@ -456,16 +458,7 @@ class Asks(NullProgress):
         self.ended = loop.status
 
 
-@pytest.fixture
-def without_nohup():
-    """SIGHUP as in a terminal, though the tests may run under nohup, which ignores it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("without_nohup")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_bit(number, tmp_path):
     base = ("steps=9", "data.limit=128", "log_every=2")
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -487,14 +480,16 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_that_continues_bit_for_
     assert different(state_of(whole), state_of(again)) == []
 
 
-def test_a_run_under_nohup_does_not_hear_that_the_terminal_is_closed(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_the_process_ignores_stays_ignored(number, tmp_path):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         run, plan = built("steps=4", "data.limit=128")
-        assert drive(Loop(run, plan, recorded_in(tmp_path)), Asks(2, signal.SIGHUP)) == "finished"
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with raised_signals():
+            assert drive(Loop(run, plan, recorded_in(tmp_path)), Asks(2, number)) == "finished"
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_progress_that_cannot_be_shown_leaves_a_checkpoint(tmp_path):

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,9 @@ from test_resume import assert_same
 from test_sweep import SWEEP, numbers, statuses, step_that
 
 from bnexp.cli.sweep import launch
+from bnexp.config import build
 from bnexp.report.records import read_runs
+from bnexp.startup import SIGNALS
 from bnexp.store import checkpoint
 from bnexp.store.files import write_json
 from bnexp.store.run_folder import is_taken, read_status, taken
@@ -38,14 +40,6 @@ def every_status():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bnexp.store.run_folder.STATUS_EVERY", 0.0)
         yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ctrl_c_is_heard():
-    """Whoever starts the tests in the background has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -157,34 +151,85 @@ def test_a_checkpoint_that_takes_long_is_waited_for_and_written_once(bnexp, monk
 
 
 @pytest.mark.parametrize(
-    "number, whom",
-    [(signal.SIGINT, "all"), *[pytest.param(*each, marks=pytest.mark.long) for each in (
-        (signal.SIGTERM, "all"), (signal.SIGKILL, "parent"), (signal.SIGTERM, "parent"),
+    "number, whom, starting",
+    [(signal.SIGTERM, "parent", False), (signal.SIGHUP, "all", True), *[pytest.param(*each, marks=pytest.mark.long)
+     for each in (
+        (signal.SIGINT, "all", False), (signal.SIGTERM, "all", False), (signal.SIGKILL, "parent", False),
+        (signal.SIGHUP, "parent", False), (signal.SIGINT, "parent", False), (signal.SIGINT, "all", True),
+        (signal.SIGUSR1, "parent", True),
     )]],
 )  # fmt: skip
-def test_of_jobs_side_by_side_each_leaves_a_checkpoint(number, whom, tmp_path):
-    """Ctrl-C reaches all processes. Who loses his parent is asked by that; who is killed by it is told as dead."""
+def test_jobs_side_by_side_hear_a_signal_and_each_leaves_a_checkpoint(number, whom, starting, tmp_path):
+    """Ctrl-C reaches all processes, kill the parent alone; workers that are just starting hear it later."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the joblib launcher of Hydra is not installed")
     # The checkpoint of one is written at once, that of the other has 75 MB.
     slow = [*SWEEP, "norm=none", "seed=0", "steps=100000", "checkpoint_every=10", "model.hidden=[8],[2500,2500]"]
     command = [sys.executable, "-m", "bnexp", "train", "-m", *slow, "quiet=true", "out=sweep", "hydra/launcher=joblib"]
-    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, "hydra.launcher.n_jobs=2"], cwd=tmp_path, start_new_session=True, **nowhere)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "hydra.launcher.n_jobs=2"], cwd=tmp_path, start_new_session=True, **pipes)
     begun = {}
-    while len(begun) < 2:
+    while len(begun) < 2 and not (starting and is_loky_begun(process.pid)):
         assert process.poll() is None
         begun = {path.parent.name: path.parent for path in tmp_path.glob("sweep/*/checkpoint.pt")}
         time.sleep(0.01)
     (os.killpg if whom == "all" else os.kill)(process.pid, number)
-    seconds, _ = timed(process.wait)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 130) and seconds < 5
+    seconds, (_, error) = timed(process.communicate)
+    assert seconds < 15
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 130
+        assert error == "to go on, repeat the command with out=sweep\nbnexp: interrupted\n"
     while any(is_taken(folder) for folder in begun.values()):
         time.sleep(0.01)
-    ended = "dead" if (number, whom) == (signal.SIGTERM, "parent") else "interrupted"
-    assert [each.status for each in read_runs([tmp_path / "sweep"])[1]] == [ended] * 2
+    if not starting:
+        assert [each.status for each in read_runs([tmp_path / "sweep"])[1]] == ["interrupted"] * 2
     for folder in begun.values():
-        step = checkpoint.load(folder, CPU)["num_steps"]
-        assert step == read_status(folder)["step"] if ended == "interrupted" else step % 10 == 0
+        assert checkpoint.load(folder, CPU)["num_steps"] == read_status(folder)["step"]
+
+
+def is_loky_begun(parent: int) -> bool:
+    """Whether the process has a worker process of joblib's."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):  # it has ended
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                commands.append((path / "cmdline").read_bytes())
+    return any(b"popen_loky" in command for command in commands)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "where, command",
+    [
+        ("bnexp.config.build.load_dataset", ["train", *RUN[1:], "out=run"]),
+        ("bnexp.config.build.load_dataset", ["compare", *SWEEP, "out=run"]),
+        ("bnexp.cli.compare.make_report", ["compare", *SWEEP, "steps=1", "seed=0", "out=run"]),
+        ("bnexp.report.report.make_report", ["report", "."]),
+    ],
+)
+def test_a_signal_outside_of_training_ends_the_command_too(number, where, command, bnexp, monkeypatch, capfd):
+    monkeypatch.setattr(where, lambda *_, **__: os.kill(os.getpid(), number))
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    assert bnexp(*command) == 130
+    error = capfd.readouterr().err
+    assert error.endswith("bnexp: interrupted\n") and "Traceback" not in error
+    assert "to go on" in error or not Path("run").exists()
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+
+
+def test_an_interrupt_that_a_library_swallows_stops_the_run_after_its_first_step(bnexp, monkeypatch):
+    load = build.load_dataset
+
+    def swallows(*arguments):
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)
+
+    monkeypatch.setattr(build, "load_dataset", swallows)
+    assert bnexp(*RUN, "out=run") == 130
+    assert read_status(Path("run"))["status"] == "interrupted"
+    assert checkpoint.load(Path("run"), CPU)["num_steps"] == 1
 
 
 def test_what_is_asked_in_the_very_last_moment_of_a_job_ends_the_sweep(bnexp, monkeypatch):

@@ -19,9 +19,9 @@ from hydra.core.override_parser.types import RangeSweep
 from omegaconf import DictConfig
 
 from bnexp.config.choices import GROUPS
-from bnexp.config.compose import plain_value, typed, values_of
-from bnexp.config.explain import check_words, parse_words
-from bnexp.errors import UserError, home_path
+from bnexp.config.compose import composed, typed, values_of
+from bnexp.config.explain import check_words, is_hydras, parse_words
+from bnexp.errors import UserError
 
 MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
 
@@ -69,10 +69,10 @@ def read_grid(words: Sequence[str]) -> Grid:
     fixed: list[str] = []
     lists: dict[str, list[str]] = {}
     written: dict[str, str] = {}  # the keys of the lists with their prefixes
-    out, order, hydra = None, "product", []
+    once, hydra = [], []
     for override in parse_words(words, GlobalHydra.instance().config_loader()):
         key, word = override.key_or_group, override.input_line
-        if key.startswith("hydra"):
+        if is_hydras(key):
             hydra.append(word)
         elif override.is_sweep_override():
             if key in ("out", "sweep_order"):
@@ -85,15 +85,18 @@ def read_grid(words: Sequence[str]) -> Grid:
             lists[key], written[key] = values_of(override), override.get_key_element()
             if not lists[key]:
                 raise UserError(f"{word}: an empty list makes no runs; give values")
-        elif key == "out":
-            out = plain_value(override)
-            if out and re.search(r"['\"\\]|\$\{", out):  # Hydra's launchers would read them differently
-                raise UserError(f"{word}: a sweep's folder cannot have quotes, \\ or ${{}} in its name; choose another")
-        elif key == "sweep_order":
-            order = str(override.value())
+        elif key in ("out", "sweep_order"):
+            once.append(override)
         else:
             fixed.append(typed(override))
             lists.pop(key, None)  # as in Hydra, the last word counts
+    firsts = [f"{written[key]}={values[0]}" for key, values in lists.items()]
+    groups = [word for word in (*fixed, *firsts) if word.lstrip("+~").partition("=")[0] in GROUPS]
+    cfg = composed([*groups, *(each.input_line for each in once)])  # a main config can give both
+    out, order = cfg.get("out"), cfg.get("sweep_order", "product")
+    for text in [out or "", *(str(each.value()) for each in once)]:
+        if re.search(r"['\"\\]|\$\{", text):  # Hydra's launchers would read them differently
+            raise UserError(f"out={text}: a sweep's folder cannot have quotes, \\ or ${{}} in its name; choose another")
     sizes = [len(values) for key, values in lists.items() if key != "seed"]
     per_seed = math.prod(sizes) if order == "product" else max(sizes, default=1)
     if (count := per_seed * len(lists.get("seed", [""]))) > MOST_JOBS:
@@ -106,15 +109,13 @@ def read_grid(words: Sequence[str]) -> Grid:
         name = next(each for each in names if each not in points)
         variant = _name({key: value for key, value in values.items() if key != "seed"})
         points[name] = Point(name, variant, (*fixed, *(f"{written[key]}={value}" for key, value in values.items())))
-    return Grid(tuple(lists), tuple(points.values()), out and str(home_path(out, "out=")), tuple(hydra))
+    return Grid(tuple(lists), tuple(points.values()), out, tuple(hydra))
 
 
 def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
     """The combinations of the lists' values, in the order ``product`` or ``zip``."""
     if order == "product":
         return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    if order != "zip":
-        raise UserError(f"sweep_order={order}: not known; choose product or zip")
     paired = {key: values for key, values in lists.items() if key != "seed"}
     lengths = {key: len(values) for key, values in paired.items()}
     if len(set(lengths.values())) > 1:

@@ -33,12 +33,12 @@ def prepare(grid: Grid, kind: str) -> tuple[Path, list[Job]]:
     for name, _, overrides in grid.points:
         try:
             configs[name] = composed(overrides)
-            check.check(configs[name], many=True)
+            check.check(configs[name], free=False, many=True)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(grid.points) > 1 else str(error)) from error
     check_sweep(grid.hydra, configs)
     if grid.out is not None:
-        check_free(grid.out)
+        check_free(grid.out, SWEEP)
     begun = Path(grid.out) if grid.out and (Path(grid.out) / SWEEP).exists() else None
     check_splits({k: v for k, v in configs.items() if not begun or read_status(begun / k).get("status") not in DONE})
     text = json.dumps(finite({"jobs": {name: _comparable(cfg) for name, cfg in configs.items()}}), indent=1)
@@ -79,25 +79,14 @@ def folder_told(folder: Path) -> Iterator[None]:
 def open_folder(folder: Path, text: str, names: Iterable[str]) -> None:
     """Make ``folder`` the sweep that ``text`` (sweep.json) lists, with jobs of these names, or open it again.
 
-    Raises :class:`UserError` for a folder that holds another sweep, or anything else that would be mixed with this one.
+    Raises :class:`UserError` for a folder that holds another sweep.
     """
-    _check_alone(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not write_new(folder / SWEEP, text):
         _check_same_sweep(folder, _read_jobs(folder), json.loads(text)["jobs"])
     for path in (folder / name for name in (*names, BANDS)):
         if path.is_symlink():
             raise UserError(f"{path}: a link, and nothing is written through links; remove it, or put a folder there")
-
-
-def _check_alone(folder: Path) -> None:
-    """Raise :class:`UserError` for a folder with runs or results but no sweep; other loose files may be there."""
-    if not folder.is_dir():
-        return
-    entries = [each for each in folder.iterdir() if not each.name.startswith(".")]
-    in_the_way = [each.name for each in entries if each.is_dir() or each.stem in ("comparison", "study")]
-    if in_the_way and not (folder / SWEEP).exists():  # checked last: another process may be making it
-        raise UserError(f"out={folder}: holds {min(in_the_way)} and no sweep; choose a new folder, or an empty one")
 
 
 def _read_jobs(folder: Path) -> dict[str, dict]:

@@ -1,9 +1,10 @@
 """Runs the jobs of a sweep through Hydra's launcher until none is left."""
 
+import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hydra._internal.callbacks import Callbacks
@@ -18,9 +19,8 @@ from bnexp.cli.sweep.lockstep import LAST, race, tell_alone, together
 from bnexp.cli.sweep.worker import cached_datasets, run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
-from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
-from bnexp.train.interrupt import Interrupted, deferred_signals
+from bnexp.train.interrupt import Interrupted, blocked_in_children, deferred_signals
 
 
 def run_all(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
@@ -63,8 +63,7 @@ def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
             return any(statuses[job] not in DONE for job in failed)
         free = [job for job in left if not is_taken(job.folder)]
         if free:
-            # Parallel workers get the same Ctrl-C and need time to write their checkpoints.
-            with nullcontext([]) if is_alone else deferred_signals(longer=2.0) as asked:
+            with nullcontext([]) if is_alone else passed_on_signals() as asked:
                 results = launcher.launch([job.arguments for job in free], initial_job_idx=0)
             for job, result in zip(free, results, strict=True):
                 if (ended := result.return_value) == "failed":
@@ -81,6 +80,23 @@ def launch(hydra: Sequence[str], folder: Path, jobs: Sequence[Job]) -> bool:
             time.sleep(0.5)  # if a process that holds jobs dies, they are run here
 
 
+@contextmanager
+def passed_on_signals() -> Iterator[list[float]]:
+    """:func:`deferred_signals`, which worker processes get too, with time to write their checkpoints."""
+
+    def stop_workers() -> None:
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # who has received the signal already passes over this one
+
+    with deferred_signals(longer=2.0, tell=stop_workers) as asked, blocked_in_children():
+        try:
+            yield asked
+        except Exception:
+            if asked:  # a worker that died of it is no error
+                raise Interrupted from None
+            raise
+
+
 def tell_wait(jobs: Sequence[Job]) -> None:
     """Print on stderr which jobs other processes hold."""
     shown = ", ".join(f"{job.name} ({holder(job.folder)})" for job in jobs[:4]) + ", ..." * (len(jobs) > 4)
@@ -91,10 +107,7 @@ def hydra_config(words: Sequence[str], folder: Path = Path()) -> DictConfig:
     """The config that Hydra makes of its own ``words``; :class:`UserError` for a launcher that does not exist."""
     with explained(words):
         fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
-        cfg = composed_with_hydra([*fixed, *words], RunMode.MULTIRUN)
-    if cfg.hydra.job.chdir:
-        raise UserError("hydra.job.chdir=true: jobs that change the folder would write elsewhere; leave it out")
-    return cfg
+        return composed_with_hydra([*fixed, *words], RunMode.MULTIRUN)
 
 
 def written_at(folder: Path) -> int:

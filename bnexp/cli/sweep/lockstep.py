@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnexp.cli.sweep.grid import Job
 from bnexp.config import build, parts
+from bnexp.config.explain import parse_words
 from bnexp.config.start import fail, open_job
 from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
@@ -19,7 +21,7 @@ from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, read_status
 from bnexp.store.settings import LOOKING, NUMBERS, PLACE, select
 from bnexp.train import progress
-from bnexp.train.drive import Group, lockstep
+from bnexp.train.drive import Group, lockstep, stop_all
 from bnexp.train.loop import Loop
 
 COLUMNS = ("", "runs", "loss/train", "loss/valid", "accuracy/valid", "difference")  # of the live table
@@ -36,18 +38,22 @@ def race(jobs: Sequence[Job], datasets: dict[str, Dataset] | None = None) -> boo
         LAST.clear()
     loops: dict[Job, Loop] = {}
     has_failed = False
-    for job in jobs:
-        if read_status(job.folder).get("status") in DONE:
-            continue
-        try:
-            run, recorder = open_job(job.cfg, job.overrides, datasets)
-        except Exception as error:
-            fail(job.folder, job.overrides, error)
-            has_failed = True
-            continue
-        loops[job] = Loop(run, build.plan_of(job.cfg, run.batches.steps_per_epoch), recorder)
-    with progress.LiveTable(COLUMNS, quiet=jobs[0].cfg.quiet) as table:
-        for step in lockstep(groups_of(loops)):
+    try:
+        for job in jobs:
+            if read_status(job.folder).get("status") in DONE:
+                continue
+            try:
+                run, recorder = open_job(job.cfg, job.overrides, datasets)
+            except Exception as error:
+                fail(job.folder, job.overrides, error)
+                has_failed = True
+                continue
+            loops[job] = Loop(run, build.plan_of(job.cfg, run.batches.steps_per_epoch), recorder)
+        steps = lockstep(groups_of(loops))
+    except KeyboardInterrupt as reason:
+        raise stop_all(list(loops.values()), reason) from None
+    with closing(steps), progress.LiveTable(COLUMNS, quiet=jobs[0].cfg.quiet) as table:
+        for step in steps:
             last = max(loop.run.total_steps for loop in loops.values())
             is_milestone = step == last or step % next(iter(loops.values())).plan.eval_every == 0
             table.update(step, last, is_milestone, lambda: standings(loops))
@@ -84,11 +90,10 @@ def check_sweep(hydra: Sequence[str], configs: Mapping[str, DictConfig]) -> None
         raise UserError(f"replicas={','.join(map(str, values))}: belongs to the sweep as a whole; give one value")
     if values[0] == 1:
         return
-    launchers = [word for word in hydra if word.startswith("hydra/launcher=") and not word.endswith("=basic")]
-    if launchers:
-        raise UserError(
-            f"replicas={values[0]} and {launchers[0]}: folded runs share one process; leave out one of the two"
-        )
+    for each in parse_words(hydra):
+        if each.key_or_group == "hydra/launcher" and each.value() != "basic":
+            given = f"replicas={values[0]} and {each.input_line}"
+            raise UserError(f"{given}: folded runs share one process; leave out one of the two")
     for name, cfg in {common(cfg): (name, cfg) for name, cfg in configs.items()}.values():
         try:
             check_replicas(cfg)

@@ -25,9 +25,10 @@ from bnexp.errors import StorageError
 from bnexp.store.run_folder import DONE, read_status, taken
 from bnexp.train import progress
 from bnexp.train.drive import drive
-from bnexp.train.interrupt import PATIENCE
+from bnexp.train.interrupt import PATIENCE, Interrupted, handle, raised_signals
 from bnexp.train.loop import Loop
 
+PARENT = os.getppid()
 interrupted_at = -math.inf  # time of the last interrupt in this process, if it is one of several
 
 
@@ -37,30 +38,40 @@ def run_job(cfg: DictConfig) -> str:
     With jobs in parallel, KeyboardInterrupt becomes the status ``interrupted`` of this job and of those that would come
     next. If it were raised, the launcher would end the other jobs before they have written a checkpoint.
     """
-    global interrupted_at
     is_alone = HydraConfig.get().launcher._target_.endswith("BasicLauncher")
     try:
-        if not is_alone:
-            watch_parent()
-        return run_held(cfg, is_alone) if time.monotonic() - interrupted_at > 10 else "interrupted"
+        if is_alone:
+            return run_held(cfg, is_alone)
+        begin_worker()
+        with raised_signals():
+            return run_held(cfg, is_alone) if time.monotonic() - interrupted_at > 10 else "interrupted"
     except KeyboardInterrupt:
         if is_alone:
             raise
-        interrupted_at = time.monotonic()
+        end_jobs()
         return "interrupted"
     except StorageError as error:
         print(f"bnexp: error: {error}", file=sys.stderr)
         return "failed"
 
 
+def end_jobs(*_: object) -> None:
+    """Have the next jobs of this worker process end as ``interrupted``, or end it if its parent process has died."""
+    global interrupted_at
+    interrupted_at = time.monotonic()
+    if os.getppid() != PARENT:
+        os._exit(1)  # nobody waits for the jobs
+
+
 @cache
-def watch_parent() -> None:
-    """Send this process SIGTERM when its parent process has died."""
-    parent = os.getppid()
+def begin_worker() -> None:
+    """Unblock signals, with :func:`end_jobs` as their handler, and send SIGTERM when the parent process has died."""
+    handle(end_jobs)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, startup.SIGNALS)
 
     def watch() -> None:
         while True:
-            if os.getppid() != parent:
+            if os.getppid() != PARENT:
                 os.kill(os.getpid(), signal.SIGTERM)  # a run writes its checkpoint first
                 time.sleep(2 * PATIENCE)
             time.sleep(0.5)
@@ -81,7 +92,7 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
             return status
         if not is_alone:
             startup.keep_memory()
-            startup.replace_unprintable()
+            startup.prepare_output()
             gc.freeze()  # imported objects stay anyway; a worker that does not check them for garbage is faster
             share_machine(cfg, hydra_cfg)
         try:
@@ -93,6 +104,8 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
             return drive(Loop(run, build.plan_of(cfg, run.batches.steps_per_epoch), recorder), shown)
         except StorageError:
             raise
+        except OSError as error:  # progress cannot be shown; the next job could not show its own either
+            raise Interrupted from error
         except Exception:
             return "failed"  # status.json has the reason
 
