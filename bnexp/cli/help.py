@@ -57,8 +57,9 @@ The baseline is the first variant, unless baseline= names another.
 usage: bnexp study [NAME [quick=true | full=true] [setting=value] ... [variants.ROLE=override] [out=DIR]]
 
 Without a name, lists the studies. NAME can also be a yaml file of your own.
-Trains the variants of the study with at least three seeds, writes what compare writes, and then prints each
-expectation, the measured value and whether the expectation holds. The exit code is 3 if one does not hold.
+Trains the variants of the study with its seeds, five as a rule, writes what compare writes, and then prints each
+expectation, what was measured and whether the expectation holds. The exit code is 3 if one does not hold, and 4 if you
+gave fewer seeds than the study has.
 
   quick=true, full=true   the short form of the study, or the one at full size, if it has one
   variants.ROLE=override  train this instead of the variant that has this role in the study

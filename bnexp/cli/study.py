@@ -1,5 +1,6 @@
 """``bnexp study``: trains the variants of a published claim and compares the results with its expectations."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,11 +30,12 @@ from bnexp.report.variants import into_variants, last_part
 from bnexp.store.files import write_json
 from bnexp.store.settings import NUMBERS, as_typed, decides
 
-DOES_NOT_HOLD = 3  # the exit code of a study whose runs ended and whose expectations do not all hold
+DOES_NOT_HOLD, TOO_FEW = 3, 4  # exit codes: an expectation does not hold; fewer seeds than the study's own
 
 
 def study(arguments: Sequence[str]) -> int:
-    """``bnexp study [NAME [overrides]]``: returns 3 if an expectation does not hold, 1 if a run failed."""
+    """``bnexp study [NAME [overrides]]``: returns 1 if a run failed, 4 if the seeds are too few to judge, 3 if an
+    expectation does not hold."""
     if not arguments:
         list_studies()
         return 0
@@ -50,26 +52,30 @@ def study(arguments: Sequence[str]) -> int:
         with all_taken(jobs if in_lockstep else ()), folder_told(folder):
             quiet, began = jobs[0].cfg.quiet, time.monotonic()
             if not quiet:
-                print(f"{chosen.title}\nsource: {chosen.source}")
+                amended = f"\namended: {chosen.amended}" if chosen.amended else ""
+                print(f"{chosen.title}\nsource: {chosen.source}{amended}")
                 print(f"{len(jobs)} runs; takes {chosen.takes} on two CPU cores\n")
             failed = race(jobs) if in_lockstep else run_all(grid.hydra, folder, jobs)
             first = next(iter(chosen.variants))
             names = {job.folder: roles[job.name] if chosen.best_over else job.variant for job in jobs}
             conclude(first, [job for job in jobs if roles[job.name] == first], chosen.best_over, names)
             findings = judge_runs(expectations, jobs, roles)
-            write_json(folder / "study.json", study_content(name, chosen, overrides, findings))
+            is_short = len({repr(job.cfg.seed) for job in jobs}) < chosen.seeds
+            write_json(folder / "study.json", study_content(name, chosen, overrides, findings, is_short))
             if not quiet:
                 if chosen.epochs:
                     print_epochs(folder, names)
-                Console().print(finding_table(findings))
+                Console().print(finding_table(findings, is_short))
                 print(f"{len(jobs)} runs, {time.monotonic() - began:.0f} s")
-    return 1 if failed else 0 if all(finding.holds for finding in findings) else DOES_NOT_HOLD
+            if is_short:
+                print(f"too few seeds to judge: the study has {chosen.seeds}", file=sys.stderr)
+    return 1 if failed else TOO_FEW if is_short else 0 if all(each.holds for each in findings) else DOES_NOT_HOLD
 
 
 def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, str]]:
     """All runs of the study, and the role of each run by its name; ``overrides`` cannot change what a variant sets."""
     lists = [f"{key}={','.join(map(as_typed, values))}" for key, values in study.sweep.items()]
-    shared = [*study.settings, *lists, f"seed=range({study.seeds})", *overrides]
+    shared = [*study.settings, *lists, f"seed={','.join(map(str, study.own_seeds))}", *overrides]
     points, roles = [], {}
     for role, own in study.variants.items():
         grid = read_grid([*shared, *([own] if isinstance(own, str) else own)])
@@ -94,14 +100,19 @@ def judge_runs(expectations: Sequence[Expectation], jobs: Sequence[Job], roles: 
     return [judge(expectation, runs) for expectation in expectations]
 
 
-def study_content(name: str, study: Study, overrides: Sequence[str], findings: Sequence[Finding]) -> dict[str, Any]:
-    """The content of study.json."""
+def study_content(
+    name: str, study: Study, overrides: Sequence[str], findings: Sequence[Finding], is_short: bool
+) -> dict[str, Any]:
+    """The content of study.json; ``holds`` is null if there are too few seeds to judge."""
     return {
         "study": name,
         "title": study.title,
         "source": study.source,
+        "seeds": [*study.own_seeds],
+        "settled_on": study.settled_on,
+        "amended": study.amended,
         "overrides": overrides,
-        "holds": all(finding.holds for finding in findings),
+        "holds": None if is_short else all(finding.holds for finding in findings),
         "findings": [finding.to_json() for finding in findings],
     }
 
@@ -114,28 +125,29 @@ def print_epochs(folder: Path, names: Mapping[Path, str]) -> None:
         console.print()
 
 
-def finding_table(findings: Sequence[Finding]) -> Table:
+def finding_table(findings: Sequence[Finding], is_short: bool = False) -> Table:
     """A row per expectation: whether it holds, what it says, what was measured and the condition."""
     table = Table(title="Expectations", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "expectation", "measured", "condition"):
+    for column in ("", "expectation", "n", "mean [95% interval]", "a new seed", "condition"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        word, style = ("holds", "green") if finding.holds else ("fails", "red")
-        cells = (finding.expectation.says, measured_cell(finding), finding.expectation.condition)
+        word, style = ("too few", "") if is_short else ("holds", "green") if finding.holds else ("fails", "red")
+        cells = (finding.expectation.says, str(len(finding.numbers)), *measured_cells(finding))
+        cells += (finding.expectation.condition,)
         table.add_row(word, *map(escape, cells), style=style)
     return table
 
 
-def measured_cell(finding: Finding) -> str:
-    """``0.0238 (0.0211 to 0.0262)``: mean and range, or mean and interval if the expectation is about the interval."""
+def measured_cells(finding: Finding) -> tuple[str, str]:
+    """``0.0238 [0.0211, 0.0262]``, and between what the number of a new seed lies with 95%."""
     if finding.problem:
-        return finding.problem
-    if finding.mean.mean is None:
-        return f"not finite: {', '.join(f'{number:.4g}' for number in finding.numbers)}"
-    low, high = min(finding.numbers), max(finding.numbers)
-    if finding.expectation.seeds == "interval":
-        low, high = finding.mean.low, finding.mean.high
-    return f"{finding.mean.mean:.4g}" + (f" ({low:.4g} to {high:.4g})" if low is not None and low < high else "")
+        return finding.problem, ""
+    mean = finding.mean
+    if mean.mean is None:
+        return f"not finite: {', '.join(f'{number:.4g}' for number in finding.numbers)}", ""
+    interval = f" [{mean.low:.4g}, {mean.high:.4g}]" if mean.low is not None else ""
+    low, high = finding.new_seed
+    return f"{mean.mean:.4g}{interval}", f"{low:.4g} to {high:.4g}" if low is not None else ""
 
 
 def list_studies() -> None:

@@ -43,11 +43,19 @@ class Study:
     expect: list[dict[str, Any]]  # the fields of an Expectation each
     settings: list[str] = field(default_factory=list)  # overrides that all runs share
     sweep: dict[str, list[Any]] = field(default_factory=dict)  # setting: values, crossed with the variants
-    seeds: int = 3
+    seeds: int = 5  # their number
+    first_seed: int = 20
+    settled_on: list[int] = field(default_factory=list)  # the seeds that the expectations were found with, others
+    amended: str | None = None  # what was changed in the expectations after they had been published, and why
     how: str = "compare"  # compare: in lockstep; sweep: one run after the other
     best_over: str | None = None  # the report takes every variant at its best value of this setting
     epochs: bool = False  # print the readings of every epoch
     forms: dict[str, Form] = field(default_factory=dict)
+
+    @property
+    def own_seeds(self) -> range:
+        """The seeds that test the expectations."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def expectations(self) -> list[Expectation]:
         """The expectations of the study; :class:`UserError` for one that does not fit its fields or variants."""
@@ -62,6 +70,8 @@ class Study:
             except TypeError as error:
                 raise UserError(f"expect {each}: {error}; see bnexp/report/expectations.py") from error
             found[-1].check(list(self.variants))
+        if used := sorted({*self.own_seeds} & {*self.settled_on}):
+            raise UserError(f"seeds: {used[0]} is one that the expectations were settled on, so it cannot test them")
         return found
 
 

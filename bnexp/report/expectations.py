@@ -8,7 +8,7 @@ import math
 import operator
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
@@ -31,7 +31,9 @@ TAKES: dict[str, Callable[[Values], float]] = {
     "drift": lambda values: fmean(abs(value - values[0]) for value in values[1:]),
     "spread": stdev,
 }
-SEEDS = {"each": " in each seed", "mean": " in the mean", "interval": ", the 95% interval"}
+SEEDS = {
+    "interval": ", the 95% interval", "equivalent": ", equivalent", "each": " in each seed", "mean": " in the mean",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Expectation:
     * ``of``: the role; ``minus``: the role whose number is subtracted; ``over``: the role by whose number is divided.
     * ``only``: settings that the runs must have, ``{optimizer.lr: 0.1}``. All such runs of a seed count.
     * ``above``, ``below``: the limits; a number on a limit is outside.
-    * ``seeds``: what must be within the limits: ``each`` number, the ``mean``, or the 95% ``interval`` of the mean.
+    * ``seeds``: what must be within the limits: the 95% ``interval`` of the mean; for ``equivalent`` its 90% interval,
+      which is the test of both limits at 5% (Schuirmann 1987); ``each`` number; or the ``mean``.
     """
 
     says: str
@@ -62,7 +65,7 @@ class Expectation:
     over: str | None = None
     above: float | None = None
     below: float | None = None
-    seeds: str = "each"
+    seeds: str = "interval"
 
     def check(self, roles: Sequence[str]) -> None:
         """Raise :class:`UserError` for fields that contradict each other or name something unknown."""
@@ -74,6 +77,7 @@ class Expectation:
             (self.seeds not in SEEDS, f"seeds={self.seeds} is not known; choose one of {', '.join(SEEDS)}"),
             (self.minus is not None and self.over is not None, "minus and over exclude each other; give one"),
             (self.above is None and self.below is None, "without above or below it cannot fail; give one"),
+            (self.seeds == "equivalent" and None in (self.above, self.below), "equivalent needs above and below"),
         ):
             if is_wrong:
                 raise UserError(f"expect {self.says!r}: {complaint}")
@@ -93,13 +97,15 @@ class Expectation:
 class Finding:
     """Whether an expectation holds, and its numbers, one per seed (and setting).
 
-    ``problem`` is the reason if the numbers cannot be read; the expectation does not hold then.
+    ``new_seed`` is the 95% prediction interval of the number of one more seed, None without a spread. ``problem`` is
+    the reason if the numbers cannot be read; the expectation does not hold then.
     """
 
     expectation: Expectation
     numbers: tuple[float, ...]
     mean: stats.Mean
     holds: bool
+    new_seed: tuple[float | None, float | None] = (None, None)
     problem: str = ""
 
     def to_json(self) -> dict:
@@ -115,24 +121,26 @@ class Missing(Exception):
 def judge(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> Finding:
     """Return whether the expectation holds for ``runs``, the runs of each role."""
     try:
-        numbers, mean = _numbers(expectation, runs)
+        numbers, found = _numbers(expectation, runs)
     except Missing as error:
-        return Finding(expectation, (), stats.mean([]), False, str(error))
-    if expectation.seeds == "each":
-        judged: Sequence[float | None] = numbers
-    else:
-        judged = [mean.mean] if expectation.seeds == "mean" else [mean.low, mean.high]
+        return Finding(expectation, (), stats.mean([]), False, problem=str(error))
+    mean = stats.Mean(found.n, found.difference, found.low, found.high)
+    judged: Sequence[float | None] = {
+        "interval": [mean.low, mean.high], "equivalent": found.interval(0.90), "each": numbers, "mean": [mean.mean],
+    }[expectation.seeds]  # fmt: skip
+    if expectation.seeds in ("interval", "equivalent") and len(numbers) > 1 and min(numbers) == max(numbers):
+        judged = numbers[:1]  # without spread the interval is the number
     holds = all(value is not None and expectation.holds_for(value) for value in judged)
-    return Finding(expectation, tuple(numbers), mean, holds)
+    return Finding(expectation, tuple(numbers), mean, holds, stats.prediction_interval(numbers))
 
 
-def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> tuple[list[float], stats.Mean]:
-    """The numbers that must be within the limits, and their mean with its interval."""
+def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) -> tuple[list[float], stats.Difference]:
+    """The numbers that must be within the limits, and their mean, or the difference of means, with its interval."""
     own_runs = _runs_of(expectation, expectation.of, runs)
     own = _by_seed(expectation, own_runs)
     other = expectation.minus or expectation.over
     if other is None:
-        return list(own.values()), stats.mean(list(own.values()))
+        return list(own.values()), _mean_of(own.values())
     other_runs = _runs_of(expectation, other, runs)
     partners = _by_seed(expectation, other_runs)
     combine = operator.sub if expectation.minus else _divide
@@ -146,13 +154,16 @@ def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) 
         raise Missing(f"{expectation.of} and {other} do not have the same {what}")
     numbers = [combine(value, fmean(bases[key[first:]])) for key, value in own.items()]
     if is_paired:
-        return numbers, stats.mean(numbers)
+        return numbers, _mean_of(numbers)
     if expectation.minus and len(bases) == 1:
-        welch = stats.unpaired_difference(list(own.values()), list(partners.values()))
-        return numbers, stats.Mean(welch.n, welch.difference, welch.low, welch.high)
-    if expectation.seeds == "interval":
+        return numbers, stats.unpaired_difference(list(own.values()), list(partners.values()))
+    if expectation.seeds in ("interval", "equivalent"):
         raise Missing(f"{expectation.of} and {other} are not paired: only one difference of means has an interval")
-    return numbers, stats.mean(numbers)
+    return numbers, _mean_of(numbers)
+
+
+def _mean_of(values: Collection[float]) -> stats.Difference:
+    return stats.paired_difference(list(values), [0.0] * len(values))
 
 
 def _divide(value: float, base: float) -> float:

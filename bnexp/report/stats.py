@@ -83,6 +83,13 @@ def unpaired_difference(values: Sequence[float], baseline: Sequence[float]) -> D
     return _difference(n, means[0] - means[1], error, freedom)
 
 
+def prediction_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Between what one more value lies with 95%: mean -+ t s sqrt(1 + 1/n) (Student's, for normal values)."""
+    centre, error = _mean_and_error(values)
+    n = len(values)
+    return _t_test(centre, error and error * math.sqrt(n + 1), n - 1)[:2]
+
+
 def _difference(n: int, centre: float | None, error: float | None, freedom: float) -> Difference:
     if centre is None or not error:
         return Difference(n, centre)

@@ -15,7 +15,9 @@ TINY = """\
 title: A network that is trained knows more than one that is not
 source: common sense
 takes: 2 s
-settings: [model=mlp, data=digits, "model.hidden=[16]", epochs=3, quiet=true, threads=1, "seed=0,1"]
+settings: [model=mlp, data=digits, "model.hidden=[16]", epochs=3, quiet=true, threads=1]
+seeds: 3
+first_seed: 0
 variants:
   untrained: optimizer.lr=1e-9
   trained: [optimizer.lr=0.01, norm=library]
@@ -78,7 +80,7 @@ def test_a_study_that_holds_ends_with_0_and_leaves_what_a_comparison_leaves(bnex
     printed = capsys.readouterr().out
     assert "common sense" in printed
     assert "holds  it knows more" in printed
-    assert "> 0.3 in each seed" in printed
+    assert "> 0.3, the 95% interval" in " ".join(printed.split())
     assert printed.rstrip().endswith("s")
     folder = tmp_path / "s"
     assert {"comparison.png", "comparison.json", "comparison.md", "sweep.json", "study.json", "bands"} <= {
@@ -107,6 +109,24 @@ def test_the_quick_form_changes_settings_and_expectations(bnexp, tiny, tmp_path)
     assert bnexp("study", tiny, "quick=true", "out=s") == 0
     assert OmegaConf.load(tmp_path / "s/trained-s0/config.yaml").epochs == 1
     assert json.loads((tmp_path / "s/study.json").read_text())["findings"][0]["expectation"]["above"] == 0.1
+
+
+def test_fewer_seeds_than_its_own_are_too_few_to_judge_a_study(bnexp, tiny, tmp_path, capsys):
+    assert bnexp("study", tiny, "quick=true", "seed=0,1", "quiet=false", "out=s") == 4
+    told = capsys.readouterr()
+    assert "too few seeds to judge: the study has 3" in told.err and "too few  it knows a bit more" in told.out
+    assert json.loads((tmp_path / "s/study.json").read_text())["holds"] is None
+
+
+def test_expectations_are_not_tested_on_the_seeds_that_they_were_settled_on(bnexp, tiny, tmp_path, capsys):
+    path = tmp_path / tiny
+    path.write_text(path.read_text() + "settled_on: [7, 2]\namended: the rate was too large\n")
+    assert bnexp("study", tiny, "out=s") == 2
+    assert "seeds: 2 is one that the expectations were settled on" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("[7, 2]", "[7, 8]"))
+    assert bnexp("study", tiny, "quick=true", "quiet=false", "out=s") == 0
+    assert "amended: the rate was too large" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s/study.json").read_text())["settled_on"] == [7, 8]
 
 
 def test_a_variant_is_changed_in_a_form_that_has_variants_of_its_own_too(tiny, tmp_path):

@@ -23,7 +23,7 @@ def accuracies(*values, **settings):
 
 
 def expect(**given):
-    given = {"says": "so", "of": "a", "tag": "accuracy/test"} | given
+    given = {"says": "so", "of": "a", "tag": "accuracy/test", "seeds": "each"} | given
     return Expectation(**given)
 
 
@@ -41,6 +41,24 @@ def test_an_interval_must_lie_within_the_limits_as_a_whole():
     assert judge(expect(above=0.88, seeds="interval"), runs).holds
     assert not judge(expect(above=0.881, seeds="interval"), runs).holds
     assert not judge(expect(above=0.5, seeds="interval"), {"a": accuracies(0.9)}).holds, "one seed has no interval"
+
+
+def test_the_interval_is_the_usual_condition_and_equivalence_is_both_limits_at_five_percent():
+    runs = {"a": accuracies(0.91, 0.95, 0.93)}
+    assert Expectation(says="so", of="a", tag="accuracy/test", above=0).seeds == "interval"
+    # The 90% interval: t(2) = 2.920 times the standard error 0.02 / sqrt(3).
+    half = 2.920 * 0.02 / math.sqrt(3)
+    assert judge(expect(above=0.93 - half - 1e-4, below=0.93 + half + 1e-4, seeds="equivalent"), runs).holds
+    assert not judge(expect(above=0.93 - half + 1e-4, below=1, seeds="equivalent"), runs).holds
+    same = {"a": accuracies(0.9, 0.9)}
+    assert judge(expect(above=0.8, seeds="interval"), same).holds, "without spread the interval is the number"
+
+
+def test_a_new_seed_is_predicted():
+    low, high = judge(expect(above=0), {"a": accuracies(0.91, 0.95, 0.93)}).new_seed
+    assert (low + high) / 2 == pytest.approx(0.93)
+    assert (high - low) / 2 == pytest.approx(4.303 * 0.02 * math.sqrt(4 / 3), rel=1e-3)
+    assert judge(expect(above=0), {"a": accuracies(0.9)}).new_seed == (None, None)
 
 
 def test_differences_and_ratios_are_paired_by_seed():

@@ -193,7 +193,7 @@ def roles(folder):
 
 
 def expect(**given):
-    return Expectation(says="so", of="b", tag="accuracy/test", **given)
+    return Expectation(**{"says": "so", "of": "b", "tag": "accuracy/test", "seeds": "each"} | given)
 
 
 def test_an_expectation_on_the_same_batches_pairs_seed_by_seed(write):
