@@ -17,6 +17,7 @@ from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
 from bnexp.train.device import memory_explained
+from bnexp.train.draws import Draws
 from bnexp.train.loop import Plan
 from bnexp.train.own import naming
 from bnexp.train.run import Run
@@ -59,7 +60,8 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         deterministic=cfg.deterministic,
         engine=parts.part(cfg, "engine"),
         mixes_images=mixes_images(cfg, model, dataset),
-        own_parts=parts.own_parts(cfg),
+        own_parts=(own := parts.own_parts(cfg)),
+        draws=Draws(cfg.seed, device) if own else None,
     )
     parts.check_kind(parts.target_of(cfg, "engine"), run.take_step, Callable)
     return run

@@ -49,7 +49,8 @@ class Fold:
         if self.stack is not None and set(self.stack.runs) != set(runs):
             self.release()
         if len(runs) == 1:
-            runs[0].eager_step()
+            with runs[0].drawing:
+                runs[0].eager_step()
             runs[0].num_steps += 1
             return
         if self.stack is None:
@@ -115,7 +116,8 @@ class Stack:
             self.joint.step(gradients)
         else:
             for run in self.runs:
-                run.optimizer.step()
+                with run.drawing:
+                    run.optimizer.step()
         return loss.detach(), logits.detach(), found
 
     def loss(self, parameters: dict, buffers: dict, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
