@@ -4,12 +4,14 @@ Differences are paired by seed if the runs of a seed saw the same batches, else 
 not compared. Differences leave diverged runs out, because they have no final values.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bnexp.report import stats
 from bnexp.report.records import METRICS, Metric, RunRecord
 from bnexp.report.variants import Variant, batch_settings, group_names, varying
+from bnexp.store.settings import as_typed
 
 Pair = tuple[RunRecord, RunRecord]  # a variant's run and the baseline's run of the same seed
 SOURCE = {"data", "data.root", "data.images"}  # runs that differ in one of these saw different images
@@ -21,7 +23,8 @@ class Against:
 
     ``pairs`` are the runs of one seed on the same batches, diverged ones too; there are none if unpaired. ``differs``
     are the settings that set the two apart, ``unlike`` those because of which a run and its partner saw different
-    batches. Both are {setting: (baseline's value, variant's value)}.
+    batches, ``computed`` the versions and the settings of the machine that differ, which change numbers by rounding.
+    All three are {setting: (baseline's value, variant's value)}.
     """
 
     design: str  # paired, unpaired or other data
@@ -29,6 +32,7 @@ class Against:
     pairs: list[Pair]
     differs: dict[str, tuple]
     unlike: dict[str, tuple]
+    computed: dict[str, tuple]
 
     def values(self, metric: Metric) -> dict[str, tuple[float, float]]:
         """{seed: (variant's value, baseline's value)} of the pairs in which both finished."""
@@ -43,7 +47,9 @@ def measure_against(variant: Variant, base: Variant) -> Against:
     pairs = [(run, partners[repr(run.seed)]) for run in variant.all_runs if repr(run.seed) in partners]
     unlike = _unlike(pairs or [(variant.first, base.first)])
     design = "other data" if unlike.keys() & SOURCE else "unpaired" if unlike else "paired"
-    against = Against(design, {}, pairs if design == "paired" else [], _differing(variant, base), unlike)
+    computed = varying([_computed_with(base.all_runs), _computed_with(variant.all_runs)])
+    computed = {key: both for key, both in computed.items() if None not in both}  # not known of older runs
+    against = Against(design, {}, pairs if design == "paired" else [], _differing(variant, base), unlike, computed)
     for metric in METRICS:
         if design == "unpaired":
             found = stats.unpaired_difference(metric.values(variant.runs), metric.values(base.runs))
@@ -59,6 +65,19 @@ def _differing(variant: Variant, base: Variant) -> dict[str, tuple]:
     renamed = varying([group_names(base.first), group_names(variant.first)])
     settings = varying([base.parts, variant.parts])
     return {key: pair for key, pair in settings.items() if "." not in key or key.split(".")[0] not in renamed}
+
+
+def _computed_with(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """The versions and the settings of the machine by which the runs were computed, as far as they are known."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        versions = run.status.get("versions")
+        versions = versions if isinstance(versions, dict) else {}
+        known = {"torch": versions.get("torch"), "bnexp": versions.get("bnexp"), "commit": run.status.get("git_commit")}
+        known |= {key: run.status.get(key, run.config.get(key)) for key in ("threads", "deterministic")}
+        for key, value in known.items():
+            found[key] |= set() if value is None else {as_typed(value)}
+    return {key: " and ".join(sorted(values)) for key, values in found.items() if values}
 
 
 def _unlike(pairs: Sequence[Pair]) -> dict[str, tuple]:

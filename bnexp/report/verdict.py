@@ -186,8 +186,9 @@ def _notes_on_pairs(variant: Variant, base: Variant, against: Against) -> list[s
     if against.design == "other data":
         notes.append(f"{both} saw different images ({unlike}): no difference between them is given.")
     if against.design == "unpaired":
-        consequence = "the differences are not paired by seed, and steps to a best are not compared"
-        notes.append(f"{both} saw different batches ({unlike}): {consequence}.")
+        notes.append(f"{both}: same seeds, other batches ({unlike}): not paired, and steps are not compared.")
+    if against.computed:
+        notes.append(f"{both} were not computed alike ({_settings(against.computed)}), which can change numbers too.")
     partners = {repr(run.seed) for run in base.all_runs}
     alone = ", ".join(str(run.seed) for run in variant.all_runs if repr(run.seed) not in partners)
     if alone and against.design == "paired":

@@ -49,11 +49,13 @@ UNLIKE = [
     ({"batch_size": 2}, "batch_size (64, 2)"),
     ({"drop_last": False}, "drop_last (true, false)"),
     ({"classes_per_batch": 2}, "classes_per_batch (-, 2)"),
+    ({"epochs": 3}, "epochs (2, 3)"),
+    ({"steps": 100}, "steps (-, 100)"),
 ]
 
 
 def test_runs_of_one_seed_on_the_same_batches_are_paired(write):
-    comparison = compared(write({"log_every": 7, "precision": "bf16", "epochs": 3}))
+    comparison = compared(write({"log_every": 7, "precision": "bf16"}))
     (against,) = comparison.against.values()
     expected = ttest_rel(OTHER, ONE)
     assert (against.design, against.unlike) == ("paired", {})
@@ -75,14 +77,50 @@ def test_runs_on_other_batches_are_compared_unpaired_and_the_report_says_why(wri
     assert next(iter(comparison.speedups.values())).n == 0  # a step is paired with a step
     assert ", unpaired, 3 against 3 runs: " in comparison.sentences[0]
     assert " paired seeds" not in comparison.sentences[0] and "It reaches" not in comparison.sentences[0]
-    (note,) = [note for note in comparison.notes if "saw different batches" in note]
-    assert named in note and "not paired by seed" in note
+    (note,) = [note for note in comparison.notes if "same seeds, other batches" in note]
+    assert named in note and "not paired" in note
 
 
 def test_runs_on_a_cpu_and_on_a_gpu_draw_other_batches(write):
     comparison = compared(write({}, device="cuda:0"))
     assert comparison.against["library"].design == "unpaired"
     assert any("device (cpu, cuda)" in note for note in comparison.notes)
+
+
+def test_the_epochs_say_nothing_where_both_sides_have_their_steps(write):
+    for path in write({"steps": 100, "epochs": 3}).glob("a*/config.yaml"):
+        path.write_text(path.read_text() + "steps: 100\n")
+    (against,) = compared(path.parents[1]).against.values()
+    assert against.design == "paired"
+
+
+def told(folder, names, **status):
+    for name in names:
+        path = folder / name / "status.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | status))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "named"),
+    [
+        ({"versions": {"torch": "2.11.0"}}, {"versions": {"torch": "2.14.1"}}, "torch (2.11.0, 2.14.1)"),
+        ({"git_commit": "aaa"}, {"git_commit": "bbb"}, "commit (aaa, bbb)"),
+        ({"threads": 1}, {"threads": 2}, "threads (1, 2)"),
+        ({"deterministic": False}, {"deterministic": True}, "deterministic (false, true)"),
+        ({"threads": 1}, {"threads": 1}, None),
+        ({}, {"versions": {"torch": "2.14.1"}}, None),  # older runs do not say
+    ],
+)
+def test_what_else_computed_the_two_sides_is_told_where_it_differs(write, here, there, named):
+    folder = write({})
+    told(folder, ("a0", "a1", "a2"), **here)
+    told(folder, ("b0", "b1", "b2"), **there)
+    comparison = compared(folder)
+    assert comparison.against["library"].design == "paired"
+    notes = [note for note in comparison.notes if "not computed alike" in note]
+    assert [named in note for note in notes] == [True] * bool(named)
+    told(folder, ("b1",), versions=["a stranger's"])
+    compared(folder)
 
 
 @pytest.mark.parametrize(
