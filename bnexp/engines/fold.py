@@ -49,7 +49,7 @@ class Fold:
         if self.stack is not None and set(self.stack.runs) != set(runs):
             self.release()
         if len(runs) == 1:
-            with runs[0].drawing:
+            with runs[0].draws:
                 runs[0].eager_step()
             runs[0].num_steps += 1
             return
@@ -116,7 +116,7 @@ class Stack:
             self.joint.step(gradients)
         else:
             for run in self.runs:
-                with run.drawing:
+                with run.draws:
                     run.optimizer.step()
         return loss.detach(), logits.detach(), found
 
@@ -212,7 +212,7 @@ def draw_batches(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
 
 def gather(batches: Sequence[Batches], picked: Tensor) -> tuple[Tensor, Tensor]:
     """The images at the indices ``picked`` (runs, B) and their labels, prepared by the batches of each run."""
-    if batches[0].dataset.augment == "none":  # the runs have the same data
+    if batches[0].dataset.augment == "none" and len({each.dataset for each in batches}) == 1:
         images, labels = batches[0].gather(picked.flatten())
         return images.unflatten(0, picked.shape), labels.view_as(picked)
     images, labels = zip(*(each.gather(own) for each, own in zip(batches, picked, strict=True)), strict=True)

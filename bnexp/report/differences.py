@@ -47,8 +47,7 @@ def measure_against(variant: Variant, base: Variant) -> Against:
     pairs = [(run, partners[repr(run.seed)]) for run in variant.all_runs if repr(run.seed) in partners]
     unlike = _unlike(pairs or [(variant.first, base.first)])
     design = "other data" if unlike.keys() & SOURCE else "unpaired" if unlike else "paired"
-    computed = varying([_computed_with(base.all_runs), _computed_with(variant.all_runs)])
-    computed = {key: both for key, both in computed.items() if None not in both}  # not known of older runs
+    computed = {key: both for key, both in varying([_made_by(base), _made_by(variant)]).items() if None not in both}
     against = Against(design, {}, pairs if design == "paired" else [], _differing(variant, base), unlike, computed)
     for metric in METRICS:
         if design == "unpaired":
@@ -67,17 +66,16 @@ def _differing(variant: Variant, base: Variant) -> dict[str, tuple]:
     return {key: pair for key, pair in settings.items() if "." not in key or key.split(".")[0] not in renamed}
 
 
-def _computed_with(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """The versions and the settings of the machine by which the runs were computed, as far as they are known."""
+def _made_by(variant: Variant) -> dict[str, str]:
+    """The versions and the settings of the machine that computed the runs, as far as they are known."""
     found: dict[str, set[str]] = defaultdict(set)
-    for run in runs:
-        versions = run.status.get("versions")
-        versions = versions if isinstance(versions, dict) else {}
-        known = {"torch": versions.get("torch"), "bnexp": versions.get("bnexp"), "commit": run.status.get("git_commit")}
-        known |= {key: run.status.get(key, run.config.get(key)) for key in ("threads", "deterministic")}
-        for key, value in known.items():
-            found[key] |= set() if value is None else {as_typed(value)}
-    return {key: " and ".join(sorted(values)) for key, values in found.items() if values}
+    for run in variant.all_runs:
+        given = run.config | run.status
+        given |= given["versions"] if isinstance(given.get("versions"), dict) else {}
+        for key in ("torch", "bnexp", "git_commit", "threads", "deterministic"):
+            if given.get(key) is not None:
+                found[key].add(as_typed(given[key]))
+    return {key: " and ".join(sorted(values)) for key, values in found.items()}
 
 
 def _unlike(pairs: Sequence[Pair]) -> dict[str, tuple]:
@@ -87,4 +85,6 @@ def _unlike(pairs: Sequence[Pair]) -> dict[str, tuple]:
         unlike |= varying([batch_settings(base), batch_settings(run)])
         if "data._target_" in unlike:
             return {"data": (group_names(base).get("data"), group_names(run).get("data"))}
+        if not unlike and "" not in (run.images, base.images) and run.images != base.images:
+            unlike["split"] = (base.images, run.images)
     return unlike

@@ -17,9 +17,7 @@ from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
-DECIDE_BATCHES = (  # beside the seed and the kind of device
-    "data", "batch_size", "drop_last", "classes_per_batch", "steps", "epochs",
-)  # fmt: skip
+DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch", "steps", "epochs", "vary")  # beside the seed
 VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
 
 
@@ -192,7 +190,7 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
     best validation accuracy (without accuracies: the lowest mean of the best validation loss). `UserError` for a key
     at whose values these numbers mean different things.
     """
-    if key == "eval_every" or (key.startswith("data.") and key not in VIEWS):
+    if key in ("eval_every", "vary") or (key.startswith("data.") and key not in VIEWS):
         what = "readings to be the best of" if key == "eval_every" else "training or validation images"
         raise UserError(
             f"best over {key}: its values have other {what}, so that none is better; leave out --best-over, "

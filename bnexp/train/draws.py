@@ -7,31 +7,28 @@ APART = 0x6272616E  # keeps what is drawn here apart from the weights and batche
 
 
 class Draws:
-    """The states of torch's generators, of the CPU and of the run's device, that belong to one run.
+    """The states of torch's generators, of the CPU and of ``device``, that belong to one run; without a device none.
 
     Inside ``with draws:`` torch draws from them; afterwards its generators are what they were. So runs that take turns
-    in one process draw what each draws alone, and a resumed run draws what it would have drawn. bnexp's own parts draw
-    nothing from torch's generators.
+    in one process draw what each draws alone, and a resumed run draws what it would have drawn.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.generators = [torch.default_generator]
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index  # this starts CUDA
-            self.generators.append(torch.cuda.default_generators[index])
+    def __init__(self, seed: int = 0, device: torch.device | None = None) -> None:
+        self.generators = [torch.default_generator] if device else []
+        if device and device.type == "cuda":
+            self.generators.append(torch.cuda.default_generators[device.index or 0])  # the model has started CUDA
         self.states = [torch.Generator(each.device).manual_seed(seed ^ APART).get_state() for each in self.generators]
-        self.outside: list[Tensor] = []
-        self.is_open = False
+        self.outside: list[Tensor] = []  # the states to put back, inside the block
 
     def __enter__(self) -> None:
-        self.outside = [each.get_state() for each in self.generators]
+        outside = [each.get_state() for each in self.generators]
         self.put(self.states)
-        self.is_open = True
+        self.outside = outside
 
     def __exit__(self, *error: object) -> None:
         self.states = self.state_dict()
-        self.is_open = False  # from here on the state is right, whatever interrupts this
-        self.put(self.outside)
+        outside, self.outside = self.outside, []  # from here on state_dict() is right, whatever interrupts this
+        self.put(outside)
 
     def put(self, states: list[Tensor]) -> None:
         """Set torch's generators to ``states``."""
@@ -40,7 +37,7 @@ class Draws:
 
     def state_dict(self) -> list[Tensor]:
         """The states, uint8 (bytes,) on the CPU: that of the CPU's generator and that of the GPU's, if there is one."""
-        return [each.get_state() for each in self.generators] if self.is_open else self.states
+        return [each.get_state() for each in self.generators] if self.outside else self.states
 
     def load_state_dict(self, states: list[Tensor]) -> None:
         self.states = [each.cpu() for each in states]

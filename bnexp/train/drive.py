@@ -87,7 +87,7 @@ class Group:
 def attempt(loop: Loop, function: Callable[[], object]) -> None:
     """Call ``function``; if it raises an error, ``loop`` ends as failed."""
     try:
-        with loop.run.drawing:
+        with loop.run.draws:
             function()
     except Exception as error:
         loop.fail(error)

@@ -88,7 +88,7 @@ class Loop:
     def step(self) -> None:
         """Take a step of the run and record it; end the run if no step is left."""
         try:
-            with self.run.drawing:
+            with self.run.draws:
                 self.begin()
                 if self.is_running:
                     self.conclude(timed(self.run.step, self.run.deterministic))

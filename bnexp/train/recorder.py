@@ -92,6 +92,7 @@ class Recorder:
             where = {"step": run.num_steps, "epoch": run.epoch, "seconds": run.seconds}
             how = {"images": run.dataset.fingerprint, "majority": run.dataset.majority, "threads": run.threads}
             how |= {"evaluation": run.evaluation} if run.evaluation else {}
+            how |= {"origin": run.dataset.origin} if run.dataset.origin else {}
             self.status.update(**where, **how, non_finite_gradients=run.num_bad_gradients, **fields)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import MappingProxyType
 
@@ -20,7 +19,6 @@ from bnexp.train.draws import Draws
 from bnexp.train.meter import Meter
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-NOTHING = nullcontext()
 EVALUATION_BATCH = 512  # the most images that are evaluated together
 
 
@@ -57,7 +55,7 @@ class Run:
         self.total_steps = total_steps
         self.schedule = schedule
         self.channels_last = channels_last
-        self.mixes_images, self.own_parts, self.draws = mixes_images, own_parts, draws
+        self.mixes_images, self.own_parts, self.draws = mixes_images, own_parts, draws or Draws()
         self.threads = threads
         self.deterministic = deterministic
         self.autocast_dtype = AUTOCAST[precision]
@@ -71,11 +69,6 @@ class Run:
         self.has_moved = False  # whether a step has moved the weights since the run was made or loaded
         self.tally = self.tally_of  # evaluates the run's own model; an engine may replace it by a faster function
         self.take_step = engine(self) if engine else self.eager_step
-
-    @property
-    def drawing(self) -> AbstractContextManager:
-        """A block in which torch draws from the run's own generators; for a run that needs none it does nothing."""
-        return self.draws or NOTHING
 
     @property
     def dataset(self) -> Dataset:
@@ -199,7 +192,8 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "meter": self.meter.state_dict(),
-        } | ({"draws": self.draws.state_dict()} if self.draws else {})
+            "draws": self.draws.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.has_moved = False
@@ -211,8 +205,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
         self.meter.load_state_dict(state["meter"])
-        if self.draws and "draws" in state:  # older checkpoints have none
-            self.draws.load_state_dict(state["draws"])
+        self.draws.load_state_dict(state.get("draws", self.draws.states))  # older checkpoints have none
 
 
 def whole(value: object) -> object:

@@ -104,7 +104,7 @@ def told(folder, names, **status):
     ("here", "there", "named"),
     [
         ({"versions": {"torch": "2.11.0"}}, {"versions": {"torch": "2.14.1"}}, "torch (2.11.0, 2.14.1)"),
-        ({"git_commit": "aaa"}, {"git_commit": "bbb"}, "commit (aaa, bbb)"),
+        ({"git_commit": "aaa"}, {"git_commit": "bbb"}, "git_commit (aaa, bbb)"),
         ({"threads": 1}, {"threads": 2}, "threads (1, 2)"),
         ({"deterministic": False}, {"deterministic": True}, "deterministic (false, true)"),
         ({"threads": 1}, {"threads": 1}, None),
@@ -279,3 +279,51 @@ def test_runs_that_were_evaluated_with_batch_statistics_are_named(write):
     assert f"library: evaluated with {said}." in printed(sweep_table(*read_runs([folder])), width=200)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": ["\x1b[31m"]}))  # a stranger's
     assert "\x1b" not in printed(paths=[folder])
+
+
+# The seed draws the split too: vary=[seed,split]
+
+SPLIT = ("threads=1", "device=cpu", "model=mlp", "model.hidden=[8]", "data.size=8", "steps=4", "vary=[seed,split]",
+         "quiet=true")  # fmt: skip
+
+
+def test_runs_whose_seeds_draw_the_split_are_one_variant_and_paired(bnexp, tmp_path):
+    assert bnexp("compare", *SPLIT, "norm=none,library", "seed=0,1", "out=drawn") == 0
+    records, _ = read_runs([tmp_path / "drawn"])
+    images = {run.path.name: run.images for run in records}
+    assert images["none-s0"] == images["library-s0"] != images["none-s1"] == images["library-s1"]
+    comparison = compare_records(records)
+    assert [len(variant.runs) for variant in comparison.variants] == [2, 2]
+    assert comparison.against["library"].design == "paired"
+    assert bnexp("train", "-m", *SPLIT, "vary=[seed]", "norm=library", "seed=0,1", "out=fixed") == 0
+    fixed, _ = read_runs([tmp_path / "drawn", tmp_path / "fixed"])
+    against = list(compare_records(fixed).against.values())
+    assert [each.design for each in against] == ["paired", "unpaired"] and list(against[1].unlike) == ["vary"]
+    (fixed_images,) = {run.images for run in fixed if "fixed" in run.path.parts}
+    assert fixed_images == images["none-s0"], "seed 0 draws the split that all seeds share otherwise"
+    folder = tmp_path / "drawn"
+    saw(folder, ("library-s0",), "0" * 12)  # split in another way
+    (against,) = compared(folder).against.values()
+    assert (against.design, list(against.unlike)) == ("unpaired", ["split"])
+    told(folder, ("library-s0", "library-s1"), origin="1" * 12)  # other images
+    (against,) = compared(folder).against.values()
+    assert (against.design, list(against.unlike)) == ("other data", ["data.images"])
+    told(folder, ("library-s1",), origin="2" * 12)
+    assert len(compared(folder).variants) == 3
+
+
+def test_folded_runs_each_see_the_split_of_their_own_seed(bnexp, tmp_path):
+    words = (*SPLIT, "norm=library", "seed=0,1", "optimizer=sgd", "optimizer.lr=0.1")
+    assert bnexp("train", "-m", *words, "out=alone") == 0
+    assert bnexp("train", "-m", *words, "replicas=2", "out=fold") == 0
+    alone, fold = (read_runs([tmp_path / name])[0] for name in ("alone", "fold"))
+    for one, other in zip(alone, fold, strict=True):
+        assert one.images == other.images
+        for tag in ("loss/train", "loss/valid"):
+            assert other.curve(tag) == pytest.approx(one.curve(tag), abs=1e-5), "sums are taken in another order"
+
+
+def test_runs_of_before_vary_are_of_the_variant_that_does_not_name_it(write):
+    folder = write({"vary": ["seed"]})
+    (against,) = compared(folder).against.values()
+    assert (against.design, against.unlike) == ("paired", {}) and "vary" not in against.differs
