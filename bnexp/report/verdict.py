@@ -75,7 +75,8 @@ def compare_records(
     others = {variant.label: variant for variant in rest}
     against = {label: measure_against(variant, base) for label, variant in others.items()}
     evidence = judge_variants(others, base, against, metric, question.margin, unfair)
-    failures = {variant.label: failures_of(variant, base) for variant in variants}
+    failures = {base.label: failures_of(base)}
+    failures |= {label: failures_of(variant, against[label].pairs) for label, variant in others.items()}
     targets = default_targets(base.all_runs)
     if question.target is not None:
         targets = {repr(run.seed): question.target for run in base.all_runs}

@@ -327,3 +327,9 @@ def test_runs_of_before_vary_are_of_the_variant_that_does_not_name_it(write):
     folder = write({"vary": ["seed"]})
     (against,) = compared(folder).against.values()
     assert (against.design, against.unlike) == ("paired", {}) and "vary" not in against.differs
+
+
+def test_failures_on_other_batches_are_not_tested_in_pairs(write):
+    failures = compared(write({"batch_size": 2})).failures
+    assert {each.p for each in failures.values()} == {None}
+    assert {each.n for each in failures.values()} == {3}
