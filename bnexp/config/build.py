@@ -17,6 +17,7 @@ from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
 from bnexp.train.device import memory_explained
+from bnexp.train.draws import Draws
 from bnexp.train.loop import Plan
 from bnexp.train.own import naming
 from bnexp.train.run import Run
@@ -59,7 +60,8 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
         deterministic=cfg.deterministic,
         engine=parts.part(cfg, "engine"),
         mixes_images=mixes_images(cfg, model, dataset),
-        own_parts=parts.own_parts(cfg),
+        own_parts=(own := parts.own_parts(cfg)),
+        draws=Draws(cfg.seed, device) if own else None,
     )
     parts.check_kind(parts.target_of(cfg, "engine"), run.take_step, Callable)
     return run
@@ -86,12 +88,18 @@ def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
     """The dataset that ``source`` loads; :class:`UserError` unless it has the source's shape and classes."""
     target = parts.target_of(cfg, "data")
     with naming(target if parts.is_own(cfg.data) else ""):
+        if "split" in cfg.vary:
+            source.split_seed = cfg.seed
         dataset = source.load()
     parts.check_kind(target, dataset, Dataset, "load()")
     for name in ("in_shape", "class_names"):
         here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))
         if here != there:
             raise UserError(f"{target}: its {name} is {here}, but load() returns a dataset with {there}")
+    if "split" in cfg.vary and not dataset.origin:
+        raise UserError(
+            f"vary=[seed,split]: {target} sets no validation images aside, so none can be drawn; leave out split"
+        )
     if fault := dataset.fault():
         raise UserError(f"{target}: load() returns a dataset with a fault: {fault}")
     return dataset
@@ -99,7 +107,7 @@ def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
 
 def data_key(cfg: DictConfig, device: torch.device) -> str:
     """A key that is the same for configs with the same data on the same device."""
-    return f"{device} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
+    return f"{device} {cfg.seed if 'split' in cfg.vary else None} {OmegaConf.to_yaml(cfg.data, resolve=True)}"
 
 
 def plan_of(cfg: DictConfig, steps_per_epoch: int) -> Plan:

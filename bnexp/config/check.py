@@ -43,6 +43,8 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
     for key, known in (("keep", KEEP), ("precision", AUTOCAST)):
         if cfg[key] not in known:
             raise UserError(f"{key}={cfg[key]}: not known; choose one of {', '.join(known)}")
+    if [*cfg.vary] not in (["seed"], ["seed", "split"]):
+        raise UserError(f"vary=[{','.join(cfg.vary)}]: not known; give [seed], or [seed,split] to draw the split too")
     Question(primary=cfg.primary, margin=cfg.margin, target=cfg.target).check()
     if cfg.primary == "accuracy/test/at_best" and not cfg.eval_test:
         raise UserError(f"primary={cfg.primary}: the test set has to be evaluated every time; give eval_test=true too")

@@ -29,6 +29,7 @@ class Train:
     probe: Any = field(default_factory=dict)
 
     seed: int = 0  # of the initial weights and of the batches
+    vary: list[str] = field(default_factory=lambda: ["seed"])  # [seed,split]: it draws the validation images too
     batch_size: int = 64  # images per step
     epochs: int = 5  # passes over the training set
     steps: int | None = None  # train for this many steps instead of epochs

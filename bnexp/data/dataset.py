@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from bnexp.errors import UserError, home_path
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
-SPLIT_SEED = 20150211  # never the run's seed: runs of all seeds share one split, so that they can be paired
+SPLIT_SEED = 20150211  # runs of all seeds share one split, unless vary=[seed,split] adds the run's seed to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Dataset:
     """The splits that a source loads, and how their images become the input of a model.
 
     ``mean`` and ``std`` (C,) are those of the training images in [0, 1]. Nothing is reported on an empty ``valid`` or
-    ``test`` split.
+    ``test`` split. ``origin`` is the fingerprint from before a run's seed drew the validation images, if it did.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Dataset:
     augment: str = "none"
     normalize: bool = True
     about: str = ""  # one line on what was found, if a person has put the files together
+    origin: str = ""
 
     def __post_init__(self):
         # (u/255 - mean)/std = u*scale + offset, shaped (C, 1, 1) to meet (N, C, H, W)
@@ -75,12 +76,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of a SHA-256 over the classes, and the images and labels of every split."""
-        found = hashlib.sha256(repr(self.class_names).encode())
-        for split in (self.train, self.valid, self.test):
-            for tensor in (split.images, split.labels):
-                found.update(repr(tuple(tensor.shape)).encode())
-                found.update(tensor.cpu().contiguous().numpy())
-        return found.hexdigest()[:12]
+        return fingerprint_of(self.class_names, self.train, self.valid, self.test)
 
     @cached_property
     def majority(self) -> dict[str, tuple[float, int]]:
@@ -136,6 +132,16 @@ class Dataset:
         return canvas
 
 
+def fingerprint_of(class_names: tuple[str, ...], *splits: Split) -> str:
+    """:attr:`Dataset.fingerprint` of these splits."""
+    found = hashlib.sha256(repr(class_names).encode())
+    for split in splits:
+        for tensor in (split.images, split.labels):
+            found.update(repr(tuple(tensor.shape)).encode())
+            found.update(tensor.cpu().contiguous().numpy())
+    return found.hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Options:
     """The checked settings that all sources share; ``conf/data/*.yaml`` explains them."""
@@ -186,8 +192,8 @@ def find_root(root) -> Path:
     return path
 
 
-def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split]:
-    """The images that ``data.<split>=part`` takes from ``train`` at random, always the same ones, and the others.
+def set_aside(train: Split, split: str, part: float | int, seed: int = 0) -> tuple[Split, Split]:
+    """The images that ``data.<split>=part`` takes from ``train`` at random, the same ones by one seed, and the others.
 
     Raises :class:`UserError` if no others are left.
     """
@@ -198,7 +204,7 @@ def set_aside(train: Split, split: str, part: float | int) -> tuple[Split, Split
             f"data.{split}={part}: takes {count} of {num_images} training images and leaves none; "
             f"give a fraction such as data.{split}=0.1 or a count below {num_images}"
         )
-    order = _shuffled(num_images)
+    order = _shuffled(num_images, seed)
     return train.take(order[:count]), train.take(order[count:])
 
 
@@ -207,13 +213,17 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
 
     ``source`` has ``name``, ``class_names``, ``in_shape`` and ``options``. If ``test`` is None, it gets the part
     ``options.test`` of the training images; if ``valid`` is None, it gets ``options.valid`` of the others. The choice
-    of images, also by ``options.limit``, depends on nothing but their number.
+    of images, also by ``options.limit``, depends on nothing but their number; that of ``valid`` also on
+    ``source.split_seed``, if it is set.
     """
     options = source.options
     if test is None:
         test, train = set_aside(train, "test", options.test)
+    seed = getattr(source, "split_seed", None)
+    is_drawn = seed is not None and valid is None and options.valid
+    origin = fingerprint_of(source.class_names, train, test) if is_drawn else ""
     if valid is None:
-        valid, train = set_aside(train, "valid", options.valid)
+        valid, train = set_aside(train, "valid", options.valid, seed or 0)
     if options.limit is not None:
         train, valid, test = (
             split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
@@ -222,7 +232,7 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
     mean, std = channel_moments(train.images)
     return Dataset(
         source.name, train, valid, test, source.class_names, source.in_shape, mean, std,
-        augment=options.augment, normalize=options.normalize,
+        augment=options.augment, normalize=options.normalize, origin=origin,
     )  # fmt: skip
 
 
@@ -243,5 +253,5 @@ def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
-def _shuffled(num_images: int) -> Tensor:
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(SPLIT_SEED))
+def _shuffled(num_images: int, seed: int = 0) -> Tensor:
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(SPLIT_SEED + seed))

@@ -79,6 +79,7 @@ def compiled(run: Run) -> Callable[[], None]:
     def take() -> None:
         batches = run.batches.state_dict()
         buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+        drawn = run.draws.state_dict()
         for is_whole in (True, False):
             run.loss = torch.compile(with_own_code(uncompiled), fullgraph=is_whole, dynamic=False)
             try:
@@ -90,6 +91,7 @@ def compiled(run: Run) -> Callable[[], None]:
                 reason = str(error.inner_exception if has_failed else error).strip().partition("\n")[0]
                 print(f"bnexp: warning: engine=compile: {what} ({reason})", file=sys.stderr)
                 run.batches.load_state_dict(batches)
+                run.draws.put(drawn)
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
                 if is_last:

@@ -49,7 +49,8 @@ class Fold:
         if self.stack is not None and set(self.stack.runs) != set(runs):
             self.release()
         if len(runs) == 1:
-            runs[0].eager_step()
+            with runs[0].draws:
+                runs[0].eager_step()
             runs[0].num_steps += 1
             return
         if self.stack is None:
@@ -115,7 +116,8 @@ class Stack:
             self.joint.step(gradients)
         else:
             for run in self.runs:
-                run.optimizer.step()
+                with run.draws:
+                    run.optimizer.step()
         return loss.detach(), logits.detach(), found
 
     def loss(self, parameters: dict, buffers: dict, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +212,7 @@ def draw_batches(batches: Sequence[Batches]) -> tuple[Tensor, Tensor]:
 
 def gather(batches: Sequence[Batches], picked: Tensor) -> tuple[Tensor, Tensor]:
     """The images at the indices ``picked`` (runs, B) and their labels, prepared by the batches of each run."""
-    if batches[0].dataset.augment == "none":  # the runs have the same data
+    if batches[0].dataset.augment == "none" and len({each.dataset for each in batches}) == 1:
         images, labels = batches[0].gather(picked.flatten())
         return images.unflatten(0, picked.shape), labels.view_as(picked)
     images, labels = zip(*(each.gather(own) for each, own in zip(batches, picked, strict=True)), strict=True)

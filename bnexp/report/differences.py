@@ -4,12 +4,14 @@ Differences are paired by seed if the runs of a seed saw the same batches, else 
 not compared. Differences leave diverged runs out, because they have no final values.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bnexp.report import stats
 from bnexp.report.records import METRICS, Metric, RunRecord
 from bnexp.report.variants import Variant, batch_settings, group_names, varying
+from bnexp.store.settings import as_typed
 
 Pair = tuple[RunRecord, RunRecord]  # a variant's run and the baseline's run of the same seed
 SOURCE = {"data", "data.root", "data.images"}  # runs that differ in one of these saw different images
@@ -21,7 +23,8 @@ class Against:
 
     ``pairs`` are the runs of one seed on the same batches, diverged ones too; there are none if unpaired. ``differs``
     are the settings that set the two apart, ``unlike`` those because of which a run and its partner saw different
-    batches. Both are {setting: (baseline's value, variant's value)}.
+    batches, ``computed`` the versions and the settings of the machine that differ, which change numbers by rounding.
+    All three are {setting: (baseline's value, variant's value)}.
     """
 
     design: str  # paired, unpaired or other data
@@ -29,6 +32,7 @@ class Against:
     pairs: list[Pair]
     differs: dict[str, tuple]
     unlike: dict[str, tuple]
+    computed: dict[str, tuple]
 
     def values(self, metric: Metric) -> dict[str, tuple[float, float]]:
         """{seed: (variant's value, baseline's value)} of the pairs in which both finished."""
@@ -43,7 +47,8 @@ def measure_against(variant: Variant, base: Variant) -> Against:
     pairs = [(run, partners[repr(run.seed)]) for run in variant.all_runs if repr(run.seed) in partners]
     unlike = _unlike(pairs or [(variant.first, base.first)])
     design = "other data" if unlike.keys() & SOURCE else "unpaired" if unlike else "paired"
-    against = Against(design, {}, pairs if design == "paired" else [], _differing(variant, base), unlike)
+    computed = {key: both for key, both in varying([_made_by(base), _made_by(variant)]).items() if None not in both}
+    against = Against(design, {}, pairs if design == "paired" else [], _differing(variant, base), unlike, computed)
     for metric in METRICS:
         if design == "unpaired":
             found = stats.unpaired_difference(metric.values(variant.runs), metric.values(base.runs))
@@ -61,6 +66,18 @@ def _differing(variant: Variant, base: Variant) -> dict[str, tuple]:
     return {key: pair for key, pair in settings.items() if "." not in key or key.split(".")[0] not in renamed}
 
 
+def _made_by(variant: Variant) -> dict[str, str]:
+    """The versions and the settings of the machine that computed the runs, as far as they are known."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for run in variant.all_runs:
+        given = run.config | run.status
+        given |= given["versions"] if isinstance(given.get("versions"), dict) else {}
+        for key in ("torch", "bnexp", "git_commit", "threads", "deterministic"):
+            if given.get(key) is not None:
+                found[key].add(as_typed(given[key]))
+    return {key: " and ".join(sorted(values)) for key, values in found.items()}
+
+
 def _unlike(pairs: Sequence[Pair]) -> dict[str, tuple]:
     """The settings because of which a run and its partner saw different batches."""
     unlike: dict[str, tuple] = {}
@@ -68,4 +85,6 @@ def _unlike(pairs: Sequence[Pair]) -> dict[str, tuple]:
         unlike |= varying([batch_settings(base), batch_settings(run)])
         if "data._target_" in unlike:
             return {"data": (group_names(base).get("data"), group_names(run).get("data"))}
+        if not unlike and "" not in (run.images, base.images) and run.images != base.images:
+            unlike["split"] = (base.images, run.images)
     return unlike

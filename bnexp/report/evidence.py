@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bnexp.report import inference
-from bnexp.report.differences import Against
+from bnexp.report.differences import Against, Pair
 from bnexp.report.records import Metric, RunRecord
 from bnexp.report.variants import Variant
 
@@ -54,14 +54,12 @@ class Evidence:
     correlation: float | None = None
 
 
-def failures_of(variant: Variant, base: Variant) -> Failures:
-    """The failed runs of a variant, tested against those of the baseline in the same seeds."""
-    failed = {repr(run.seed): run.has_failed for run in variant.all_runs}
-    other = {repr(run.seed): run.has_failed for run in base.all_runs}
-    both = [(failed[seed], other[seed]) for seed in failed if seed in other]
-    p = inference.sign_test(both.count((True, False)), both.count((False, True)))
-    k, n = sum(failed.values()), len(failed)
-    return Failures(k, n, *inference.clopper_pearson(k, n), None if variant is base else p)
+def failures_of(variant: Variant, pairs: Sequence[Pair] = ()) -> Failures:
+    """The failed runs of a variant, tested against the baseline's in ``pairs``; no test without pairs."""
+    both = [(run.has_failed, base.has_failed) for run, base in pairs]
+    p = inference.sign_test(both.count((True, False)), both.count((False, True))) if pairs else None
+    k, n = sum(run.has_failed for run in variant.all_runs), len(variant.all_runs)
+    return Failures(k, n, *inference.clopper_pearson(k, n), p)
 
 
 def judge_variants(variants: Mapping[str, Variant], base: Variant, against: Mapping[str, Against], metric: Metric,

@@ -75,7 +75,15 @@ class RunRecord:
     @property
     def images(self) -> str:
         """The fingerprint of the images that the run saw; empty for runs of older versions."""
-        images = self.status.get("images")
+        return self._fingerprint("images")
+
+    @property
+    def origin(self) -> str:
+        """That of the images before the run's seed drew the validation images, if it did: one for all seeds."""
+        return self._fingerprint("origin") or self.images
+
+    def _fingerprint(self, key: str) -> str:
+        images = self.status.get(key)
         return images if isinstance(images, str) and re.fullmatch("[0-9a-f]{12}", images) else ""
 
     @property
@@ -204,12 +212,12 @@ def _told_apart(records: Sequence[RunRecord]) -> list[RunRecord]:
     seen: defaultdict[str, set[str]] = defaultdict(set)
     for run in records:
         if run.images:
-            seen[repr(_with_root(run, roots))].add(run.images)
+            seen[repr((run.origin == run.images, _with_root(run, roots)))].add(run.origin)
     told = []
     for run in records:
         if run.images:
             data = _with_root(run, roots)
-            data |= {"images": run.images} if len(seen[repr(data)]) > 1 else {}
+            data |= {"images": run.origin} if len(seen[repr((run.origin == run.images, data))]) > 1 else {}
             run = replace(run, config=run.config | {"data": data})
         told.append(run)
     return told
@@ -219,7 +227,7 @@ def _with_root(run: RunRecord, roots: dict[str, object]) -> dict:
     """The run's settings of the data with the first ``data.root`` that ``roots`` knows for its images."""
     if "root" not in run.data:
         return run.data
-    return run.data | {"root": roots.setdefault(run.images, run.data["root"])}
+    return run.data | {"root": roots.setdefault(run.origin, run.data["root"])}
 
 
 def run_folders(folder: Path, depth: int = 0) -> list[Path]:

@@ -17,7 +17,7 @@ from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
-DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch")  # beside the seed and the kind of device
+DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch", "steps", "epochs", "vary")  # beside the seed
 VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
 
 
@@ -77,6 +77,8 @@ def varying(settings: Sequence[Mapping]) -> dict[str, tuple]:
 def batch_settings(run: RunRecord) -> dict:
     """The settings that decide which batches a run sees, given its seed. Only runs that share them can be paired."""
     settings = {key: value for key, value in numbers(run.config).items() if key.split(".")[0] in DECIDE_BATCHES}
+    if settings.get("steps") is not None:
+        settings.pop("epochs", None)  # it says nothing beside steps
     # A CPU and a GPU draw other random numbers from one seed.
     return settings | {"device": str(run.status.get("device")).split(":")[0]}
 
@@ -188,7 +190,7 @@ def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], 
     best validation accuracy (without accuracies: the lowest mean of the best validation loss). `UserError` for a key
     at whose values these numbers mean different things.
     """
-    if key == "eval_every" or (key.startswith("data.") and key not in VIEWS):
+    if key in ("eval_every", "vary") or (key.startswith("data.") and key not in VIEWS):
         what = "readings to be the best of" if key == "eval_every" else "training or validation images"
         raise UserError(
             f"best over {key}: its values have other {what}, so that none is better; leave out --best-over, "

@@ -75,7 +75,8 @@ def compare_records(
     others = {variant.label: variant for variant in rest}
     against = {label: measure_against(variant, base) for label, variant in others.items()}
     evidence = judge_variants(others, base, against, metric, question.margin, unfair)
-    failures = {variant.label: failures_of(variant, base) for variant in variants}
+    failures = {base.label: failures_of(base)}
+    failures |= {label: failures_of(variant, against[label].pairs) for label, variant in others.items()}
     targets = default_targets(base.all_runs)
     if question.target is not None:
         targets = {repr(run.seed): question.target for run in base.all_runs}
@@ -186,8 +187,9 @@ def _notes_on_pairs(variant: Variant, base: Variant, against: Against) -> list[s
     if against.design == "other data":
         notes.append(f"{both} saw different images ({unlike}): no difference between them is given.")
     if against.design == "unpaired":
-        consequence = "the differences are not paired by seed, and steps to a best are not compared"
-        notes.append(f"{both} saw different batches ({unlike}): {consequence}.")
+        notes.append(f"{both}: same seeds, other batches ({unlike}): not paired, and steps are not compared.")
+    if against.computed:
+        notes.append(f"{both} were not computed alike ({_settings(against.computed)}), which can change numbers too.")
     partners = {repr(run.seed) for run in base.all_runs}
     alone = ", ".join(str(run.seed) for run in variant.all_runs if repr(run.seed) not in partners)
     if alone and against.design == "paired":

@@ -32,7 +32,7 @@ DECIDES = {
     "batch_size": NUMBERS, "epochs": NUMBERS, "steps": NUMBERS, "drop_last": NUMBERS, "classes_per_batch": NUMBERS,
     "precision": NUMBERS, "channels_last": NUMBERS,
     "eval_every": NUMBERS,  # the best of several readings depends on how many there are
-    "seed": SEED,
+    "seed": SEED, "vary": NUMBERS,
     "probe": LOOKING, "log_every": LOOKING, "eval_train": LOOKING, "eval_test": LOOKING,
     "checkpoint_every": LOOKING, "keep": LOOKING,
     "threads": PLACE, "deterministic": PLACE,
@@ -61,6 +61,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def select(config: Mapping[str, Any], what: Decides, but: Decides = NOTHING) -> dict[str, Any]:
     """The flat settings that decide any of ``what`` and none of ``but``. A device is given by its kind, ``cuda``."""
     flat = {key: value for key, value in flatten(config).items() if decides(key) & what and not decides(key) & but}
+    flat = {key: value for key, value in flat.items() if (key, value) != ("vary", ["seed"])}  # older runs lack it
     return flat | ({"device": str(flat["device"]).partition(":")[0]} if "device" in flat else {})
 
 

@@ -87,7 +87,8 @@ class Group:
 def attempt(loop: Loop, function: Callable[[], object]) -> None:
     """Call ``function``; if it raises an error, ``loop`` ends as failed."""
     try:
-        function()
+        with loop.run.draws:
+            function()
     except Exception as error:
         loop.fail(error)
 

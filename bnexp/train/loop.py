@@ -88,9 +88,10 @@ class Loop:
     def step(self) -> None:
         """Take a step of the run and record it; end the run if no step is left."""
         try:
-            self.begin()
-            if self.is_running:
-                self.conclude(timed(self.run.step, self.run.deterministic))
+            with self.run.draws:
+                self.begin()
+                if self.is_running:
+                    self.conclude(timed(self.run.step, self.run.deterministic))
         except Exception as error:
             self.fail(error)
 
@@ -108,7 +109,7 @@ class Loop:
         configure_process(run)
         self.due = []
         for probe in self.plan.due(*when):
-            with naming(probe.label):
+            with naming(probe.label), forked_rng(run.device):
                 self.due.append((probe, probe.before(run)))
         run.seconds += perf_counter() - began
 
@@ -127,7 +128,8 @@ class Loop:
                 return
         try:
             if "evaluation" in self.looks:
-                readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
+                with forked_rng(run.device):
+                    readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
             if self.due:
                 readings += read_probes(run, self.due)
         except Exception:

@@ -90,8 +90,9 @@ class Recorder:
     def _update(self, run: Run, **fields: object) -> None:
         if self.status is not None:
             where = {"step": run.num_steps, "epoch": run.epoch, "seconds": run.seconds}
-            how = {"images": run.dataset.fingerprint, "majority": run.dataset.majority}
+            how = {"images": run.dataset.fingerprint, "majority": run.dataset.majority, "threads": run.threads}
             how |= {"evaluation": run.evaluation} if run.evaluation else {}
+            how |= {"origin": run.dataset.origin} if run.dataset.origin else {}
             self.status.update(**where, **how, non_finite_gradients=run.num_bad_gradients, **fields)
 
 

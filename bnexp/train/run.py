@@ -14,6 +14,8 @@ from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
 from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate
+from bnexp.train.device import forked_rng
+from bnexp.train.draws import Draws
 from bnexp.train.meter import Meter
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,8 +27,9 @@ class Run:
 
     ``schedule(step, total_steps)`` returns the factor of the learning rate. ``precision`` is fp32, bf16 or fp16
     (autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step, by default
-    :meth:`eager_step`. Only the batches draw random numbers. ``mixes_images`` says that an image's result in evaluation
-    depends on other images. ``own_parts`` are the labels and names of parts of the user's own.
+    :meth:`eager_step`. Only the batches draw random numbers, and parts of the user's own: ``own_parts`` are the labels
+    and names of these, ``draws`` is what they draw from. ``mixes_images`` says that an image's result in evaluation
+    depends on other images.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Run:
         engine: Callable[["Run"], Callable[[], None]] | None = None,
         mixes_images: bool = False,
         own_parts: Mapping[str, str] = MappingProxyType({}),
+        draws: Draws | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -51,7 +55,7 @@ class Run:
         self.total_steps = total_steps
         self.schedule = schedule
         self.channels_last = channels_last
-        self.mixes_images, self.own_parts = mixes_images, own_parts
+        self.mixes_images, self.own_parts, self.draws = mixes_images, own_parts, draws or Draws()
         self.threads = threads
         self.deterministic = deterministic
         self.autocast_dtype = AUTOCAST[precision]
@@ -188,6 +192,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
             "meter": self.meter.state_dict(),
+            "draws": self.draws.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -200,6 +205,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
         self.meter.load_state_dict(state["meter"])
+        self.draws.load_state_dict(state.get("draws", self.draws.states))  # older checkpoints have none
 
 
 def whole(value: object) -> object:
@@ -227,7 +233,9 @@ def depends_on_company(model: nn.Module, images: Tensor) -> bool:
     half = shuffled(len(images), images.device)[: len(images) // 2]
     among = torch.full_like(images, images.min()).index_copy(0, half, images[half])
     try:
-        alone, among = model(images[half]), model(among)[half]
+        with forked_rng(images.device):
+            torch.manual_seed(0)  # a model that draws in evaluation mode gets the same answer every time
+            alone, among = model(images[half]), model(among)[half]
     except Exception:
         return False
     size = float(alone.nan_to_num().abs().max()) if len(half) else 0.0

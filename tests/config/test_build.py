@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from bnexp.config import build, check, parts
@@ -456,3 +457,21 @@ def test_a_run_gets_as_many_threads_as_its_work_keeps_busy(monkeypatch, override
     source = parts.part(cfg, "data")()
     model = parts.make_model(cfg, source)
     assert build.count_threads(cfg, model, source.in_shape, torch.device("cpu")) == threads
+
+
+@pytest.mark.parametrize("vary", ["[]", "[split]", "[seed,weights]", "[split,seed]", "[seed,seed]"])
+def test_vary_takes_the_two_words_it_knows(vary):
+    assert f"vary={vary}: not known; give [seed], or [seed,split]" in refusal(f"vary={vary}")
+
+
+def test_the_seed_cannot_draw_validation_images_that_lie_in_a_folder(tmp_path):
+    for split in ("train", "valid"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("L", (8, 8), i).save(tmp_path / split / name / f"{i}.png")
+    words = ("data=folder", f"data.root={tmp_path}", "data.size=8", "batch_size=2", "vary=[seed,split]", "model=mlp")
+    with pytest.raises(UserError, match="data.folder.Folder sets no validation images aside, so none can be drawn"):
+        build.build(checked(*words))
+    with pytest.raises(UserError, match="sets no validation images aside"):
+        build.build(checked("data=digits", "data.valid=0", "vary=[seed,split]", "model=mlp"))

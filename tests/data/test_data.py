@@ -734,3 +734,20 @@ def test_a_dataset_names_what_is_wrong_with_its_tensors(changes, words):
     good = Dataset("d", split, split, split, ("a", "b", "c", "e"), (1, 3, 3), torch.zeros(1), torch.ones(1))
     assert good.fault() is None
     assert words in dataclasses.replace(good, **changes).fault()
+
+
+# The seed draws the validation images: vary=[seed,split]
+
+
+def test_the_seed_draws_other_validation_images_of_the_same_ones():
+    def drawn(seed):
+        source = Digits(valid=0.2)
+        source.split_seed = seed
+        return source.load()
+
+    fixed, zero, one, again = Digits(valid=0.2).load(), drawn(0), drawn(1), drawn(1)
+    assert len({each.fingerprint for each in (zero, one)}) == 2 and one.fingerprint == again.fingerprint
+    assert zero.origin == one.origin != "" and fixed.origin == ""
+    assert len(one.valid) == len(fixed.valid) and torch.equal(one.test.images, fixed.test.images)
+    both = [torch.cat([each.train.images, each.valid.images]).sum(0, dtype=torch.int64) for each in (fixed, one)]
+    assert torch.equal(*both), "no image is lost or doubled"

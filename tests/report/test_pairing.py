@@ -49,11 +49,13 @@ UNLIKE = [
     ({"batch_size": 2}, "batch_size (64, 2)"),
     ({"drop_last": False}, "drop_last (true, false)"),
     ({"classes_per_batch": 2}, "classes_per_batch (-, 2)"),
+    ({"epochs": 3}, "epochs (2, 3)"),
+    ({"steps": 100}, "steps (-, 100)"),
 ]
 
 
 def test_runs_of_one_seed_on_the_same_batches_are_paired(write):
-    comparison = compared(write({"log_every": 7, "precision": "bf16", "epochs": 3}))
+    comparison = compared(write({"log_every": 7, "precision": "bf16"}))
     (against,) = comparison.against.values()
     expected = ttest_rel(OTHER, ONE)
     assert (against.design, against.unlike) == ("paired", {})
@@ -75,14 +77,50 @@ def test_runs_on_other_batches_are_compared_unpaired_and_the_report_says_why(wri
     assert next(iter(comparison.speedups.values())).n == 0  # a step is paired with a step
     assert ", unpaired, 3 against 3 runs: " in comparison.sentences[0]
     assert " paired seeds" not in comparison.sentences[0] and "It reaches" not in comparison.sentences[0]
-    (note,) = [note for note in comparison.notes if "saw different batches" in note]
-    assert named in note and "not paired by seed" in note
+    (note,) = [note for note in comparison.notes if "same seeds, other batches" in note]
+    assert named in note and "not paired" in note
 
 
 def test_runs_on_a_cpu_and_on_a_gpu_draw_other_batches(write):
     comparison = compared(write({}, device="cuda:0"))
     assert comparison.against["library"].design == "unpaired"
     assert any("device (cpu, cuda)" in note for note in comparison.notes)
+
+
+def test_the_epochs_say_nothing_where_both_sides_have_their_steps(write):
+    for path in write({"steps": 100, "epochs": 3}).glob("a*/config.yaml"):
+        path.write_text(path.read_text() + "steps: 100\n")
+    (against,) = compared(path.parents[1]).against.values()
+    assert against.design == "paired"
+
+
+def told(folder, names, **status):
+    for name in names:
+        path = folder / name / "status.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | status))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "named"),
+    [
+        ({"versions": {"torch": "2.11.0"}}, {"versions": {"torch": "2.14.1"}}, "torch (2.11.0, 2.14.1)"),
+        ({"git_commit": "aaa"}, {"git_commit": "bbb"}, "git_commit (aaa, bbb)"),
+        ({"threads": 1}, {"threads": 2}, "threads (1, 2)"),
+        ({"deterministic": False}, {"deterministic": True}, "deterministic (false, true)"),
+        ({"threads": 1}, {"threads": 1}, None),
+        ({}, {"versions": {"torch": "2.14.1"}}, None),  # older runs do not say
+    ],
+)
+def test_what_else_computed_the_two_sides_is_told_where_it_differs(write, here, there, named):
+    folder = write({})
+    told(folder, ("a0", "a1", "a2"), **here)
+    told(folder, ("b0", "b1", "b2"), **there)
+    comparison = compared(folder)
+    assert comparison.against["library"].design == "paired"
+    notes = [note for note in comparison.notes if "not computed alike" in note]
+    assert [named in note for note in notes] == [True] * bool(named)
+    told(folder, ("b1",), versions=["a stranger's"])
+    compared(folder)
 
 
 @pytest.mark.parametrize(
@@ -241,3 +279,57 @@ def test_runs_that_were_evaluated_with_batch_statistics_are_named(write):
     assert f"library: evaluated with {said}." in printed(sweep_table(*read_runs([folder])), width=200)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation": ["\x1b[31m"]}))  # a stranger's
     assert "\x1b" not in printed(paths=[folder])
+
+
+# The seed draws the split too: vary=[seed,split]
+
+SPLIT = ("threads=1", "device=cpu", "model=mlp", "model.hidden=[8]", "data.size=8", "steps=4", "vary=[seed,split]",
+         "quiet=true")  # fmt: skip
+
+
+def test_runs_whose_seeds_draw_the_split_are_one_variant_and_paired(bnexp, tmp_path):
+    assert bnexp("compare", *SPLIT, "norm=none,library", "seed=0,1", "out=drawn") == 0
+    records, _ = read_runs([tmp_path / "drawn"])
+    images = {run.path.name: run.images for run in records}
+    assert images["none-s0"] == images["library-s0"] != images["none-s1"] == images["library-s1"]
+    comparison = compare_records(records)
+    assert [len(variant.runs) for variant in comparison.variants] == [2, 2]
+    assert comparison.against["library"].design == "paired"
+    assert bnexp("train", "-m", *SPLIT, "vary=[seed]", "norm=library", "seed=0,1", "out=fixed") == 0
+    fixed, _ = read_runs([tmp_path / "drawn", tmp_path / "fixed"])
+    against = list(compare_records(fixed).against.values())
+    assert [each.design for each in against] == ["paired", "unpaired"] and list(against[1].unlike) == ["vary"]
+    (fixed_images,) = {run.images for run in fixed if "fixed" in run.path.parts}
+    assert fixed_images == images["none-s0"], "seed 0 draws the split that all seeds share otherwise"
+    folder = tmp_path / "drawn"
+    saw(folder, ("library-s0",), "0" * 12)  # split in another way
+    (against,) = compared(folder).against.values()
+    assert (against.design, list(against.unlike)) == ("unpaired", ["split"])
+    told(folder, ("library-s0", "library-s1"), origin="1" * 12)  # other images
+    (against,) = compared(folder).against.values()
+    assert (against.design, list(against.unlike)) == ("other data", ["data.images"])
+    told(folder, ("library-s1",), origin="2" * 12)
+    assert len(compared(folder).variants) == 3
+
+
+def test_folded_runs_each_see_the_split_of_their_own_seed(bnexp, tmp_path):
+    words = (*SPLIT, "norm=library", "seed=0,1", "optimizer=sgd", "optimizer.lr=0.1")
+    assert bnexp("train", "-m", *words, "out=alone") == 0
+    assert bnexp("train", "-m", *words, "replicas=2", "out=fold") == 0
+    alone, fold = (read_runs([tmp_path / name])[0] for name in ("alone", "fold"))
+    for one, other in zip(alone, fold, strict=True):
+        assert one.images == other.images
+        for tag in ("loss/train", "loss/valid"):
+            assert other.curve(tag) == pytest.approx(one.curve(tag), abs=1e-5), "sums are taken in another order"
+
+
+def test_runs_of_before_vary_are_of_the_variant_that_does_not_name_it(write):
+    folder = write({"vary": ["seed"]})
+    (against,) = compared(folder).against.values()
+    assert (against.design, against.unlike) == ("paired", {}) and "vary" not in against.differs
+
+
+def test_failures_on_other_batches_are_not_tested_in_pairs(write):
+    failures = compared(write({"batch_size": 2})).failures
+    assert {each.p for each in failures.values()} == {None}
+    assert {each.n for each in failures.values()} == {3}
