@@ -23,7 +23,7 @@ from bnexp.store.untrusted import printable, read, read_json
 REPORT_FORMATS = ("json", "csv", "markdown")
 SPEED_COLUMNS = ("target", "reached", "base_reached", "sooner", "later", "bound")
 CSV_COLUMNS = (
-    "variant", "baseline", "metric", "n", "mean", "low", "high", "num_diverged", "num_failed", "num_pairs",
+    "variant", "baseline", "metric", "n", "mean", "low", "high", "sd", "num_diverged", "num_failed", "num_pairs",
     "difference", "difference_low", "difference_high", "p", "design", "evidence",
     *(f"evidence_{each.name}" for each in fields(Evidence) if each.name != "word"), *SPEED_COLUMNS,
 )  # fmt: skip

@@ -118,8 +118,9 @@ def looked_at(comparison: Comparison, before: Sequence[int]) -> Comparison:
     if len(set(looks)) == 1:
         return replace(comparison, looks=looks[:1])
     looks = list(dict.fromkeys(looks))
-    words = f"Look {len(looks)} at these variants, after {', '.join(map(str, looks[:-1]))} seeds: stopping when a p is "
-    words += f"small finds too much. Over all looks, p < {bound_of_looks(looks):.2g} keeps false positives at 5%."
+    words = f"Look {len(looks)} at these variants, after {', '.join(map(str, looks[:-1]))} seeds: stopping once a p is "
+    words += "small finds differences that are not there. Over all looks, "
+    words += f"p < {bound_of_looks(looks):.2g} keeps false positives at 5%."
     return replace(comparison, looks=looks, notes=[*comparison.notes, words])
 
 
@@ -160,8 +161,9 @@ def _notes_on_runs(variant: Variant, failures: Failures, base: Variant) -> list[
     notes = variant.evaluations
     if failures.k:
         words = f"{failure_words(variant, failures)} (95% Clopper-Pearson interval {failures.low:.0%} to "
-        words += f"{failures.high:.0%}" + (f"; McNemar's exact p {show_p(failures.p, '= ')}" if failures.p else "")
-        notes.append(f"{words}). Means and differences leave diverged runs out.")
+        words += f"{failures.high:.0%}"
+        words += f"; McNemar's exact p {show_p(failures.p, '= ')} against {base.label}" if failures.p else ""
+        notes.append(f"{words}).")
     if len(variant.all_runs) == 1:
         notes.append(f"{variant.label}: one seed, so no interval and no p.")
     return notes
@@ -174,7 +176,7 @@ def _notes_on_evidence(metric: Metric, found: Sequence[stats.Difference]) -> lis
     if len(tested) > 1:
         notes.append(
             f"{metric.title}: the p of {len(tested)} variants are corrected together (Holm), and their intervals hold "
-            "together (Bonferroni). No other metric is judged."
+            "together (Bonferroni), which asks for more: one may include 0 where p < 0.05. No other metric is judged."
         )
     fewest = min((each.n for each in tested), default=ENOUGH)
     if fewest < FEWEST:

@@ -296,6 +296,10 @@ def test_the_same_step_is_said_in_a_whole_sentence_and_one_seed_has_no_target(tm
         "It reaches 90.0% validation accuracy at the same step as none in every seed."
         in (compared(tmp_path / "same").sentences[0])
     )
+    raced(tmp_path / "some", [SLOW, SLOW[:-1], SLOW], [SLOW, SLOW[:-1], SLOW])
+    assert (
+        "in 2 of 3 seeds (none in 2) at the same step as none." in compared(tmp_path / "some", target=0.9).sentences[0]
+    )
     speed, targets = raced(tmp_path / "one", [SLOW], [SLOW])
     assert targets == {} and speed.n == 0
     assert "It " not in compared(tmp_path / "one").sentences[0]
