@@ -1,6 +1,5 @@
 """Tables for a terminal: a comparison, a sweep so far, and the epochs as tutorials print them."""
 
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -34,11 +33,7 @@ PRIMARY_CAPTION = (
     "over seeds with {}"
 )
 FLIPS_CAPTION = "; flips: another p, by flipping the signs of whole seeds, which assumes no normal distribution"
-BREAKS = (
-    "(?!)",
-    r" (?=\[)",
-    r" (?=[\[±])|(?<=,) ",
-)  # where cells are broken: not, or in more places if a table is wide
+BREAKS = ("(?!)", r" (?=\[)", r" (?=[\[±])|(?<=,) ")  # spaces at which cells are broken, the first that fits
 UNPAIRED = "*"  # marks a difference
 TARGET_CAPTION = "target: what {} ends at in the other seeds (median of the last fifth of readings), mean over seeds; "
 SPEED_CAPTION = (
@@ -101,11 +96,8 @@ def _primary_table(comparison: Comparison) -> TableContent:
         cells += ["-" if mean.sd is None else metric.show(mean.sd), *_evidence_cells(comparison, label, any_flips)]
         rows.append(cells if mean.n or comparison.against else [])
     base = comparison.baseline.label
-    caption = (
-        f"{SEEDS_CAPTION}; {PRIMARY_CAPTION.format(base, base)}"
-        + FLIPS_CAPTION * any_flips
-        + _unpaired_caption(comparison)
-    )
+    caption = f"{SEEDS_CAPTION}; {PRIMARY_CAPTION.format(base, base)}" + FLIPS_CAPTION * any_flips
+    caption += _unpaired_caption(comparison)
     caption += DIVERGED_CAPTION.format("diverged") * any_diverged
     return f"{metric.heading}, against {base}", head, [row for row in rows if row], caption
 
@@ -170,7 +162,7 @@ def mean_cell(metric: Metric, mean: stats.Mean) -> str:
         return "not finite" if mean.n else "-"
     if mean.low is None or mean.high is None:
         return metric.show(mean.mean)
-    if not math.isclose(mean.high - mean.mean, mean.mean - mean.low):  # cut off at 0% or 100%
+    if metric.is_accuracy and (mean.low == 0 or mean.high == 1):  # cut off
         return f"{metric.show(mean.mean)} [{metric.show(mean.low)}, {metric.show(mean.high)}]"
     return f"{metric.show(mean.mean)} ±{metric.show(mean.high - mean.mean)}"
 
@@ -202,8 +194,8 @@ def _diverged_cell(variant: Variant, any_diverged: bool) -> list[str]:
 def new_table(title: str, *columns: str, caption: str | None = None, gap: int = 1) -> Table:
     """An empty table, the first column aligned to the left and the others to the right."""
     table = Table(
-        title=escape(title), caption=caption, title_justify="left", caption_justify="left", show_edge=False,
-        box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), min_width=len(title),
+        title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left",
+        show_edge=False, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), min_width=len(title),
     )  # fmt: skip
     for i, name in enumerate(columns):
         table.add_column(escape(name), justify="right" if i else "left", overflow="fold")

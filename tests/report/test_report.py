@@ -520,6 +520,14 @@ def test_no_name_and_no_number_of_the_tables_is_cut(three, width):
     assert "…" not in text + table
 
 
+def test_an_interval_that_ends_at_100_percent_is_shown_by_its_ends(tmp_path):
+    for seed, accuracy in enumerate((0.9, 1.0, 1.0)):
+        write_run(tmp_path / str(seed), seed=seed, readings=curves(accuracy))
+        write_run(tmp_path / f"b{seed}", "library", seed, readings=curves(accuracy - seed / 9))
+    text = printed(paths=[tmp_path], width=200)
+    assert "96.67 [82.32, 100.00]" in text and "96.67 ±" not in text
+
+
 def test_a_sweeps_table_breaks_long_names_before_numbers(tmp_path):
     sweep_rates(tmp_path, {0.1: (0.6, 0.6), 300000000.0: (0.9, 0.9)})
     write_run(tmp_path / "d", "library", status="diverged", lr=300000000.0)
@@ -533,6 +541,9 @@ def test_brackets_in_names_and_reasons_are_printed_as_they_are(tmp_path):
     for i, name in enumerate(("[red]a[/red]", "[/]")):
         write_run(tmp_path / str(i), config={"name": name, "sizes": [i]}, started=i)
     write_run(tmp_path / "x", status="failed", error="[red]boom[/red]")
+    assert "from name=[/] sizes=[1], with" in printed(
+        paths=[tmp_path], question=Question("name=[/] sizes=[1]"), width=400
+    )
     for text in (printed(paths=[tmp_path]), printed(sweep_table(*read_runs([tmp_path])), width=400)):
         assert "name=[red]a[/red] sizes=[0]  " in text
         assert "name=[/] sizes=[1]  " in text

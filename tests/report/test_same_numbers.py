@@ -23,7 +23,7 @@ OTHERS = {"difference": "difference difference_low difference_high", "p": "p"}
 
 @pytest.fixture
 def comparison(tmp_path):
-    """Seven seeds of three variants, one of them better and faster; the baseline diverges once. It fills every column."""
+    """Seven seeds of three variants, one better and faster; the baseline diverges once. It fills every column."""
     for seed in range(7):
         valid = [0.9, 0.5, 0.3, 0.2 + seed / 100]
         fast = [0.8, 0.15 + (seed > 2) / 10, 0.12 + seed / 300, 0.1]
