@@ -21,7 +21,7 @@ def sentence_on(variant: Variant, base: Variant, question: Question, against: Ag
         words, speed = f"{variant.label} against {base.label}: nothing was learned by either", SpeedUp(0)
     elif found.n:
         words += _difference_words(metric, found, evidence, question.margin)
-        words += ending * (evidence.word not in ("undecided", "equivalent"))
+        words += ending * (evidence.word != "undecided")
     sentences = [words, *([f"It {_speed_words(speed, base.label)}"] if speed.n else [])]
     sentences += [failure_words(each, failures[each.label]) for each in (variant, base) if failures[each.label].k]
     return ". ".join(sentences) + "."

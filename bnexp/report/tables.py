@@ -128,7 +128,7 @@ def _other_table(comparison: Comparison) -> TableContent:
             cell = "baseline" if against is None else _difference_cell(metric, against, (found.low, found.high))
             p = show_p(found.p) if found and found.p is not None else ""
             rows.append([f"  {label}", str(mean.n), mean_cell(metric, mean), cell, p])
-    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}, not corrected for the number of p"
+    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}, not corrected for their number"
     caption += f"{_unpaired_caption(comparison)}; a best value has no p, because the noisier variant tends to have it"
     return "Metrics that are not judged", head, rows, caption
 

@@ -104,6 +104,9 @@ def test_a_curve_shows_the_test_at_the_value_that_validation_chooses_in_each_see
     assert (library[0].low, library[0].high) == (0.0, 1.0), "no share is below 0 or above 1"
     losses = compared(tmp_path, best_over="lr", primary="loss/test")
     assert [each.mean for each in losses.tried(losses.variants[1]).curve] == [None, None]
+    figure = draw_tuning([losses.tried(losses.variants[1])], losses.question)
+    assert figure.axes[0].texts[0].get_text() == "no seed has a finite result at every value"
+    assert "so a loss has no curve" in " ".join(figure.get_supxlabel().split())
 
 
 def test_the_figure_draws_the_numbers_of_the_json_and_leaves_with_them(tmp_path):

@@ -39,12 +39,12 @@ def draw_tuning(tried: Sequence[Tried], question: Question) -> "Figure":
         axes.locator_params("x", integer=True)
         if metric.is_accuracy:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        if not any(line.get_ydata().size for line in axes.lines):
-            style.write_inside(axes, "no seed has all values")
+        if not any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+            style.write_inside(axes, "no seed has a finite result at every value")
         labels = [f"{each.variant.label}, {each.num_values} value{'s' * (each.num_values > 1)}" for each in tried]
         style.add_legend(figure, labels, looks)
-        words = WORDS.format(metric=metric.title) + " Diverged runs count as chance." * any(
-            v.diverged for v in variants
-        )
+        words = WORDS.format(metric=metric.title)
+        if any(variant.diverged for variant in variants):
+            words += " A diverged run counts as chance" + ("." if metric.is_accuracy else ", so a loss has no curve.")
         style.finish_figure(figure, variants, words)
     return figure
