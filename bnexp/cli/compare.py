@@ -57,8 +57,9 @@ def find_baseline(grid: Grid, given: str | None) -> str:
 
 
 def conclude(
-    baseline: str, runs: Sequence[Job], best_over: str | None = None, names: Mapping[Path, str] | None = None
-) -> None:
+    baseline: str, runs: Sequence[Job], names: Mapping[Path, str] | None = None, best_over: str | None = None,
+    choose_on: int | None = None,
+) -> None:  # fmt: skip
     """Report on all runs of the sweep that ``runs``, those of the baseline, belong to; write the results in its folder.
 
     ``names`` names variants by the folders of their runs; without it the settings that differ are the names.
@@ -71,7 +72,7 @@ def conclude(
         print(f"no comparison: no run of the baseline, {baseline}, has finished", file=sys.stderr)
         return
     cfg = runs[0].cfg
-    question = Question(label, best_over, cfg.primary, cfg.margin, cfg.target)
+    question = Question(label, best_over, cfg.primary, cfg.margin, cfg.target, choose_on)
     comparison = make_report([folder], question=question, out=folder, quiet=quiet, names=names)
     write_band_runs(folder, comparison.variants)
 

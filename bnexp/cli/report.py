@@ -20,6 +20,8 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--baseline", metavar="NAME", help=baseline)
     best_over = "compare each variant at its best value of this setting, such as optimizer.lr"
     parser.add_argument("--best-over", metavar="KEY", help=best_over)
+    choose_on = "choose these values on the first N seeds and judge them on the others"
+    parser.add_argument("--choose-on", metavar="N", type=int, help=choose_on)
     primary = "the metric that is judged, such as loss/test; by default what the runs' configs say: accuracy/test"
     parser.add_argument("--primary", metavar="METRIC", help=primary)
     margin = "the largest difference in it that does not matter, in points or nats; 0.5 by default"

@@ -26,6 +26,7 @@ from bnexp.errors import UserError
 from bnexp.report.expectations import Expectation, Finding, judge
 from bnexp.report.records import RunRecord, read_runs
 from bnexp.report.tables import epoch_tables
+from bnexp.report.tuning import check_choose_on
 from bnexp.report.variants import into_variants, last_part
 from bnexp.store.files import write_json
 from bnexp.store.settings import NUMBERS, as_typed, decides
@@ -58,7 +59,8 @@ def study(arguments: Sequence[str]) -> int:
             failed = race(jobs) if in_lockstep else run_all(grid.hydra, folder, jobs)
             first = next(iter(chosen.variants))
             names = {job.folder: roles[job.name] if chosen.best_over else job.variant for job in jobs}
-            conclude(first, [job for job in jobs if roles[job.name] == first], chosen.best_over, names)
+            own = [job for job in jobs if roles[job.name] == first]
+            conclude(first, own, names, chosen.best_over, chosen.choose_on)
             findings = judge_runs(expectations, jobs, roles)
             is_short = len({repr(job.cfg.seed) for job in jobs}) < chosen.seeds
             write_json(folder / "study.json", study_content(name, chosen, overrides, findings, is_short))
@@ -87,6 +89,8 @@ def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, s
     if study.best_over is not None and study.best_over not in [*able, *map(last_part, able)]:
         choice = f"choose among {', '.join(able)}" if able else "leave it out"
         raise UserError(f"best_over: {study.best_over}: not a setting that the study sweeps; {choice}")
+    seeds = {word for point in points for word in point.overrides if word.startswith("seed=")}
+    check_choose_on(study.choose_on, study.best_over, len(seeds))
     return replace(grid, points=tuple(points)), roles
 
 

@@ -49,6 +49,7 @@ class Study:
     amended: str | None = None  # what was changed in the expectations after they had been published, and why
     how: str = "compare"  # compare: in lockstep; sweep: one run after the other
     best_over: str | None = None  # the report takes every variant at its best value of this setting
+    choose_on: int | None = None  # the first so many seeds choose that value, and the others are judged
     epochs: bool = False  # print the readings of every epoch
     forms: dict[str, Form] = field(default_factory=dict)
 

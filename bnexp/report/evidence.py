@@ -102,12 +102,12 @@ def _survives(variant: Variant, base: Variant, difference: float, metric: Metric
     """Whether the difference keeps its sign if every diverged run counts as one that learned nothing."""
     if not variant.diverged and not base.diverged:
         return True
-    sides = [[_or_chance(run, metric) for run in side.all_runs] for side in (variant, base)]
+    sides = [[or_chance(run, metric) for run in side.all_runs] for side in (variant, base)]
     own, other = (statistics.fmean(value for value in side if value is not None) for side in sides)
     return (own - other) * difference > 0  # False for inf - inf, of two losses without bound
 
 
-def _or_chance(run: RunRecord, metric: Metric) -> float | None:
+def or_chance(run: RunRecord, metric: Metric) -> float | None:
     """The value of a run; of a diverged one the largest class's share, or an infinite loss."""
     if not run.diverged:
         return metric.of(run)

@@ -72,10 +72,11 @@ def print_plan(paths: Iterable[Path], question: Question, difference: float) -> 
         raise UserError(f"plan: one variant only, {base}; give runs of at least two, and of two seeds")
     scale = 100 if metric.is_accuracy else 1
     unit = "points" if metric.is_accuracy else "nats"
-    head = ["", "n", f"sd, {unit}", "found now", f"seeds for {difference:g}", "at the ends of the sd"]
+    head = ["", "n", f"sd, {unit}", "found now", f"seeds for {difference:g}", "95% interval"]
     caption = (
         f"sd: of the differences from {base} over the n paired seeds, with its 95% interval; found now: the difference "
-        f"that n seeds find; both with a power of 80% at 5%, two-sided, corrected for the number of variants"
+        f"that n seeds find; seeds for {difference:g}: those that find it, from sd and from the ends of its interval; "
+        "all with a power of 80% at 5%, two-sided, corrected for the number of variants"
     )
     table = new_table(f"Seeds to find a difference in {metric.title}", *head, caption=caption)
     for label, against in comparison.against.items():
@@ -83,7 +84,7 @@ def print_plan(paths: Iterable[Path], question: Question, difference: float) -> 
         if against.design != "paired" or found.n < 2:
             why = "they saw different images" if against.design == "other data" else "they saw different batches"
             why = "it takes two seeds in which both finished" if against.design == "paired" else why
-            raise UserError(f"plan: {label} and {base} have {found.n} pairs of runs: {why}")
+            raise UserError(f"plan: {label} and {base} have {found.n} pair{'s' * (found.n != 1)} of runs: {why}")
         if not found.error:
             raise UserError(f"plan: {label} and {base} differ alike in every seed, so there is no spread to plan with")
         plan = make_plan(found.n, scale * found.error * math.sqrt(found.n), difference, len(comparison.against))

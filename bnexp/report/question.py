@@ -17,9 +17,10 @@ class Question:
     """What a comparison asks; None stands for what the runs' configs say, and then for the default.
 
     ``baseline`` is the variant named ("norm=none", or a label), by default the first whose norm is none, else the
-    first. ``best_over`` is a setting: of each variant only the runs at its best value count, see `pick_best`.
-    ``primary`` is the key of the metric that is judged, ``margin`` the largest difference in it that does not matter,
-    and ``target`` the validation accuracy whose steps are compared, see `default_targets`.
+    first. ``best_over`` is a setting: of each variant only the runs at its best value count, which the first
+    ``choose_on`` seeds choose, see `pick_best`. ``primary`` is the key of the metric that is judged, ``margin`` the
+    largest difference in it that does not matter, and ``target`` the validation accuracy whose steps are compared, see
+    `default_targets`.
     """
 
     baseline: str | None = None
@@ -27,6 +28,7 @@ class Question:
     primary: str | None = None
     margin: float | None = None
     target: float | None = None
+    choose_on: int | None = None
 
     @property
     def metric(self) -> Metric:

@@ -23,7 +23,7 @@ from bnexp.store.untrusted import printable, read, read_json
 REPORT_FORMATS = ("json", "csv", "markdown")
 SPEED_COLUMNS = ("target", "reached", "base_reached", "sooner", "later", "bound")
 CSV_COLUMNS = (
-    "variant", "baseline", "metric", "n", "mean", "low", "high", "num_diverged", "num_failed", "num_pairs",
+    "variant", "baseline", "metric", "n", "mean", "low", "high", "sd", "num_diverged", "num_failed", "num_pairs",
     "difference", "difference_low", "difference_high", "p", "design", "evidence",
     *(f"evidence_{each.name}" for each in fields(Evidence) if each.name != "word"), *SPEED_COLUMNS,
 )  # fmt: skip
@@ -64,11 +64,12 @@ def make_report(
 def comparison_content(comparison: Comparison) -> dict:
     """The content of comparison.json. Undefined numbers are null, accuracies are fractions, losses are in nats.
 
-    The differences of a variant from the baseline are under ``paired`` or under ``unpaired``; the other is null.
+    The differences of a variant from the baseline are under ``paired`` or under ``unpaired``; the other is null. Its
+    ``tuning`` is the expected primary metric after k = 1, 2, ... values of ``best_over``, see `tuning_curve`.
     """
     variants = []
     for variant in comparison.variants:
-        against = comparison.against.get(variant.label)
+        against, tried = comparison.against.get(variant.label), comparison.tried(variant)
         designs: dict[str, dict | None] = {"paired": None, "unpaired": None}
         if against is not None and against.design in designs:
             designs[against.design] = {key: asdict(found) for key, found in against.differences.items()}
@@ -85,14 +86,17 @@ def comparison_content(comparison: Comparison) -> dict:
             "evidence": against and asdict(comparison.evidence[variant.label]),
             "speedup": against and asdict(comparison.speedups[variant.label]),
             "differs": against and against.differs,
+            "tuning": [asdict(mean) for mean in tried.curve] if tried else [],
         })  # fmt: skip
     return {
         "baseline": comparison.baseline.label,
-        **{key: getattr(comparison.question, key) for key in ("primary", "margin", "target", "best_over")},
+        **{key: getattr(comparison.question, key) for key in ("primary", "margin", "target", "best_over", "choose_on")},
         "looks": comparison.looks,
         "verdict": comparison.sentences,
         "variants": variants,
         "chosen": comparison.chosen,
+        "chosen_on": comparison.tuning and comparison.tuning.chose,
+        "judged_on": comparison.tuning and comparison.tuning.judged,
         "notes": comparison.notes,
         "left_out": [asdict(each) | {"path": str(each.path)} for each in comparison.left_out],
     }
@@ -134,7 +138,7 @@ def comparison_csv(comparison: Comparison) -> str:
 def comparison_markdown(
     comparison: Comparison, figure: str | None = None, probed: Mapping[str, str] | None = None
 ) -> str:
-    """Verdict, ``figure`` if there is one, tables, figures of probes as {title: file}, and remarks."""
+    """Verdict, ``figure`` if there is one, tables, other figures as {title: file}, and remarks."""
     lines = [f"# Comparison of {', '.join(_cell(each.label) for each in comparison.variants)}", ""]
     lines += [f"{_cell(sentence)}\n" for sentence in comparison.sentences]
     if figure is not None:
@@ -163,7 +167,7 @@ def _cell(text: str) -> str:
 
 
 def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Comparison:
-    """Write comparison.png, .svg, .json and .md and the figures of probes into ``folder``, each file atomically.
+    """Write comparison.png, .svg, .json, .md and figures of tuning and probes into ``folder``, each file atomically.
 
     Returns the comparison with a note on every figure of a probe that was left out. Figures that an earlier
     comparison.md in the folder shows and this one does not are deleted, because they belong to other runs.
@@ -171,14 +175,18 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Compa
     from bnexp.report.figures.curves import draw_curves
     from bnexp.report.figures.probes import TITLES, draw_probes
     from bnexp.report.figures.style import render_figure
+    from bnexp.report.figures.tuning import TITLE, draw_tuning
 
     folder = Path(folder)
     comparison = looked_at(comparison, earlier_looks(folder, comparison))
     probed, notes = draw_probes(comparison.variants)
+    if tried := [each for each in map(comparison.tried, comparison.variants) if each]:
+        probed = {"tuning": draw_tuning(tried, comparison.question)} | probed
+    known = {"tuning": TITLE} | TITLES
     comparison = replace(comparison, notes=comparison.notes + notes)
     drawn = {"comparison": draw_curves(comparison.variants), **probed}
     files = {f"{name}.{kind}": render_figure(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}
-    titles = {TITLES[name]: f"{name}.png" for name in probed}
+    titles = {known[name]: f"{name}.png" for name in probed}
     files["comparison.json"] = comparison_json(comparison).encode()
     files["comparison.md"] = comparison_markdown(comparison, "comparison.png", titles).encode()
     try:
@@ -187,7 +195,7 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Compa
         except (FileNotFoundError, ValueError):  # no such file, or one that bnexp did not write
             before = b""
         write_files(folder, files)
-        for name in TITLES:
+        for name in known:
             if name not in probed and f"]({name}.png)".encode() in before:
                 (folder / f"{name}.png").unlink(missing_ok=True)
                 (folder / f"{name}.svg").unlink(missing_ok=True)

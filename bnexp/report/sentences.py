@@ -21,7 +21,7 @@ def sentence_on(variant: Variant, base: Variant, question: Question, against: Ag
         words, speed = f"{variant.label} against {base.label}: nothing was learned by either", SpeedUp(0)
     elif found.n:
         words += _difference_words(metric, found, evidence, question.margin)
-        words += ending * (evidence.word not in ("undecided", "equivalent"))
+        words += ending * (evidence.word != "undecided")
     sentences = [words, *([f"It {_speed_words(speed, base.label)}"] if speed.n else [])]
     sentences += [failure_words(each, failures[each.label]) for each in (variant, base) if failures[each.label].k]
     return ". ".join(sentences) + "."
@@ -53,7 +53,8 @@ def _difference_words(metric: Metric, found: stats.Difference, evidence: Evidenc
     if evidence.word == "equivalent":
         return f"{metric.title} is equivalent within {margin:g}{unit} ({interval})"
     if evidence.word == "undecided":
-        words = f"not enough evidence of a difference in {metric.title} ({interval}"
+        seen = f"{metric.show(found.difference, '+')}{unit}"
+        words = f"not enough evidence of a difference in {metric.title} ({seen}, {interval}"
         if evidence.detectable is not None:
             words += f"; {found.n} seeds find a difference of {metric.show(evidence.detectable)}{unit} in 4 of 5 cases"
         return f"{words})"
@@ -68,11 +69,11 @@ def _speed_words(speed: SpeedUp, base: str) -> str:
         return f"does not reach {target} in any of {speed.n} seeds{other}"
     seeds = ""
     if min(speed.reached, speed.base_reached) < speed.n:
-        seeds = f" in {speed.reached} of {speed.n} seeds ({base}: {speed.base_reached})"
+        seeds = f" in {speed.reached} of {speed.n} seeds ({base} in {speed.base_reached})"
     if speed.ratio is None:
         return f"reaches {target}{seeds}, sooner in {speed.sooner} seeds and later in {speed.later}"
     if speed.ratio == 1 and speed.sooner == speed.later == 0:
-        return f"reaches {target}{seeds} at the same step as {base}" + " in every seed" * (speed.n > 1)
+        return f"reaches {target}{seeds} at the same step as {base}" + " in every seed" * (not seeds and speed.n > 1)
     if speed.evidence == "undecided" and speed.n > 1:
         ratio = f"{speed.bound} {speed.ratio:.2f}".strip()
         return f"reaches {target}{seeds}, with not enough evidence of fewer or more steps (speed-up {ratio})"

@@ -24,12 +24,13 @@ ROUNDING_SHARE = 1e-12  # a spread below this share of the values is float round
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of ``n`` values, arithmetic or geometric, and its 95% interval."""
+    """The mean of ``n`` values, arithmetic or geometric, its 95% interval, and the standard deviation of the values."""
 
     n: int
     mean: float | None
     low: float | None
     high: float | None
+    sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def mean(values: Sequence[float], is_share: bool = False) -> Mean:
     low, high, _ = _t_test(centre, error, len(values) - 1)
     if is_share and low is not None and high is not None:
         low, high = max(low, 0.0), min(high, 1.0)
-    return Mean(len(values), centre, low, high)
+    return Mean(len(values), centre, low, high, None if error is None else error * math.sqrt(len(values)))
 
 
 def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:

@@ -67,8 +67,8 @@ def speed_up(pairs: Sequence[Pair], targets: dict[str, float], num_variants: int
     level = ALPHA / num_variants
     mean = stats.geometric_mean([ratio for ratio, _ in ratios] if len(bounds) < 2 else [], 1 - level)
     low, high = (None, None) if bounds else (mean.low, mean.high)
-    p = sign_test(sooner, later) if low is None else None
-    is_sure = len(pairs) >= FEWEST and (p < level if p is not None else not low <= 1 <= high)
+    p = sign_test(sooner, later) if low is None and ratios else None
+    is_sure = len(pairs) >= FEWEST and (p is not None and p < level or low is not None and not low <= 1 <= high)
     return SpeedUp(
         len(pairs), fmean(targets[repr(run.seed)] for run, _ in pairs),
         sum(each[0] for each in found), sum(each[1] for each in found), sooner, later,

@@ -1,10 +1,10 @@
 """Tables for a terminal: a comparison, a sweep so far, and the epochs as tutorials print them."""
 
-import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from rich import box
 from rich.console import Console, Group
@@ -27,15 +27,19 @@ SEEDS_CAPTION = "mean and 95% interval over the n finished seeds"
 PAIRED_CAPTION = "differences paired by seed, p by the paired t-test"
 DIVERGED_CAPTION = "; {}: runs whose loss became infinite or NaN, not in the means"
 PRIMARY_CAPTION = (
-    "sd: standard deviation over seeds; difference: with the interval that holds for all variants together; p: by the "
-    "paired t-test, corrected by Holm; better in: seeds, with the 95% interval of the chance in a new seed (Wilson); "
-    "r: correlation of both sides over seeds"
+    "sd: standard deviation over seeds; difference: from {}, with intervals that hold for all variants together "
+    "(Bonferroni); p: by the paired t-test, corrected for the number of variants (Holm); better in: seeds in which the "
+    "variant is better, a tie counts half, and the 95% interval of its chance in a new seed (Wilson); r: correlation "
+    "over seeds with {}"
 )
-FLIPS_CAPTION = "; flips: p by flips of the signs of whole seeds, corrected"
+FLIPS_CAPTION = "; flips: another p, by flipping the signs of whole seeds, which assumes no normal distribution"
+BREAKS = ("(?!)", r" (?=\[)", r" (?=[\[±])|(?<=,) ")  # spaces at which cells are broken, the first that fits
 UNPAIRED = "*"  # marks a difference
+TARGET_CAPTION = "target: what {} ends at in the other seeds (median of the last fifth of readings), mean over seeds; "
 SPEED_CAPTION = (
-    "target: the mean over the other seeds of the median of the baseline's last fifth of validation accuracies, or "
-    "what target= gives; speed-up: the baseline's steps to it / the variant's, geometric mean over seeds"
+    "speed-up: steps of {} to the target / steps of the variant, geometric mean over seeds, above 1 if the variant is "
+    "sooner; >= or <=: a bound, where a target is reached at the first reading or not at all; p: by the sign test, "
+    "where there is no interval"
 )
 SWEPT = [metric for metric in METRICS if metric.at is None and metric.key != "loss/train/final"]  # columns of a sweep
 # Curves of a split; the first that a run has: evaluated on the whole set, or averaged over the steps of the epoch.
@@ -45,25 +49,33 @@ EPOCH_SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print the tables, the remarks and the verdict."""
     width = max(16, *(len(variant.label) + 2 for variant in comparison.variants))  # of the first column
-    is_narrow = console.width < 100
-    for title, head, rows, caption in comparison_tables(comparison):
-        table = new_table(title, *head, caption=caption, gap=0 if is_narrow else 1)
-        has_evidence = head[-1] == "evidence"
-        for column in table.columns[: -1 if has_evidence else None]:  # the evidence, in words, may be broken
-            column.no_wrap, column.overflow = True, "ellipsis"
-        table.columns[-1].justify = "left" if has_evidence else "right"
-        for name, *cells in rows:
-            style = {"better": "green", "worse": "red", "faster": "green", "slower": "red"}.get(cells[-1], "")
-            style = style if any(cells) else "bold"
-            row = [name, *cells] if any(cells) else [textwrap.fill(name, width), *cells]
-            row = [cell.replace(" [", "\n[") for cell in row] if is_narrow else row
-            table.add_row(*map(escape, row), style=style)
+    for content in comparison_tables(comparison):
+        for breaks in BREAKS:
+            table = _printed_table(content, width, breaks)
+            if table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum <= console.width:
+                break
         console.print(table)
         console.print()
     for line in remarks(comparison):
         console.print(line, markup=False, highlight=False)
     for sentence in comparison.sentences:
         console.print(f"\n{sentence}", markup=False, highlight=False, style="bold")
+
+
+def _printed_table(content: TableContent, width: int, breaks: str) -> Table:
+    """The table for a terminal; ``breaks`` is the pattern of the spaces at which a cell is broken into lines."""
+    title, head, rows, caption = content
+    table = new_table(title, *head, caption=caption, gap=int(breaks == BREAKS[0]))
+    for column in table.columns[1:]:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    if head[-1] == "evidence":  # in words, which may be broken
+        table.columns[-1].no_wrap, table.columns[-1].justify, table.columns[-1].min_width = False, "left", 10
+    for name, *cells in rows:
+        style = {"better": "green", "worse": "red", "faster": "green", "slower": "red"}.get(cells[-1], "")
+        style = style if any(cells) else "bold"
+        name = name if any(cells) else textwrap.fill(name, width)
+        table.add_row(*map(escape, (name, *(re.sub(breaks, "\n", cell) for cell in cells))), style=style)
+    return table
 
 
 def comparison_tables(comparison: Comparison) -> list[TableContent]:
@@ -79,15 +91,15 @@ def _primary_table(comparison: Comparison) -> TableContent:
     head = ["", "n", *["diverged"] * any_diverged, "mean", "sd", "difference", "p", *["flips"] * any_flips,
             "better in", "r", "evidence"]  # fmt: skip
     for variant in comparison.variants:
-        values, label = metric.values(variant.runs), variant.label
-        cells = [label, str(len(values)), *_diverged_cell(variant, any_diverged)]
-        cells.append(mean_cell(metric, comparison.means[label][metric.key]))
-        cells.append(metric.show(stdev(values)) if len(values) > 1 and all(map(math.isfinite, values)) else "-")
-        cells += _evidence_cells(comparison, label, any_flips)
-        rows.append(cells if values or comparison.against else [])
-    caption = f"{SEEDS_CAPTION}; {PRIMARY_CAPTION}" + FLIPS_CAPTION * any_flips + _unpaired_caption(comparison)
+        label, mean = variant.label, comparison.means[variant.label][metric.key]
+        cells = [label, str(mean.n), *_diverged_cell(variant, any_diverged), mean_cell(metric, mean)]
+        cells += ["-" if mean.sd is None else metric.show(mean.sd), *_evidence_cells(comparison, label, any_flips)]
+        rows.append(cells if mean.n or comparison.against else [])
+    base = comparison.baseline.label
+    caption = f"{SEEDS_CAPTION}; {PRIMARY_CAPTION.format(base, base)}" + FLIPS_CAPTION * any_flips
+    caption += _unpaired_caption(comparison)
     caption += DIVERGED_CAPTION.format("diverged") * any_diverged
-    return f"{metric.heading}, against {comparison.baseline.label}", head, [row for row in rows if row], caption
+    return f"{metric.heading}, against {base}", head, [row for row in rows if row], caption
 
 
 def _evidence_cells(comparison: Comparison, label: str, any_flips: bool) -> list[str]:
@@ -116,8 +128,9 @@ def _other_table(comparison: Comparison) -> TableContent:
             cell = "baseline" if against is None else _difference_cell(metric, against, (found.low, found.high))
             p = show_p(found.p) if found and found.p is not None else ""
             rows.append([f"  {label}", str(mean.n), mean_cell(metric, mean), cell, p])
-    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}, not corrected{_unpaired_caption(comparison)}; a best value, which "
-    return "Metrics that are not judged", head, rows, f"{caption}is the largest of several, has no p"
+    caption = f"{SEEDS_CAPTION}; {PAIRED_CAPTION}, not corrected for their number"
+    caption += f"{_unpaired_caption(comparison)}; a best value has no p, because the noisier variant tends to have it"
+    return "Metrics that are not judged", head, rows, caption
 
 
 def _unpaired_caption(comparison: Comparison) -> str:
@@ -130,8 +143,10 @@ def _speed_table(comparison: Comparison) -> TableContent:
         [label, f"{speed.target:.2%}", f"{speed.reached} of {speed.n}", f"{speed.base_reached} of {speed.n}",
          *_speed_cells(speed)] for label, speed in comparison.speedups.items() if speed.n
     ]  # fmt: skip
-    head = ["", "target", "reached in", f"{comparison.baseline.label} in", "speed-up", "p", "evidence"]
-    return f"Steps to a validation accuracy, against {comparison.baseline.label}", head, rows, SPEED_CAPTION
+    base = comparison.baseline.label
+    head = ["", "target", "reached in", f"by {base} in", "speed-up", "p", "evidence"]
+    caption = TARGET_CAPTION.format(base) * (comparison.question.target is None) + SPEED_CAPTION.format(base)
+    return f"Steps to a validation accuracy, against {base}", head, rows, caption
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -142,12 +157,14 @@ def remarks(comparison: Comparison) -> list[str]:
 
 
 def mean_cell(metric: Metric, mean: stats.Mean) -> str:
-    """``97.13 ±0.21``, without the interval if there is none."""
+    """``97.13 ±0.21``, or ``99.10 [97.90, 100.00]`` if an end is cut off, without the interval if there is none."""
     if mean.mean is None:
         return "not finite" if mean.n else "-"
     if mean.low is None or mean.high is None:
         return metric.show(mean.mean)
-    return f"{metric.show(mean.mean)} ±{metric.show(max(mean.high - mean.mean, mean.mean - mean.low))}"
+    if metric.is_accuracy and (mean.low == 0 or mean.high == 1):  # cut off
+        return f"{metric.show(mean.mean)} [{metric.show(mean.low)}, {metric.show(mean.high)}]"
+    return f"{metric.show(mean.mean)} ±{metric.show(mean.high - mean.mean)}"
 
 
 def _difference_cell(metric: Metric, against: Against, interval: tuple[float | None, float | None]) -> str:
@@ -177,8 +194,8 @@ def _diverged_cell(variant: Variant, any_diverged: bool) -> list[str]:
 def new_table(title: str, *columns: str, caption: str | None = None, gap: int = 1) -> Table:
     """An empty table, the first column aligned to the left and the others to the right."""
     table = Table(
-        title=escape(title), caption=caption, title_justify="left", caption_justify="left", show_edge=False,
-        box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), min_width=len(title),
+        title=escape(title), caption=caption and escape(caption), title_justify="left", caption_justify="left",
+        show_edge=False, box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), min_width=len(title),
     )  # fmt: skip
     for i, name in enumerate(columns):
         table.add_column(escape(name), justify="right" if i else "left", overflow="fold")

@@ -1,4 +1,4 @@
-"""Sorts runs into variants, names the variants, and picks the best value of a setting for each.
+"""Sorts runs into variants and names the variants.
 
 Runs of one variant agree in every setting that decides numbers; seed, schedule of looking and place may differ.
 If a variant ran a seed twice, the later run counts.
@@ -6,19 +6,17 @@ If a variant ran a seed twice, the later run counts.
 
 import difflib
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bnexp.errors import UserError
-from bnexp.report.records import BY_KEY, Problem, RunRecord
+from bnexp.report.records import Problem, RunRecord
 from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
 LONGEST_LABEL = 200  # characters
 DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch", "steps", "epochs", "vary")  # beside the seed
-VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def into_variants(records: Sequence[RunRecord], ignore: str | None = None) -> tu
             reason = f"seed {run.seed} of the same variant was run again later, in {run.path}"
             superseded.append(Problem(earlier.path, "superseded", reason, tuple(earlier.overrides)))
         seeds[repr(run.seed)] = run
-    runs = [sorted(seeds.values(), key=_seed_order) for seeds in groups.values()]
+    runs = [sorted(seeds.values(), key=seed_order) for seeds in groups.values()]
     names = [group_names(each[0]) for each in runs]
     parts = _distinguish([numbers(each[0].config) for each in runs], names, ignore)
     variants = [
@@ -120,7 +118,8 @@ def _given_or(labels: list[str], variants: Sequence[Sequence[RunRecord]]) -> lis
     return [name if name and given.count(name) == 1 else label for name, label in zip(given, labels, strict=True)]
 
 
-def _seed_order(run: RunRecord) -> tuple:
+def seed_order(run: RunRecord) -> tuple:
+    """A key that sorts runs by seed: numbers first, then text."""
     return (0, run.seed, "") if isinstance(run.seed, int) else (1, 0, str(run.seed))
 
 
@@ -179,59 +178,3 @@ def tried_settings(records: Sequence[RunRecord]) -> list[str]:
     columns = varying([numbers(run.config) for run in records])
     given = {key: {repr(value) for value in column if value is not None} for key, column in columns.items()}
     return [key for key, values in given.items() if len(values) > 1 and last_part(key) != "_target_"]
-
-
-def pick_best(records: Sequence[RunRecord], key: str) -> tuple[list[RunRecord], list[Problem], list[str], bool]:
-    """Keep the runs at each variant's best value of ``key``; also return the superseded runs, notes, and a flag.
-
-    The flag says that the variants were tried with different numbers of values, so that the choice favours some.
-
-    The best value has the smallest share of diverged runs and, among equal shares, the highest mean over seeds of the
-    best validation accuracy (without accuracies: the lowest mean of the best validation loss). `UserError` for a key
-    at whose values these numbers mean different things.
-    """
-    if key in ("eval_every", "vary") or (key.startswith("data.") and key not in VIEWS):
-        what = "readings to be the best of" if key == "eval_every" else "training or validation images"
-        raise UserError(
-            f"best over {key}: its values have other {what}, so that none is better; leave out --best-over, "
-            "or choose a setting of the training such as optimizer.lr"
-        )
-    variants, superseded = into_variants(records)
-    buckets: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants:
-        buckets[identity(variant.first, ignore=key)].append(variant)
-    loss, accuracy = BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"]
-    metric = accuracy if accuracy.values(records) else loss
-
-    def rank(variant: Variant) -> tuple[float, float]:
-        value = metric.mean(variant.runs).mean
-        share = len(variant.diverged) / len(variant.all_runs)
-        return share, math.inf if value is None else -value if metric is accuracy else value
-
-    best = [min(bucket, key=rank) for bucket in buckets.values()]
-    kept = [run for variant in best for run in variant.all_runs]
-    if all(len(bucket) == 1 for bucket in buckets.values()):
-        others = ", ".join(each for each in tried_settings(records) if each != key) or "no other setting"
-        notes = [f"best over {key}: each variant has one value of it; what varies is {others}."]
-        return kept, superseded, notes, False
-    labels = [variant.label for variant in into_variants(kept, ignore=key)[0]]
-    notes = [_best_note(*each, key, metric.title) for each in zip(labels, best, buckets.values(), strict=True)]
-    counts = [len(bucket) for bucket in buckets.values()]
-    if len(set(counts)) > 1:
-        tried = " against ".join(map(str, counts))
-        notes.append(f"best over {key}: {tried} values were tried, so nothing is called better or worse.")
-    return kept, superseded, notes, len(set(counts)) > 1
-
-
-def _best_note(label: str, best: Variant, bucket: Sequence[Variant], key: str, title: str) -> str:
-    """A note on the value that was picked for one variant, and on what makes the choice doubtful."""
-    value, *values = (numbers(variant.first.config).get(key) for variant in (best, *bucket))
-    is_numeric = all(isinstance(each, int | float) for each in values)
-    among = ", ".join(map(as_typed, sorted(values) if is_numeric else values))
-    note = f"{label} is shown at {key}={as_typed(value)}, the best of {among} by mean {title}"
-    if len(values) > 1 and is_numeric and value in (min(values), max(values)):
-        end, beyond = ("smallest", "smaller") if value == min(values) else ("largest", "larger")
-        note += f"; it is the {end} value tried, so a {beyond} one may be better"
-    if len({len(variant.all_runs) for variant in bucket}) > 1:
-        note += "; the values were tried with different numbers of seeds"
-    return note + "."

@@ -12,7 +12,8 @@ from bnexp.report.question import Question
 from bnexp.report.records import METRICS, Metric, Problem, RunRecord
 from bnexp.report.sentences import failure_words, sentence_on, show_p
 from bnexp.report.steps import SpeedUp, default_targets, speed_up
-from bnexp.report.variants import Variant, find_key, group_names, into_variants, last_part, pick_best
+from bnexp.report.tuning import Tried, Tuning, check_choose_on, pick_best
+from bnexp.report.variants import Variant, find_key, group_names, identity, into_variants, last_part
 from bnexp.store.settings import as_typed, numbers
 
 
@@ -22,7 +23,7 @@ class Comparison:
 
     ``means`` is {label: {metric key: mean}}; ``failures`` is by label too, and ``against``, ``evidence`` and
     ``speedups`` are by the labels of the other variants. ``sentences`` are the verdict, ``notes`` say how to read it.
-    ``chosen`` is {label: value} of the setting ``best_over``.
+    ``chosen`` is {label: value} of the setting ``best_over``, and ``tuning`` says how they were chosen.
     """
 
     question: Question
@@ -36,11 +37,16 @@ class Comparison:
     notes: list[str]
     left_out: list[Problem]
     chosen: dict[str, object] = field(default_factory=dict)
+    tuning: Tuning | None = None
     looks: list[int] = field(default_factory=list)
 
     @property
     def baseline(self) -> Variant:
         return self.variants[0]
+
+    def tried(self, variant: Variant) -> Tried | None:
+        """What the value of a variant was chosen among; None if no variant has two values."""
+        return self.tuning and self.tuning.tried.get(identity(variant.first, self.question.best_over))
 
 
 def compare_records(
@@ -54,23 +60,26 @@ def compare_records(
         raise UserError(f"no finished run to compare{left and f', only {left}'}; let a run finish first")
     question = question.settled(records)
     metric, best_over = question.metric, question.best_over
+    check_choose_on(question.choose_on, best_over, len({repr(run.seed) for run in records}))
     rates = {repr(numbers(run.config).get("optimizer.lr")) for run in records}
     notes: list[str] = []
     repeated: list[Problem] = []
     unfair: list[str] = []
+    tuning: Tuning | None = None
     if best_over is not None:
         best_over = find_key(records, best_over)
-        records, repeated, notes, unequal = pick_best(records, best_over)
+        tuning = pick_best(records, best_over, metric, question.choose_on)
+        records, repeated, notes = tuning.records, tuning.superseded, tuning.notes
     variants, superseded = into_variants(records, ignore=best_over)
     first = _find_baseline(variants, question.baseline, notes)
     variants = [first, *(variant for variant in variants if variant is not first)]
     chosen: dict[str, object] = {}
-    if best_over is not None:
+    if tuning is not None:
         values = [numbers(variant.first.config).get(best_over) for variant in variants]
         labels = [f"{v.label} {last_part(best_over)}={as_typed(x)}" for v, x in zip(variants, values, strict=True)]
         variants = [replace(variant, label=label) for variant, label in zip(variants, labels, strict=True)]
         chosen = dict(zip(labels, values, strict=True))
-        unfair = labels if unequal else []
+        unfair = labels if tuning.is_unequal else []
     base, *rest = variants
     others = {variant.label: variant for variant in rest}
     against = {label: measure_against(variant, base) for label, variant in others.items()}
@@ -94,7 +103,7 @@ def compare_records(
     left_out = [*problems, *repeated, *superseded]
     question = replace(question, best_over=best_over)
     return Comparison(
-        question, variants, means, failures, against, evidence, speedups, sentences, notes, left_out, chosen
+        question, variants, means, failures, against, evidence, speedups, sentences, notes, left_out, chosen, tuning
     )
 
 
@@ -110,8 +119,9 @@ def looked_at(comparison: Comparison, before: Sequence[int]) -> Comparison:
     if len(set(looks)) == 1:
         return replace(comparison, looks=looks[:1])
     looks = list(dict.fromkeys(looks))
-    words = f"Look {len(looks)} at these variants, after {', '.join(map(str, looks[:-1]))} seeds: stopping when a p is "
-    words += f"small finds too much. Over all looks, p < {bound_of_looks(looks):.2g} keeps false positives at 5%."
+    words = f"Look {len(looks)} at these variants, after {', '.join(map(str, looks[:-1]))} seeds: stopping once a p is "
+    words += "small finds differences that are not there. Over all looks, "
+    words += f"p < {bound_of_looks(looks):.2g} keeps false positives at 5%."
     return replace(comparison, looks=looks, notes=[*comparison.notes, words])
 
 
@@ -152,8 +162,9 @@ def _notes_on_runs(variant: Variant, failures: Failures, base: Variant) -> list[
     notes = variant.evaluations
     if failures.k:
         words = f"{failure_words(variant, failures)} (95% Clopper-Pearson interval {failures.low:.0%} to "
-        words += f"{failures.high:.0%}" + (f"; McNemar's exact p {show_p(failures.p, '= ')}" if failures.p else "")
-        notes.append(f"{words}). Means and differences leave diverged runs out.")
+        words += f"{failures.high:.0%}"
+        words += f"; McNemar's exact p {show_p(failures.p, '= ')} against {base.label}" if failures.p else ""
+        notes.append(f"{words}).")
     if len(variant.all_runs) == 1:
         notes.append(f"{variant.label}: one seed, so no interval and no p.")
     return notes
@@ -166,7 +177,7 @@ def _notes_on_evidence(metric: Metric, found: Sequence[stats.Difference]) -> lis
     if len(tested) > 1:
         notes.append(
             f"{metric.title}: the p of {len(tested)} variants are corrected together (Holm), and their intervals hold "
-            "together (Bonferroni). No other metric is judged."
+            "together (Bonferroni), which asks for more: one may include 0 where p < 0.05. No other metric is judged."
         )
     fewest = min((each.n for each in tested), default=ENOUGH)
     if fewest < FEWEST:

@@ -46,6 +46,18 @@ def test_a_study_whose_best_setting_is_not_swept_is_refused_before_any_work(key,
     assert [each.name for each in tmp_path.iterdir()] == ["own.yaml"]
 
 
+def test_a_study_may_choose_on_some_seeds_and_judge_on_others(bnexp, tmp_path, capsys):
+    tuned = f"{TINY}best_over: lr\nsweep: {{optimizer.lr: [0.01, 0.001]}}\nchoose_on: 1\n"
+    tuned = tuned.replace("untrained: optimizer.lr=1e-9", "untrained: norm=none").replace("optimizer.lr=0.01, ", "")
+    (tmp_path / "own.yaml").write_text(tuned)
+    assert bnexp("study", "own.yaml", "seed=0", "out=few") == 2
+    assert "choose_on=1: one or more seeds have to choose" in capsys.readouterr().err
+    assert not (tmp_path / "few").exists(), "before any work"
+    assert bnexp("study", "own.yaml", "quick=true", "seed=0,1", "data.limit=100", "out=s") in (0, 3)
+    content = json.loads((tmp_path / "s" / "comparison.json").read_text())
+    assert (content["chosen_on"], content["judged_on"]) == ([0], [1])
+
+
 def test_texts_of_a_study_are_those_that_were_typed_and_its_values_are_words_of_hydra(tmp_path):
     text = TINY.replace("title: A network that is trained knows more than one that is not", "title: 1e5")
     sweep = (

@@ -125,6 +125,7 @@ def test_the_p_of_several_variants_are_corrected_and_their_intervals_wider(tmp_p
     assert (both.low, both.high) == found.interval(1 - 0.05 / 2)
     assert (both.word, comparison.evidence["scratch"].word) == ("better", "equivalent")
     assert "is equivalent within 0.5 points (95% interval" in comparison.sentences[1]
+    assert all("at one learning rate, tuned for neither." in sentence for sentence in comparison.sentences)
     assert any("the p of 2 variants are corrected together (Holm)" in note for note in comparison.notes)
     assert comparison.evidence["library"].wins == 6 and "6 of 6 [61%, 100%]" in printed(paths=[tmp_path])
     assert compared(tmp_path, margin=0.1).evidence["scratch"].word == "undecided"
@@ -295,6 +296,10 @@ def test_the_same_step_is_said_in_a_whole_sentence_and_one_seed_has_no_target(tm
     assert (
         "It reaches 90.0% validation accuracy at the same step as none in every seed."
         in (compared(tmp_path / "same").sentences[0])
+    )
+    raced(tmp_path / "some", [SLOW, SLOW[:-1], SLOW], [SLOW, SLOW[:-1], SLOW])
+    assert (
+        "in 2 of 3 seeds (none in 2) at the same step as none." in compared(tmp_path / "some", target=0.9).sentences[0]
     )
     speed, targets = raced(tmp_path / "one", [SLOW], [SLOW])
     assert targets == {} and speed.n == 0

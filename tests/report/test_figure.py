@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bnexp.report.figures.curves import PANELS, curve_tags, draw_curves
+from bnexp.report.figures.curves import PANELS, curve_tags, draw_curves, mean_curve
 from bnexp.report.figures.style import NORM_COLORS, describe_runs, norm_look, render_figure, variant_looks
 from bnexp.report.records import RunRecord
 from bnexp.report.variants import Variant, into_variants
@@ -61,6 +61,16 @@ def test_a_line_is_the_mean_over_seeds_and_its_band_the_t_interval():
     low, high = axes.collections[0].get_paths()[0].get_extents().intervaly
     half = 12.706 * 0.05  # two values 0.1 apart at every step: standard error 0.05; one degree of freedom
     assert (low, high) == pytest.approx((0.35 - half, 0.85 + half), rel=1e-4)
+
+
+def test_bands_of_accuracies_stay_within_0_and_1_and_those_of_losses_do_not():
+    ends = (0.98, 0.01), (0.90, 0.20)  # of two seeds, at the first and at the second step
+    two = variant("none", *ends, steps=(100, 200))
+    assert mean_curve(two, "accuracy/valid")[2:].tolist() == [
+        [pytest.approx(0.94 - 12.706 * 0.04, rel=1e-4), 0.0],
+        [1.0, 1.0],
+    ]
+    assert mean_curve(two, "loss/valid")[3, 0] > 1
 
 
 def test_seeds_that_agree_leave_no_gap_in_the_band():

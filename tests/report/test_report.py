@@ -297,7 +297,7 @@ def test_diverged_runs_are_left_out_of_the_means_and_said(three):
     assert comparison.means["library"]["accuracy/test"].n == 3
     assert comparison.against["library"].differences["accuracy/test"].n == 3
     assert any("library fails in 1 of 4 seeds, 1 of them diverged (95% Clopper-Pearson interval 1% to 81%; McNemar's "
-               "exact p = 1). Means" in note for note in comparison.notes)  # fmt: skip
+               "exact p = 1 against none)." in note for note in comparison.notes)  # fmt: skip
     assert comparison.sentences[0].endswith("library fails in 1 of 4 seeds, 1 of them diverged.")
     assert "1/4" in printed(paths=[three])
 
@@ -511,12 +511,21 @@ def test_an_unknown_format_is_an_error_that_lists_the_known(three):
 def test_no_name_and_no_number_of_the_tables_is_cut(three, width):
     write_run(three / "d", "library", 3, status="diverged", started=9)
     text = printed(paths=[three], width=width)
-    for cell in ("library", "92.00 ±2.48", "[-0.48, +4.48]", "[-0.3314, -0.2866]", "0.074", "0.00028"):
+    for cell in ("library", "92.00", "±2.48", "[-0.48,", "+4.48]", "[-0.3314, -0.2866]", "0.074", "0.00028"):
         assert cell in text
+    assert ("92.00 ±2.48" in text) == (width > 80) and "undecided" in text
     table = printed(sweep_table(*read_runs([three])), width=width)
     for cell in ("library", "92.00", "±2.48", "0.1010", "±0.0025"):
         assert cell in table
     assert "…" not in text + table
+
+
+def test_an_interval_that_ends_at_100_percent_is_shown_by_its_ends(tmp_path):
+    for seed, accuracy in enumerate((0.9, 1.0, 1.0)):
+        write_run(tmp_path / str(seed), seed=seed, readings=curves(accuracy))
+        write_run(tmp_path / f"b{seed}", "library", seed, readings=curves(accuracy - seed / 9))
+    text = printed(paths=[tmp_path], width=200)
+    assert "96.67 [82.32, 100.00]" in text and "96.67 ±" not in text
 
 
 def test_a_sweeps_table_breaks_long_names_before_numbers(tmp_path):
@@ -532,6 +541,9 @@ def test_brackets_in_names_and_reasons_are_printed_as_they_are(tmp_path):
     for i, name in enumerate(("[red]a[/red]", "[/]")):
         write_run(tmp_path / str(i), config={"name": name, "sizes": [i]}, started=i)
     write_run(tmp_path / "x", status="failed", error="[red]boom[/red]")
+    assert "from name=[/] sizes=[1], with" in printed(
+        paths=[tmp_path], question=Question("name=[/] sizes=[1]"), width=400
+    )
     for text in (printed(paths=[tmp_path]), printed(sweep_table(*read_runs([tmp_path])), width=400)):
         assert "name=[red]a[/red] sizes=[0]  " in text
         assert "name=[/] sizes=[1]  " in text

@@ -90,7 +90,7 @@ def test_the_interval_can_have_another_confidence():
 
 def test_the_interval_of_shares_stays_within_0_and_1():
     wide = mean([0.9, 1.0, 1.0])
-    assert wide.high > 1 and mean([0.9, 1.0, 1.0], is_share=True) == Mean(3, wide.mean, wide.low, 1.0)
+    assert wide.high > 1 and mean([0.9, 1.0, 1.0], is_share=True) == Mean(3, wide.mean, wide.low, 1.0, wide.sd)
     assert mean([0.0, 0.1], is_share=True).low == 0.0
 
 
@@ -134,7 +134,7 @@ def test_one_value_has_a_centre_and_no_interval_and_no_p():
 
 
 def test_values_without_spread_have_no_interval_and_no_p():
-    assert mean([0.5, 0.5, 0.5]) == Mean(3, 0.5, None, None)
+    assert mean([0.5, 0.5, 0.5]) == Mean(3, 0.5, None, None, 0.0)
     assert geometric_mean([2.0, 2.0]) == Mean(2, pytest.approx(2.0), None, None)
     assert 0.3 - 0.2 != 0.2 - 0.1  # rounding is no spread
     same = paired_difference([0.3, 0.2, 0.9], [0.2, 0.1, 0.8])

@@ -54,7 +54,8 @@ def mean_curve(variant: Variant, tag: str, most: int | None = None) -> np.ndarra
     windows = [steps[i : i + width] for i in range(0, len(steps), width)]
     points = []
     for window in windows:
-        result = stats.mean([sum(map(each.get, window)) / len(window) for each in curves])
+        values = [sum(map(each.get, window)) / len(window) for each in curves]
+        result = stats.mean(values, is_share=tag.startswith("accuracy/"))
         low, high = (result.mean if end is None else end for end in (result.low, result.high))
         points.append((window[-1], result.mean, low, high))
     return np.clip(np.array(points, float).reshape(-1, 4).T, -HUGE, HUGE)  # None becomes NaN

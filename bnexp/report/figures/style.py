@@ -88,9 +88,9 @@ def describe_runs(variants: Sequence[Variant]) -> str:
     text = text.replace(", 1 epochs", ", 1 epoch")
     for override in variants[0].overrides:
         is_named = override.lstrip("+").partition("=")[0] in CAPTION_FORMS
-        if not is_named and all(override in variant.overrides for variant in variants):
+        if not is_named and all(override in run.overrides for run in runs):
             text += f", {printable(override)}"
-    counts = sorted({len(variant.all_runs) for variant in variants})
+    counts = sorted({len({repr(run.seed) for run in variant.all_runs}) for variant in variants})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return f"{text.lstrip(', ')}; {seeds} seed{'s' * (counts != [1])} each".lstrip("; ")
 
