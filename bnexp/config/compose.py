@@ -92,7 +92,7 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
         known = partial(chosen_settings, words)
         check_words(words, _source.folder, known)
         words = quote_texts(words)
-        with explained(words, known):
+        with explained([*words, *[f"--config-name {_source.main}"] * (_source.main != Source.main)], known):
             cfg = composed_with_hydra(words, RunMode.RUN)
             check_hydra("hydra", OmegaConf.to_container(cfg.hydra))
             HydraConfig.instance().set_config(cfg)
