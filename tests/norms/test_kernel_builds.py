@@ -20,13 +20,17 @@ TENSORS_READ = ("p_x", "p_dy", "p_residual", "p_saved")
 TENSORS_WRITTEN = ("p_y", "p_dx", "p_dresidual")
 
 
-@pytest.fixture(scope="module", params=["80", "90", "100"], ids="sm_{}".format)
+FEW = [(arch, "few") for arch in ("80", "90", "100")]
+ALL = [pytest.param((arch, "all"), marks=pytest.mark.long) for arch in ("80", "90", "100")]
+
+
+@pytest.fixture(scope="module", params=[*FEW, *ALL], ids=lambda each: f"sm_{each[0]}-{each[1]}")
 def builds(request, tmp_path_factory):
-    """Rows of :func:`compile_launch` for one architecture."""
+    """Rows of :func:`compile_launch` for one architecture, for few or all types and activations."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    command = [sys.executable, "-W", "error", __file__, request.param]
+    command = [sys.executable, "-W", "error", __file__, *request.param]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -59,7 +63,7 @@ def test_aligned_shapes_move_16_bytes_at_a_time(builds):
         assert build["stores"] == build["expected_stores"], build
 
 
-def launches(arch):
+def launches(arch, which):
     """(case, aligned, function, arguments, keywords) of what the host code launches, each once."""
     import torch
     from triton.runtime.jit import JITFunction
@@ -94,9 +98,12 @@ def launches(arch):
     some = [(bf16, "identity", False), (bf16, "relu", True), (f32, "relu", False), (f32, "tanh", True)]
     more = [(bf16, a, r) for a in ("identity", "relu", "sigmoid", "tanh") for r in (False, True)]
     more += [(f32, "relu", True), (f16, "relu", True), (f64, "relu", True), (f64, "tanh", True)]
+    chosen = [(bf16, "relu", True), (f32, "relu", False)] + [(bf16, "identity", False), (f64, "tanh", True)] * (
+        arch == 90
+    )
     for last in (False, True):
         for shape in ((1024, 256) if last else local, large):
-            for dtype, activation, residual in dict.fromkeys(some + (more if arch == 90 else [])):
+            for dtype, activation, residual in dict.fromkeys(some + more if which == "all" else chosen):
                 site(shape, last, dtype, activation, residual)
         site((31, 257, 7, 7), last, bf16, "relu", True, aligned=False)
         site((31, 257, 57, 57), last, f32, "relu", True, aligned=False, momentum=None)
@@ -164,4 +171,4 @@ def compile_launch(arch, case, aligned, function, args, kwargs):
 
 if __name__ == "__main__":
     architecture = int(sys.argv[1])
-    print(json.dumps([compile_launch(architecture, *each) for each in launches(architecture)]))
+    print(json.dumps([compile_launch(architecture, *each) for each in launches(architecture, sys.argv[2])]))
