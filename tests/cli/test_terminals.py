@@ -125,7 +125,8 @@ def test_a_yaml_of_the_users_own_is_refused_in_words(text, bnexp, capsys, tmp_pa
 
 
 @pytest.mark.parametrize("command, is_ignored", [
-    (["train", *TINY, "out=run"], False), (["train", "-m", *TINY, "seed=0,1", "out=run"], True), (["report", "old"], False),
+    (["train", *TINY, "out=run"], False), (["train", "-m", *TINY, "seed=0,1", "out=run"], True),
+    (["report", "old"], False),
 ])  # fmt: skip
 def test_a_closed_terminal_is_a_hangup(command, is_ignored, train, tmp_path):
     train(*TINY, "out=old")
