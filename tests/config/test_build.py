@@ -456,3 +456,13 @@ def test_a_run_gets_as_many_threads_as_its_work_keeps_busy(monkeypatch, override
     source = parts.part(cfg, "data")()
     model = parts.make_model(cfg, source)
     assert build.count_threads(cfg, model, source.in_shape, torch.device("cpu")) == threads
+
+
+@pytest.mark.parametrize("words, shift", [([], True), (["model.bias=true"], False),
+                                          (["model.bias=true", "+norm.bias=true"], True)])  # fmt: skip
+def test_a_channel_without_a_norm_has_one_shift(words, shift):
+    cfg = composed(["model=resnet", "norm=none", "data.size=16", *words])
+    model = parts.make_model(cfg, parts.part(cfg, "data")())
+    for block in (model, model.stage1.block1):
+        assert (block.norm1.bias is not None) == shift
+        assert (block.conv1.bias is not None) == ("model.bias=true" in words)

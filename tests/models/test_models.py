@@ -413,3 +413,45 @@ def test_module_names_are_readable_tags():
     names = {name for model in models for name, _ in model.named_modules()}
     assert names >= {"dense1", "norm4", "conv2", "stage1.block1.norm2", "stage4.block2.conv1", "classifier"}
     assert names >= {"stage2.block1.shortcut", "block1.layer4.norm", "transition3.conv"}
+
+
+# --- the rules of model.init ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("activation, gain", [("relu", math.sqrt(2)), ("tanh", 5 / 3), ("sigmoid", 1), ("identity", 1)])
+def test_a_rule_gives_the_deviation_of_its_formula_and_zero_biases(name, activation, gain):
+    def weights(rule):
+        model = make_model(name, bias=True, activation=activation, init=rule)
+        initialize(model, generator(0))
+        layers = [module for module in model.modules() if is_weighted(module)]
+        assert not any(module.bias.any() for module in layers)
+        return [(module.weight.detach(), module.weight[0].numel(), module.weight[:, 0].numel()) for module in layers]
+
+    formulas = {
+        "he": lambda n, m: gain**2 / n,
+        "xavier": lambda n, m: 2 * gain**2 / (n + m),
+        "lecun": lambda n, m: 1 / n,
+    }
+    for rule, formula in formulas.items():
+        for weight, n, m in weights(rule):
+            # The relative standard error of a variance is at most sqrt(2 / draws); five of them.
+            assert float(weight.square().mean()) == pytest.approx(formula(n, m), rel=5 * math.sqrt(2 / weight.numel()))
+            if rule == "xavier":
+                assert weight.abs().max() <= gain * math.sqrt(6 / (n + m))
+    auto, same = weights("auto"), weights("he" if activation == "relu" else "xavier")
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(auto, same, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_unknown_rule_is_an_error_that_lists_the_known(name):
+    with pytest.raises(UserError, match="model.init=kaiming: not known; choose one of auto, torch, he, xavier, lecun"):
+        make_model(name, init="kaiming")
+
+
+def test_a_rule_beside_a_fixed_deviation_is_refused_and_auto_leaves_it_the_say():
+    with pytest.raises(UserError, match="model.init=he and model.weight_init_std=0.01: both give the size"):
+        make_model("mlp", init="he", weight_init_std=0.01)
+    model = make_model("mlp", init="auto", weight_init_std=0.01)
+    initialize(model, generator(0))
+    assert float(model.dense1.weight.detach().std()) == pytest.approx(0.01, rel=0.03)  # 25,088 draws: an error of 0.4%

@@ -252,7 +252,7 @@ def test_a_norm_takes_torchs_bias_argument(name):
     target, options = load_entry("norm", name)
     if "bias" not in inspect.signature(target).parameters:
         pytest.skip("takes none")
-    full, without = (target(6, **options | SMALL_BATCHES.get(name, {}), bias=bias) for bias in (True, False))
+    full, without = (target(6, **options | SMALL_BATCHES.get(name, {}) | {"bias": bias}) for bias in (True, False))
     assert {n for n, _ in full.named_parameters()} - {n for n, _ in without.named_parameters()} == {"bias"}
     assert without.bias is None and "bias=False" in repr(without)
     torch.testing.assert_close(without(images()), full(images()), rtol=0, atol=0)  # whose bias is 0
