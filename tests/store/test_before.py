@@ -13,6 +13,7 @@ HERE = Path(__file__).parent / "before"
 SWEEP = (
     "model=mlp", "model.hidden=[8]", "data.size=8", "data.limit=256", "batch_size=32", "optimizer.lr=0.01", "threads=1",
     "device=cpu", "quiet=true", "log_every=4", "norm=none,library", "seed=0,1", "epochs=2",
+    "model.init=torch",  # which was the only one
 )  # fmt: skip
 
 
@@ -47,6 +48,8 @@ def test_a_sweep_is_reported_as_far_as_it_is_done_and_its_command_goes_on(old, b
     assert bnexp("report", "sweep") == 0
     out = capsys.readouterr().out
     assert "library" in out and "interrupted" in out
+    assert bnexp("train", "-m", *SWEEP[:-1], "out=sweep") == 2
+    assert "model.init is torch there and auto here" in capsys.readouterr().err
     assert bnexp("train", "-m", *SWEEP, "out=sweep") == 0
     assert {read_status(folder)["status"] for folder in (old / "sweep").iterdir() if folder.is_dir()} == {"finished"}
 
