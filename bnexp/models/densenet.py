@@ -76,7 +76,7 @@ class DenseNet(nn.Sequential):
         stem_width: int = 64,
         activation: str = "relu",
         bias: bool = False,
-        init: str = "torch",
+        init: str = "auto",
     ) -> None:
         check_densenet(growth, blocks, stem_width)
         layers = OrderedDict(

@@ -25,7 +25,7 @@ class LeNet(nn.Module):
         *,
         activation: str = "relu",
         bias: bool = False,
-        init: str = "torch",
+        init: str = "auto",
     ) -> None:
         super().__init__()
         in_channels, height, width = in_shape

@@ -31,7 +31,7 @@ class MLP(nn.Sequential):
         hidden: Sequence[int] = (32, 32),
         activation: str = "relu",
         bias: bool = False,
-        init: str = "torch",
+        init: str = "auto",
         weight_init_std: float | None = None,
     ) -> None:
         if not isinstance(hidden, Sequence) or any(type(width) is not int or width < 1 for width in hidden):

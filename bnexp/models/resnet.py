@@ -66,7 +66,7 @@ class ResNet(nn.Sequential):
         widths: Sequence[int] = (64, 128, 256, 512),
         activation: str = "relu",
         bias: bool = False,
-        init: str = "torch",
+        init: str = "auto",
     ) -> None:
         check_resnet(stem, blocks, widths)
         layers = OrderedDict()
