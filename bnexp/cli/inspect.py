@@ -23,6 +23,7 @@ from bnexp.config.start import fitting
 from bnexp.config.stored import moved
 from bnexp.errors import UserError
 from bnexp.probes.confusion import Confusion
+from bnexp.probes.dead import evaluate_units
 from bnexp.probes.features import has_maps, look_at_images
 from bnexp.probes.layers import Layer, list_layers, tracking_norms
 from bnexp.probes.population import population_size, shadow, whole_batch
@@ -192,8 +193,9 @@ def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[st
     """Yield readings of the norms, the whole split ``name`` and its images ``indices``; the run is not changed."""
     split, model = getattr(run.dataset, name), shadow(run).eval()
     recomputed = recomputed_model(run, POPULATION_IMAGES)
-    yield norm_table(model, recomputed)
-    yield score_by_statistics(run, split, model, recomputed)
+    score, dead = evaluate_units(run, split, model)
+    yield norm_table(model, recomputed, dead)
+    yield score_by_statistics(run, split, model, recomputed, score)
     yield from Confusion(split=name, images=len(split)).look(run, None)
     layers = layers or choose_layers(list_layers(run.model, run.dataset.in_shape))
     yield from look_at_images(run, split, indices, layers)

@@ -105,7 +105,7 @@ def is_foreign(cfg: DictConfig) -> bool:
 
 def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | None = None) -> nn.Module:
     """The model for images like the source's, with the weights that its layers give themselves."""
-    model = part(cfg, "model")(source.in_shape, len(source.class_names), norm or part(cfg, "norm"))
+    model = part(cfg, "model")(source.in_shape, len(source.class_names), norm or norm_part(cfg))
     check_kind(target_of(cfg, "model"), model, nn.Module)
     if not is_foreign(cfg):
         return model
@@ -116,6 +116,16 @@ def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | N
     if lazy := find_lazy(model):
         raise UserError(f"{', '.join(own_parts(cfg))}: {lazy} gets no shape in a forward pass; give it one")
     return copy.deepcopy(model)  # or two runs would train a module that a part keeps
+
+
+def norm_part(cfg: DictConfig) -> Callable[..., nn.Module]:
+    """The norm of the config. One that does not normalize has no shift of its own if the model's layers have biases.
+
+    Then ``+norm.bias=true`` asks for both.
+    """
+    norm = part(cfg, "norm")
+    is_second = getattr(norm.func, "normalizes", True) is False and cfg.model.get("bias") is True
+    return partial(norm, bias=False) if is_second and "bias" not in cfg.norm and not is_own(cfg.norm) else norm
 
 
 def find_lazy(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from bnexp.config import build, parts
-from bnexp.config.advice import advice
+from bnexp.config.advice import advice, signal_advice
 from bnexp.config.compose import group_name, hparams
 from bnexp.config.stored import remember_place
 from bnexp.data.dataset import Dataset
@@ -31,7 +31,8 @@ def advise(cfg: DictConfig, run: Run) -> None:
     if cfg.quiet:
         return
     lines = [run.dataset.about] if run.dataset.about else []
-    lines += [f"warning: {each}" for each in advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size)]
+    found = advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size) + signal_advice(run, cfg.seed)
+    lines += [f"warning: {each}" for each in found]
     for line in lines:
         if line not in PRINTED:
             PRINTED.add(line)

@@ -15,7 +15,7 @@ from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
 from bnexp.store.files import replacing
 from bnexp.store.run_folder import CONFIG, load_status
-from bnexp.store.settings import COMMAND, DECIDES, PLACE, decides
+from bnexp.store.settings import COMMAND, DECIDES, PLACE, completed, decides
 from bnexp.store.untrusted import read_yaml
 
 PLACES = [key for key in DECIDES if decides(key) & PLACE]
@@ -31,7 +31,7 @@ def stored_config(folder: Path) -> DictConfig:
         stored = read_yaml(folder / CONFIG, takes_text)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
-    kept = {key: value for key, value in stored.items() if not decides(key) & COMMAND}
+    kept = {key: value for key, value in completed(stored).items() if not decides(key) & COMMAND}
     for key, value in kept.items():
         if key not in SETTINGS:
             raise UserError(f"{folder / CONFIG}: {key}: there is no such setting{nearest_setting(key)}")
@@ -106,7 +106,7 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
         there, then, now = map(_settings_and_options, (stored, base, cfg))
         for key, value in there.items():
             is_untouched = now.get(key, MISSING) == then.get(key, MISSING)
-            if key.partition(".")[0] not in chosen and then.get(key, MISSING) != value and is_untouched:
+            if not {key, key.partition(".")[0]} & chosen and then.get(key, MISSING) != value and is_untouched:
                 with explained([f"{folder / CONFIG}: {key}={value}"]):
                     OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg, words

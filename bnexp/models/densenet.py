@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.models.initialize import Weights
 
 Norm = Callable[..., nn.Module]
 MOST_DENSE_LAYERS = 500  # more take hours to build
@@ -75,6 +76,7 @@ class DenseNet(nn.Sequential):
         stem_width: int = 64,
         activation: str = "relu",
         bias: bool = False,
+        init: str = "auto",
     ) -> None:
         check_densenet(growth, blocks, stem_width)
         layers = OrderedDict(
@@ -96,6 +98,7 @@ class DenseNet(nn.Sequential):
             classifier=nn.Linear(width, num_classes),
         )
         super().__init__(layers)
+        self.initial_weights = Weights(init, activation).check()
 
 
 def check_densenet(growth: int, blocks: Sequence[int], stem_width: int) -> None:

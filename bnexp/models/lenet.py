@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.models.initialize import Weights
 
 
 class LeNet(nn.Module):
@@ -24,6 +25,7 @@ class LeNet(nn.Module):
         *,
         activation: str = "relu",
         bias: bool = False,
+        init: str = "auto",
     ) -> None:
         super().__init__()
         in_channels, height, width = in_shape
@@ -45,6 +47,7 @@ class LeNet(nn.Module):
         self.dense2 = nn.Linear(120, 84, bias=bias)
         self.norm4 = norm(84, activation=activation)
         self.classifier = nn.Linear(84, num_classes)
+        self.initial_weights = Weights(init, activation).check()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool1(self.norm1(self.conv1(x)))

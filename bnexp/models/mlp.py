@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from bnexp.errors import UserError
+from bnexp.models.initialize import Weights
 
 
 class MLP(nn.Sequential):
     """Dense layers with a norm after all but the last: (N, ...) to (N, num_classes).
 
-    Without hidden layers it is softmax regression. With ``weight_init_std``,
-    :func:`bnexp.models.initialize.initialize` draws Gaussian weights and sets biases to 0.
+    Without hidden layers it is softmax regression. ``weight_init_std`` is the deviation of Gaussian weights, instead
+    of ``init`` (:func:`bnexp.models.initialize.initialize`).
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class MLP(nn.Sequential):
         hidden: Sequence[int] = (32, 32),
         activation: str = "relu",
         bias: bool = False,
+        init: str = "auto",
         weight_init_std: float | None = None,
     ) -> None:
         if not isinstance(hidden, Sequence) or any(type(width) is not int or width < 1 for width in hidden):
@@ -41,7 +43,7 @@ class MLP(nn.Sequential):
         if weight_init_std is not None and not (is_number and 0 < weight_init_std < math.inf):
             raise UserError(
                 f"model.weight_init_std={weight_init_std}: a standard deviation is a number above 0; "
-                "give one such as 0.01, or null for torch's default weights"
+                "give one such as 0.01, or null for the weights of model.init"
             )
         layers = OrderedDict(flatten=nn.Flatten())
         width = math.prod(in_shape)
@@ -51,4 +53,4 @@ class MLP(nn.Sequential):
             width = hidden_width
         layers["classifier"] = nn.Linear(width, num_classes)
         super().__init__(layers)
-        self.weight_init_std = weight_init_std
+        self.initial_weights = Weights(init, activation, weight_init_std).check()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
+from bnexp.models.initialize import Weights
 
 Norm = Callable[..., nn.Module]
 MOST_BLOCKS = 1000  # more take hours to build
@@ -65,6 +66,7 @@ class ResNet(nn.Sequential):
         widths: Sequence[int] = (64, 128, 256, 512),
         activation: str = "relu",
         bias: bool = False,
+        init: str = "auto",
     ) -> None:
         check_resnet(stem, blocks, widths)
         layers = OrderedDict()
@@ -85,6 +87,7 @@ class ResNet(nn.Sequential):
         layers["flatten"] = nn.Flatten()
         layers["classifier"] = nn.Linear(width, num_classes)
         super().__init__(layers)
+        self.initial_weights = Weights(init, activation).check()
 
 
 def check_resnet(stem: str, blocks: Sequence[int], widths: Sequence[int]) -> None:

@@ -58,7 +58,7 @@ class Activations(Probe):
         sites = activation_sites(model)
         self.check_layers(self.layers or (), sites, "norm with an activation")
         for name in sites if self.layers is None else self.layers:
-            width = next((p.shape[0] for p in sites[name].parameters()), None)
+            width = next((p.shape[0] for p in sites[name].parameters() if p.dim()), None)
             width = contract_of(sites[name]).num_features or width
             if self.unit is not None and width is not None and self.unit >= width:
                 why = f"{name} has {width} units; give 0 to {width - 1}, or null for all of them"

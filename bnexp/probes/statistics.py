@@ -1,7 +1,7 @@
-"""Running statistics against those of the training images, and channels of norms that are dead."""
+"""Running statistics against those of the training images, unscaled channels of norms, and dead units."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
 from bnexp.norms.base import contract_of
+from bnexp.probes.dead import evaluate_units
 from bnexp.probes.layers import tracking_norms
 from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, training_batches, whole_batch
 from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run, shuffled
 
-SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| is dead
+SMALL_SCALE = 1e-3  # a channel with a smaller |gamma| is unscaled
 SMALL_VARIANCE = 1e-8  # a channel with a smaller variance, a thousandth of the usual eps, has a constant input
-GAPS = ("mean_gap", "variance_gap", "gamma_min", "dead")  # see Statistics
+GAPS = ("mean_gap", "variance_gap", "gamma_min", "unscaled")  # see Statistics
 RANGES = ("running_mean", "running_var", "population_mean", "population_var", "gamma", "beta")  # over channels
-NORM_HEAD = ("layer", "channels", *RANGES, *GAPS)
+NORM_HEAD = ("layer", "channels", *RANGES, *GAPS, "dead_units")
 TENSORS = {"running_mean": "running_mean", "running_var": "running_var", "weight": "gamma", "bias": "beta"}
 
 
@@ -29,14 +30,15 @@ class Statistics(Probe):
         statistics/<layer>/mean_gap     = sqrt(mean_c((running_mean - mean)^2 / (var + eps)))     in standard deviations
         statistics/<layer>/variance_gap = mean_c |ln((running_var + eps) / (var + eps))|
         statistics/<layer>/gamma_min    = min_c |gamma|
-        statistics/<layer>/dead         = number of channels c with |gamma| < 1e-3 or var < 1e-8
+        statistics/<layer>/unscaled     = number of channels c with |gamma| < 1e-3 or var < 1e-8
+        statistics/<layer>/dead_units   = number of units with a constant output (:func:`evaluate_units`)
 
     mean and var are the recomputed statistics of channel c (:func:`~bnexp.probes.population.recompute_statistics`, Wu &
     Johnson 2021, arXiv:2105.07576), eps is the norm's, and gamma is 1 with ``norm.affine=false``.
 
     ``accuracy/valid_running`` and ``accuracy/valid_recomputed`` are accuracies in evaluation mode over the same
     validation images, at most ``images``, with running and with recomputed statistics. A model whose norms keep no
-    running statistics has no readings.
+    running statistics has readings of dead units only, over the same images, or training images if there are none.
     """
 
     def __init__(self, every: int = 2000, images: int = 1024) -> None:
@@ -45,17 +47,21 @@ class Statistics(Probe):
 
     @torch.no_grad()
     def look(self, run: Run, before: object) -> Iterator[Reading]:
+        running, valid = shadow(run).eval(), evenly_spaced(run.dataset.valid, self.images)
+        split = valid if len(valid) else evenly_spaced(run.dataset.train, self.images)
+        (_, accuracy), dead = evaluate_units(run, split, running)
+        for name, (count, _) in dead.items():
+            yield Scalar(f"statistics/{name}/dead_units", float(count))
         if not tracking_norms(run.model):
             return
-        running, recomputed = shadow(run).eval(), recomputed_model(run, self.images)
-        for norm in norm_table(running, recomputed).records():
-            if norm["dead"] is not None:
+        recomputed = recomputed_model(run, self.images)
+        for norm in norm_table(running, recomputed, dead).records():
+            if norm["mean_gap"] is not None:
                 for name in GAPS:
                     yield Scalar(f"statistics/{norm['layer']}/{name}", float(norm[name]))
-        valid = evenly_spaced(run.dataset.valid, self.images)
         if len(valid):
-            for kind, model in (("running", running), ("recomputed", recomputed)):
-                yield Scalar(f"accuracy/valid_{kind}", run.evaluate(valid, model)[1])
+            yield Scalar("accuracy/valid_running", accuracy)
+            yield Scalar("accuracy/valid_recomputed", run.evaluate(valid, recomputed)[1])
 
 
 def recomputed_model(run: Run, num_images: int) -> nn.Module:
@@ -74,40 +80,43 @@ def compare_statistics(norm: nn.Module, recomputed: nn.Module) -> dict[str, Tens
         "mean_gap": (gap.square() / (var + norm.eps)).mean().sqrt(),
         "variance_gap": ratio.log().abs().mean(),
         "gamma_min": gamma.min(),
-        "dead": ((gamma < SMALL_SCALE) | (var < SMALL_VARIANCE)).sum().double(),
+        "unscaled": ((gamma < SMALL_SCALE) | (var < SMALL_VARIANCE)).sum().double(),
     }
 
 
 @torch.no_grad()
-def norm_table(model: nn.Module, recomputed: nn.Module) -> Table:
-    """The table ``norms``: a row for every norm that has statistics, gamma or beta.
+def norm_table(model: nn.Module, recomputed: nn.Module, dead: Mapping[str, tuple[int, int]]) -> Table:
+    """The table ``norms``: a row for every layer in ``dead`` and every norm that has statistics, gamma or beta.
 
-    Statistics, gamma and beta are (smallest, largest) over channels, NaN if one is NaN. The gaps and ``dead`` are those
-    of :class:`Statistics`. A cell is None if the norm does not have the number.
+    Statistics, gamma and beta are (smallest, largest) over channels, NaN if one is NaN. The gaps and ``unscaled`` are
+    those of :class:`Statistics`, ``dead`` of :func:`evaluate_units`. A cell is None if the norm lacks the number.
     """
     others, rows = tracking_norms(recomputed), []
     for name, norm in model.named_modules():
         tensors = {TENSORS[key]: value for key, value in norm.state_dict().items() if key in TENSORS}
-        if not tensors or not (name in others or contract_of(norm).normalizes):
+        if name not in dead and not (tensors and (name in others or contract_of(norm).normalizes)):
             continue
-        row = {"layer": name, "channels": len(next(iter(tensors.values())))}
+        count, num_units = dead.get(name, (None, None))
+        row = {"layer": name, "channels": num_units or len(next(iter(tensors.values()))), "dead_units": count}
         if name in others:
             tensors |= {"population_mean": others[name].running_mean, "population_var": others[name].running_var}
             row |= {key: float(value) for key, value in compare_statistics(norm, others[name]).items()}
-            row["dead"] = round(row["dead"])
+            row["unscaled"] = round(row["unscaled"])
         row |= {key: tuple(float(end) for end in value.double().aminmax()) for key, value in tensors.items()}
         rows.append(tuple(row.get(column) for column in NORM_HEAD))
     return Table("norms", NORM_HEAD, tuple(rows))
 
 
 @torch.no_grad()
-def score_by_statistics(run: Run, split: Split, model: nn.Module, recomputed: nn.Module) -> Table:
+def score_by_statistics(
+    run: Run, split: Split, model: nn.Module, recomputed: nn.Module, running: tuple[float, float]
+) -> Table:
     """The table ``scores``: mean loss (nats) and accuracy over ``split``, a row for every kind of statistics.
 
-    ``running`` is :meth:`Run.evaluate`. Models with running statistics also have ``recomputed``, and ``batch``, in
-    which batches of the run's size are normalized by their own statistics.
+    ``running`` is the result of :meth:`Run.evaluate`. Models with running statistics also have ``recomputed``, and
+    ``batch``, in which batches of the run's size are normalized by their own statistics.
     """
-    scores = {"running": run.evaluate(split, model)}
+    scores = {"running": running}
     if tracking_norms(model):
         scores["recomputed"] = run.evaluate(split, recomputed)
         batches = shuffled_batches(len(split), whole_batch(run)).to(run.device)

@@ -36,8 +36,9 @@ RANGE_CAPTION = (
 )
 GAP_CAPTION = (
     "mean gap, var. gap: distance of running from population statistics over all channels, in standard deviations and "
-    "as a factor\ndead: channels with |gamma| < 0.001 or a population variance < 1e-08"
+    "as a factor\nunscaled: channels with |gamma| < 0.001 or a population variance < 1e-08\n"
 )
+DEAD_CAPTION = "dead: units whose output is the same for all {images:,} {split} images"
 
 
 def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> Iterator[Table | str]:
@@ -46,7 +47,7 @@ def show_findings(about: Mapping[str, Any], readings: Readings, width: int) -> I
     if tracking := [norm for norm in norms if norm["running_mean"] is not None]:
         yield statistics_table(tracking, RANGE_CAPTION.format_map(about))
     if norms:
-        yield gap_table(norms, GAP_CAPTION if tracking else None)
+        yield gap_table(norms, GAP_CAPTION * bool(tracking) + DEAD_CAPTION.format_map(about))
     yield score_table(about, scores)
     if about["why_one_score"]:
         yield about["why_one_score"]
@@ -77,17 +78,17 @@ def statistics_table(norms: Sequence[dict], caption: str) -> Table:
     return table
 
 
-def gap_table(norms: Sequence[dict], caption: str | None) -> Table:
-    """A row per norm: how far its running statistics are from the population's, and its gamma and beta."""
-    table = new_table("Norms", "norm", "mean gap", "var. gap", "gamma", "beta", "dead", caption=caption)
+def gap_table(norms: Sequence[dict], caption: str) -> Table:
+    """A row per norm: its running statistics against the population's, gamma and beta, unscaled and dead channels."""
+    table = new_table("Norms", "norm", "mean gap", "var. gap", "gamma", "beta", "unscaled", "dead", caption=caption)
     for norm in norms:
-        mean, variance, dead = norm["mean_gap"], norm["variance_gap"], norm["dead"]
+        mean, variance = norm["mean_gap"], norm["variance_gap"]
         table.add_row(
             Text(norm["layer"]),
             Text(show_cell(mean, "{:.3f}".format), "yellow" if (mean or 0) > WIDE_MEAN else ""),
             Text(show_cell(variance, show_factor), "yellow" if (variance or 0) > WIDE_VARIANCE else ""),
             *(show_cell(norm[each], "{:.2g}".format) for each in ("gamma", "beta")),
-            Text(show_cell(dead, str), "bold red" if dead else ""),
+            *(Text(show_cell(n, str), "bold red" if n else "") for n in (norm["unscaled"], norm["dead_units"])),
         )
     return table
 

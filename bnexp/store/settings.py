@@ -42,6 +42,20 @@ DECIDES = {
 }  # fmt: skip
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the options that older versions did not have, at the values that they trained with.
+
+    Weights were torch's, and norm=none had a shift beside the biases of the layers.
+    """
+    model, norm = (each if isinstance(each := config.get(key), Mapping) else {} for key in ("model", "norm"))
+    found = dict(config)
+    if str(model.get("_target_")).startswith("bnexp.models."):
+        found["model"] = {"init": "torch", **model}
+        if norm.get("_target_") == "bnexp.norms.none.Shift" and model.get("bias") and "init" not in model:
+            found["norm"] = {"bias": True, **norm}
+    return found
+
+
 def decides(key: str) -> Decides:
     """What the setting with this dotted key decides; an option without a line here decides what its group does."""
     return DECIDES.get(key) or DECIDES.get(key.partition(".")[0], NUMBERS)
@@ -60,7 +74,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def select(config: Mapping[str, Any], what: Decides, but: Decides = NOTHING) -> dict[str, Any]:
     """The flat settings that decide any of ``what`` and none of ``but``. A device is given by its kind, ``cuda``."""
-    flat = {key: value for key, value in flatten(config).items() if decides(key) & what and not decides(key) & but}
+    flat = flatten(completed(config))
+    flat = {key: value for key, value in flat.items() if decides(key) & what and not decides(key) & but}
     flat = {key: value for key, value in flat.items() if (key, value) != ("vary", ["seed"])}  # older runs lack it
     return flat | ({"device": str(flat["device"]).partition(":")[0]} if "device" in flat else {})
 

@@ -270,21 +270,34 @@ def test_the_statistics_of_a_norm_are_those_of_the_checkpoint(folder, inspected)
         assert f"{low:.3g} to {high:.3g}" in out
 
 
-def test_gaps_and_dead_channels_are_those_of_the_probe(folder, inspected):
+def test_gaps_and_unscaled_channels_are_those_of_the_probe(folder, inspected):
     path = folder()
     state = torch.load(path / "checkpoint.pt", weights_only=True)
     state["model"]["norm2.weight"][3:5] = 0
     state["model"]["norm1.running_mean"] += 100
     checkpoint.save(state, path)
     out, found = inspected(path)
-    assert [norm["dead"] for norm in found["norms"].values()] == [0, 2, 0, 0]
+    assert [norm["unscaled"] for norm in found["norms"].values()] == [0, 2, 0, 0]
     assert found["norms"]["norm1"]["mean_gap"] > 50 > 1 > found["norms"]["norm2"]["mean_gap"]
     run = rebuilt(path)
     population = copy.deepcopy(run.model)
     recompute_statistics(population, training_batches(run, 10_000), run.forward)
     for name, norm in found["norms"].items():
         probe = compare_statistics(run.model.get_submodule(name), population.get_submodule(name))
-        assert all(norm[key] == float(probe[key]) for key in ("mean_gap", "variance_gap", "dead"))
+        assert all(norm[key] == float(probe[key]) for key in ("mean_gap", "variance_gap", "unscaled"))
+
+
+def test_dead_units_are_counted_over_all_test_images_without_a_norm_too(folder, inspected):
+    path = folder("none")
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    state["model"]["norm1.bias"][:2] = -1e6
+    checkpoint.save(state, path)
+    out, found = inspected(path)
+    run = rebuilt(path)
+    outputs = run.model.norm1(run.model.conv1(run.dataset.prepare(run.dataset.test.images)))
+    expected = int((outputs.amax((0, 2, 3)) == 0).sum())
+    assert found["norms"]["norm1"]["dead_units"] == expected >= 2
+    assert f"output is the same for all {len(outputs):,} test images" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

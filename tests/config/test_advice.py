@@ -1,4 +1,4 @@
-"""Advice before training: said where a norm's settings cannot work, with numbers and a way out, and nowhere else."""
+"""Advice before training: said where norms or initial weights cannot work, with numbers and a way out, nowhere else."""
 
 import math
 import re
@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bnexp.config.advice import advice
+from bnexp.config import build
+from bnexp.config.advice import advice, signal_advice
+from bnexp.config.compose import composed
 from bnexp.norms import ghost, group, library, none, renorm, scratch
 
 
@@ -175,3 +177,46 @@ def test_advice_leaves_the_model_and_the_random_numbers_alone():
     assert advice(model, num_steps=5, batch_size=2)
     assert torch.equal(before, torch.random.get_rng_state()) and model.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- a signal that dies
+
+HERE = ("norm=none", "device=cpu", "threads=1", "data.size=16")
+DEEP = ("model=mlp", "model.hidden=[50,50,50,50,50,50,50,50]")
+RESNET = ("model=resnet", "model.bias=true", "model.widths=[16,16,16,16]", "data.normalize=false")
+
+
+@pytest.mark.parametrize("words, remedy", [
+    ([*DEEP, "model.init=torch"], "model.init=he"),
+    ([*DEEP, "model.weight_init_std=0.01", "model.activation=tanh"], "model.init=xavier model.weight_init_std=null"),
+    ([*DEEP, "model.activation=sigmoid"], "use a norm, or model.activation=relu"),
+    ([*RESNET, "model.init=torch"], "model.init=he"),
+    (DEEP, ""),
+    (RESNET, ""),
+    (["model=lenet", "model.init=torch"], ""),
+    ([*DEEP, "model.init=torch", "norm=library"], ""),
+    ([*DEEP, "model.init=torch", "norm=group"], ""),
+])  # fmt: skip
+def test_logits_that_do_not_depend_on_the_image_are_told_with_weights_that_help(words, remedy):
+    run = build.build(composed([*HERE, *words]))
+    said = signal_advice(run, 0)
+    assert len(said) == bool(remedy) and all(each.endswith(f"; {remedy}") for each in said)
+    if said:
+        told = float(re.search(r"two images differ by (\S+) before", said[0])[1])
+        train = run.dataset.train
+        logits = run.model(run.dataset.prepare(train.images[torch.arange(8) * len(train) // 8])).detach().double()
+        pairs = [(logits[i] - logits[j]).square() for i in range(8) for j in range(i)]
+        assert told == float(f"{torch.stack(pairs).mean().sqrt():.1g}")
+    if "=" in remedy.partition(",")[0]:
+        way = [each for each in remedy.split() if "=" in each]
+        assert signal_advice(build.build(composed([*HERE, *words, *way])), 0) == []
+
+
+def test_looking_for_a_signal_changes_no_number_of_the_run():
+    run, other = (build.build(composed([*HERE, *DEEP, "model.init=torch"])) for _ in range(2))
+    before = torch.random.get_rng_state()
+    assert signal_advice(run, 0)
+    assert torch.equal(before, torch.random.get_rng_state())
+    for each in (run, other):
+        each.step()
+    assert all(map(torch.equal, run.model.state_dict().values(), other.model.state_dict().values()))

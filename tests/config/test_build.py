@@ -475,3 +475,13 @@ def test_the_seed_cannot_draw_validation_images_that_lie_in_a_folder(tmp_path):
         build.build(checked(*words))
     with pytest.raises(UserError, match="sets no validation images aside"):
         build.build(checked("data=digits", "data.valid=0", "vary=[seed,split]", "model=mlp"))
+
+
+@pytest.mark.parametrize("words, shift", [([], True), (["model.bias=true"], False),
+                                          (["model.bias=true", "+norm.bias=true"], True)])  # fmt: skip
+def test_a_channel_without_a_norm_has_one_shift(words, shift):
+    cfg = composed(["model=resnet", "norm=none", "data.size=16", *words])
+    model = parts.make_model(cfg, parts.part(cfg, "data")())
+    for block in (model, model.stage1.block1):
+        assert (block.norm1.bias is not None) == shift
+        assert (block.conv1.bias is not None) == ("model.bias=true" in words)

@@ -223,7 +223,7 @@ def test_a_setting_that_is_proposed_exists(words, key):
     "words, text",
     [
         (["model.depth=18"], "model.depth: there is no such setting; the chosen model has activation, bias"),
-        (["model=mlp", "model.depth=18"], "the chosen model has hidden, activation, bias, weight_init_std"),
+        (["model=mlp", "model.depth=18"], "the chosen model has hidden, activation, bias, init, weight_init_std"),
         (
             ["norm=none", "norm.decay=1"],
             "in the chosen entries, it belongs to norm=scratch; the chosen norm has no opt",

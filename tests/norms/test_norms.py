@@ -283,4 +283,4 @@ def test_the_repr_says_what_the_norm_does():
     assert "3, eps=1e-05, momentum=0.1" in repr(library.BatchNorm(3))
     for text in ("activation=relu", "running_var=biased"):
         assert text in repr(scratch.BatchNorm(3, activation="relu", running_var="biased"))
-    assert repr(Shift(3, activation="tanh")) == "Shift(3, activation=tanh)"
+    assert repr(Shift(3, activation="tanh")) == "Shift(3, bias=True, activation=tanh)"

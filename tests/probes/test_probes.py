@@ -19,10 +19,11 @@ from bnexp.norms.base import ACTIVATIONS
 from bnexp.norms.ghost import GhostBatchNorm
 from bnexp.probes.activations import MOST_VALUES, SATURATED, Activations, describe, sample
 from bnexp.probes.confusion import Confusion
+from bnexp.probes.dead import evaluate_units
 from bnexp.probes.features import Features, tile_maps, to_grey
 from bnexp.probes.gradients import Gradients
 from bnexp.probes.landscape import Landscape, loss_and_gradient
-from bnexp.probes.layers import activation_sites, named_layers, tapped, tracking_norms
+from bnexp.probes.layers import activation_sites, named_layers, tapped
 from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, some_images, training_batches
 from bnexp.probes.shapes import Shapes
 from bnexp.probes.statistics import Statistics
@@ -45,6 +46,7 @@ SHRUNK = {
 }
 NORMS = {"ghost": ["norm.virtual_batch=4"], "group": ["norm.groups=layer"]}
 OF_WEIGHTS = ("activation/", "statistics/", "landscape/", "loss/")  # no number of these is one if no weight is
+COUNTS = ("/unscaled", "/dead_units")
 FEW = {"activations": ["images=16"], "statistics": ["images=16"], "landscape": ["images=8", "steps=[1.0,2.0]"]}
 
 
@@ -130,7 +132,7 @@ def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     assert {step: {tag: value for tag, value in others[step].items() if tag in steps[step]} for step in others} == steps
     seen = {tag.partition("/")[0] for each in others.values() for tag in each}
     assert seen >= {"activation", "confusion", "gradient", "recall", "update", "landscape", "shapes"}
-    assert ("statistics" in seen) == bool(tracking_norms(run.model))
+    assert "statistics" in seen
     assert ("features" in seen) == (model != "mlp")
 
 
@@ -197,7 +199,8 @@ def test_weights_that_are_no_numbers_are_looked_at_without_a_fault(model, bad):
         assert not [each for each in readings if isinstance(each, Histogram) and not math.isfinite(sum(each.edges))]
         scalars = {each.tag: each.value for each in readings if isinstance(each, Scalar)}
         if math.isnan(bad):
-            numbers = [v for tag, v in scalars.items() if tag.startswith(OF_WEIGHTS) and "/dead" not in tag]
+            numbers = [v for tag, v in scalars.items() if tag.startswith(OF_WEIGHTS)
+                       and not tag.endswith(COUNTS)]  # fmt: skip
             assert all(math.isnan(value) for value in numbers), scalars
             assert not any(isinstance(each, Histogram) for each in readings)
         assert all(each.pixels.dtype == torch.uint8 for each in readings if isinstance(each, Image))
@@ -319,7 +322,8 @@ SEEN = [("lenet", "library"), ("resnet", "scratch"), ("mlp", "none"), ("lenet", 
 @pytest.mark.parametrize("model, norm", SEEN)
 def test_percentiles_are_those_of_what_the_activation_got(model, norm, activation):
     """Looked at from behind: these activations rise, so the percentiles of their outputs are theirs of the inputs."""
-    run = a_run(*variant(model, norm), f"model.activation={activation}")
+    # Torch's weights keep the inputs close together, see the tolerance below.
+    run = a_run(*variant(model, norm), f"model.activation={activation}", "model.init=torch")
     found = looked(Activations(images=16), run)
     behind, other = {}, shadow(run)
     with tapped(activation_sites(other), lambda name, _, y: behind.update({name: y.detach().double()})):
@@ -523,11 +527,11 @@ def test_gaps_are_zero_at_the_population_and_otherwise_what_was_put_there():
     assert found()["statistics/norm1/mean_gap"] == pytest.approx(math.sqrt(9 / 6), rel=1e-4)
     assert found()["statistics/norm1/variance_gap"] == pytest.approx(1.2 / 6, rel=1e-4)
     assert found()["statistics/norm2/gamma_min"] == 0
-    assert found()["statistics/norm2/dead"] == 2
-    assert found()["statistics/norm1/dead"] == 0
+    assert found()["statistics/norm2/unscaled"] == 2
+    assert found()["statistics/norm1/unscaled"] == 0
     with torch.no_grad():
         run.model.dense1.weight[:2] = 0  # two units that put out 0 whatever they see
-    assert found()["statistics/norm1/dead"] == 2
+    assert found()["statistics/norm1/unscaled"] == 2
 
 
 def test_the_two_accuracies_are_those_of_evaluation_with_either_statistics():
@@ -542,8 +546,44 @@ def test_the_two_accuracies_are_those_of_evaluation_with_either_statistics():
 
 
 @pytest.mark.parametrize("norm", ["none", "group"])
-def test_norms_without_running_statistics_yield_nothing(norm):
-    assert looked(Statistics(), a_run(*variant("mlp", norm))) == {}
+def test_norms_without_running_statistics_yield_dead_units_alone(norm):
+    assert {tag.rpartition("/")[2] for tag in looked(Statistics(), a_run(*variant("mlp", norm)))} == {"dead_units"}
+
+
+def dead_units(run):
+    found = {tuple(reading.tag.split("/")): reading.value for reading in Statistics().look(run, None)}
+    return {tag[1]: value for tag, value in found.items() if tag[-1] == "dead_units"}
+
+
+@pytest.mark.parametrize("valid", [0, 40])
+@pytest.mark.parametrize("norm", ["none", "library", "rms"])
+@pytest.mark.parametrize("activation, bias", [("relu", -1e3), ("sigmoid", 20.0), ("tanh", -20.0), ("identity", None)])
+def test_a_unit_is_dead_if_every_image_gets_the_same_output(norm, activation, bias, valid):
+    words = "model=mlp", "model.hidden=[9,5]", f"norm={norm}", f"model.activation={activation}", f"data.valid={valid}"
+    run = a_run(*words, num_steps=0)
+    with torch.no_grad():
+        for norm, shift in ((run.model.norm1, 9.0), (run.model.norm2, 999.0)):
+            norm.bias.fill_(shift if activation == "relu" else 0.0)  # every unit fires
+    before = dead_units(run)
+    with torch.no_grad():
+        if bias is None:
+            run.model.dense1.weight[:3] = 0
+        else:
+            run.model.norm1.bias[:3] = bias
+    assert (before, dead_units(run)) == ({"norm1": 0, "norm2": 0}, {"norm1": 3, "norm2": 0})
+
+
+def test_a_channel_lives_if_one_pixel_of_one_image_differs():
+    run = a_run("model=lenet", "norm=none", "data.size=16", "data.valid=40", num_steps=0)
+    split = run.dataset.valid
+    with torch.no_grad():
+        run.model.conv1.weight[0] = 0
+        outputs = run.model.conv1(run.dataset.prepare(split.images))[:, 1].flatten().sort(descending=True).values
+        run.model.norm1.bias[1] = -(outputs[0] + outputs[1]) / 2  # the largest alone stays above 0
+    assert evaluate_units(run, split, run.model.eval())[1]["norm1"] == (1, 6)
+    with torch.no_grad():
+        run.model.norm1.bias[1] = -outputs[0] - 1
+    assert evaluate_units(run, split, run.model)[1]["norm1"] == (2, 6)
 
 
 # ---------------------------------------------------------------- confusion
