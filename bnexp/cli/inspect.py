@@ -220,8 +220,8 @@ def why_one_score(layers: Sequence[Layer]) -> str:
         return "There is no norm in this model, so there are no statistics to choose between."
     if any(re.search(r"over .*\bN\b", norm) for norm in norms):
         return (
-            f"Its norms keep no running statistics: they normalize each {EVALUATION_BATCH} evaluated images by the "
-            "statistics of these images, so there is nothing to recompute."
+            f"Its norms keep no running statistics: they normalize up to {EVALUATION_BATCH} evaluated images together "
+            "by their own statistics, so there is nothing to recompute."
         )
     return f"Its norms ({norms[0]}) normalize one image at a time and use no statistics of the batch."
 

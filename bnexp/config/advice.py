@@ -11,7 +11,7 @@ from torch import nn
 
 from bnexp.models.initialize import Weights, initialize
 from bnexp.norms.base import BatchNormBase, contract_of
-from bnexp.probes.population import evenly_spaced, shadow
+from bnexp.probes.population import shadow, some_of
 from bnexp.train.run import Run
 
 MOST_LEFT = 0.05  # weight of the initial value in the running statistics at the end of training
@@ -73,7 +73,7 @@ def signal_advice(run: Run, seed: int) -> list[str]:
 @torch.no_grad()
 def signal_of(run: Run, model: nn.Module) -> float:
     """The root mean square over classes and pairs of 8 training images of how much their logits differ, in nats."""
-    images = evenly_spaced(run.dataset.train, 8).images
+    images = some_of(run.dataset.train, 8).images
     return float((2 * run.forward(run.dataset.prepare(images), model).double().var(0).mean()).sqrt())
 
 

@@ -18,7 +18,7 @@ from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of, divisors
-from bnexp.probes.population import evenly_spaced
+from bnexp.probes.population import some_of
 from bnexp.report.question import Question
 from bnexp.store import run_folder
 from bnexp.train.device import forked_rng
@@ -26,7 +26,6 @@ from bnexp.train.own import PartFailed, culprit, naming
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST, EVALUATION_BATCH, depends_on_company, equal_chunks, uses_batch_statistics
 
-TRIED = 64  # images by which a trial finds whether results depend on other images
 MOST_THREADS = 1024  # with more, the OpenMP library ends the process
 
 
@@ -247,7 +246,7 @@ def mixes_images(cfg: DictConfig, model: nn.Module, dataset: Dataset) -> bool:
     model.train()
     if is_said or not parts.is_foreign(cfg):
         return is_said
-    return depends_on_company(model, dataset.prepare(evenly_spaced(dataset.train, TRIED).images))
+    return depends_on_company(model, dataset.prepare(some_of(dataset.train, max(2, cfg.batch_size)).images))
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_images: int | None = None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
-from bnexp.probes.population import evenly_spaced, shadow
+from bnexp.probes.population import shadow, some_of
 from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
@@ -31,7 +31,7 @@ class Confusion(Probe):
 
     def look(self, run: Run, before: object) -> Iterator[Reading]:
         name = self.split if len(getattr(run.dataset, self.split)) else "train"
-        split = evenly_spaced(getattr(run.dataset, name), self.images)
+        split = some_of(getattr(run.dataset, name), self.images)
         counts = count_confusions(run, split, shadow(run).eval())
         rows = zip(run.dataset.class_names, counts.tolist(), strict=True)
         yield Table(f"confusion/{name}", ("true", *run.dataset.class_names), tuple((each, *row) for each, row in rows))

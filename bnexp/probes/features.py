@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
 from bnexp.probes.layers import named_layers, smallest_batch, tapped
-from bnexp.probes.population import evenly_spaced, shadow
+from bnexp.probes.population import shadow, some_of
 from bnexp.store.readings import Image, Reading, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run
@@ -36,7 +36,7 @@ class Features(Probe):
     def look(self, run: Run, before: object) -> Iterator[Reading]:
         model, valid = shadow(run).eval(), run.dataset.valid
         least = smallest_batch(model)
-        images = evenly_spaced(valid if len(valid) >= least else run.dataset.train, max(self.images, least)).images
+        images = some_of(valid if len(valid) >= least else run.dataset.train, max(self.images, least)).images
         _, outputs = outputs_of(run, model, images, range(min(self.images, len(images))))
         maps = {name: each[:, : self.channels] for name, each in outputs.items() if has_maps(each.shape[1:])}
         for name in list(maps)[: self.layers]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
 from bnexp.probes.layers import takes_batch, tapped, tracking_norms
-from bnexp.train.run import Run
+from bnexp.train.run import Run, shuffled
 
 
 @torch.no_grad()
@@ -77,14 +77,12 @@ def population_size(run: Run, num_images: int) -> int:
 def training_batches(run: Run, num_images: int) -> Iterator[Tensor]:
     """:func:`population_size` prepared training images in batches of the run's size, augmented as in training.
 
-    The images are the same every time. Those of a batch are at equal distances in the training set.
+    The images and their batches are the same every time.
     """
-    num_images = population_size(run, num_images)
-    images = evenly_spaced(run.dataset.train, num_images).images
-    num_batches = num_images // whole_batch(run)
+    images = some_of(run.dataset.train, population_size(run, num_images)).images
     generator = torch.Generator(run.device).manual_seed(0)  # the run's own is not touched
-    for i in range(num_batches):
-        yield run.dataset.prepare(augment(images[i::num_batches], run.dataset.augment, generator))
+    for batch in images.split(whole_batch(run)):
+        yield run.dataset.prepare(augment(batch, run.dataset.augment, generator))
 
 
 def shadow(run: Run) -> nn.Module:
@@ -92,10 +90,10 @@ def shadow(run: Run) -> nn.Module:
     return copy.deepcopy(run.model).train()
 
 
-def evenly_spaced(split: Split, num_images: int) -> Split:
-    """``num_images`` images at equal distances: always the same, and of all classes even if sorted by class."""
-    num_images = min(num_images, len(split))
-    return split.take(torch.arange(num_images, device=split.labels.device) * len(split) // max(num_images, 1))
+def some_of(split: Split, num_images: int) -> Split:
+    """``num_images`` images in a random order that is always the same, so that no order of the files decides which."""
+    order = shuffled(len(split), split.labels.device)[:num_images]
+    return Split(split.images[order], split.labels[order])
 
 
 def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
@@ -108,5 +106,5 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
         for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
             if 1 < size <= len(split) and takes_batch(run.model.modules(), size):
-                return evenly_spaced(split, size)
-    return evenly_spaced(run.dataset.train, batch_size)
+                return some_of(split, size)
+    return some_of(run.dataset.train, batch_size)

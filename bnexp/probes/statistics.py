@@ -11,7 +11,7 @@ from bnexp.data.dataset import Split
 from bnexp.norms.base import contract_of
 from bnexp.probes.dead import evaluate_units
 from bnexp.probes.layers import tracking_norms
-from bnexp.probes.population import evenly_spaced, recompute_statistics, shadow, training_batches, whole_batch
+from bnexp.probes.population import recompute_statistics, shadow, some_of, training_batches, whole_batch
 from bnexp.store.readings import Reading, Scalar, Table
 from bnexp.train.probe import Probe
 from bnexp.train.run import Run, shuffled
@@ -47,8 +47,8 @@ class Statistics(Probe):
 
     @torch.no_grad()
     def look(self, run: Run, before: object) -> Iterator[Reading]:
-        running, valid = shadow(run).eval(), evenly_spaced(run.dataset.valid, self.images)
-        split = valid if len(valid) else evenly_spaced(run.dataset.train, self.images)
+        running, valid = shadow(run).eval(), some_of(run.dataset.valid, self.images)
+        split = valid if len(valid) else some_of(run.dataset.train, self.images)
         (_, accuracy), dead = evaluate_units(run, split, running)
         for name, (count, _) in dead.items():
             yield Scalar(f"statistics/{name}/dead_units", float(count))

@@ -13,10 +13,9 @@ from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.evidence import or_chance
 from bnexp.report.records import BY_KEY, Metric, Problem, RunRecord
-from bnexp.report.variants import Variant, identity, into_variants, seed_order, tried_settings
+from bnexp.report.variants import Variant, can_be_ranked, identity, into_variants, seed_order, tried_settings
 from bnexp.store.settings import as_typed, numbers
 
-VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
 LOSS, ACCURACY = BY_KEY["loss/valid/best"], BY_KEY["accuracy/valid/best"]
 Runs = list[RunRecord]
 
@@ -65,7 +64,7 @@ def pick_best(records: Sequence[RunRecord], key: str, primary: Metric, choose_on
     best validation loss). `UserError` for a key at whose values these numbers mean different things, and for a variant
     that has no run to choose or to judge by.
     """
-    if key in ("eval_every", "vary") or (key.startswith("data.") and key not in VIEWS):
+    if not can_be_ranked(key):
         what = "readings to be the best of" if key == "eval_every" else "training or validation images"
         raise UserError(
             f"best over {key}: its values have other {what}, so that none is better; leave out --best-over, "
@@ -162,7 +161,7 @@ def tuning_curve(bucket: Sequence[Variant], metric: Metric, primary: Metric) -> 
 def _best_note(label: str, best: Runs, tried: list[Runs], key: str, title: str) -> str:
     """A note on the value that was picked for one variant, and on what makes the choice doubtful."""
     value, *values = (numbers(runs[0].config).get(key) for runs in (best, *tried))
-    is_numeric = all(isinstance(each, int | float) for each in values)
+    is_numeric = all(isinstance(each, int | float) and not isinstance(each, bool) for each in values)
     among = ", ".join(map(as_typed, sorted(values) if is_numeric else values))
     note = f"{label} is shown at {key}={as_typed(value)}, the best of {among} by mean {title}"
     if len(values) > 1 and is_numeric and value in (min(values), max(values)):

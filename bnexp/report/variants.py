@@ -15,6 +15,7 @@ from bnexp.report.records import Problem, RunRecord
 from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
 from bnexp.store.untrusted import printable
 
+VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
 LONGEST_LABEL = 200  # characters
 DECIDE_BATCHES = ("data", "batch_size", "drop_last", "classes_per_batch", "steps", "epochs", "vary")  # beside the seed
 
@@ -174,7 +175,13 @@ def find_key(records: Sequence[RunRecord], wanted: str) -> str:
 
 
 def tried_settings(records: Sequence[RunRecord]) -> list[str]:
-    """The settings that have several values among the runs, without ``_target_``."""
+    """The settings that have several values among the runs, and whose values can be ranked."""
     columns = varying([numbers(run.config) for run in records])
     given = {key: {repr(value) for value in column if value is not None} for key, column in columns.items()}
-    return [key for key, values in given.items() if len(values) > 1 and last_part(key) != "_target_"]
+    return [key for key, values in given.items() if len(values) > 1 and can_be_ranked(key)]
+
+
+def can_be_ranked(key: str) -> bool:
+    """Whether one value of the setting can be better than another: all see the same images and as many readings."""
+    has_other_images = key == "vary" or (key.startswith("data.") and key not in VIEWS)
+    return key != "eval_every" and last_part(key) != "_target_" and not has_other_images

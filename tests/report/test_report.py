@@ -432,6 +432,16 @@ def test_best_over_picks_a_way_to_show_the_same_images(tmp_path):
     assert list(compared(tmp_path, best_over="augment").chosen.values()) == ["flip"]
 
 
+def test_best_over_proposes_only_settings_whose_values_can_be_ranked(tmp_path):
+    for i, config in enumerate(({"drop_last": True, "eval_every": 5}, {"drop_last": False, "eval_every": 9})):
+        write_run(tmp_path / str(i), config=config, readings=curves(valid=(0.2 + i / 10,)))
+    with pytest.raises(UserError, match="momentum: no setting of these runs; choose among drop_last$"):
+        compared(tmp_path, best_over="momentum")
+    assert "value tried" not in " ".join(compared(tmp_path, best_over="drop_last").notes), (
+        "true is no larger than false"
+    )
+
+
 def test_best_over_a_setting_that_does_not_vary_names_the_one_that_does(tmp_path):
     sweep_rates(tmp_path, {0.1: (0.6, 0.6), 1.0: (0.9, 0.9)})
     notes = compared(tmp_path, best_over="epochs").notes

@@ -64,9 +64,10 @@ def standings(loops: Mapping[Job, Loop]) -> list[list[str]]:
     """The rows of the live table, one for each variant in the order of the jobs; the first variant is the baseline.
 
     A row holds means over the variant's runs of the last readings, and the mean difference in validation accuracy to
-    the baseline's runs with the same seeds.
+    the baseline's runs with the same seeds and settings of the data.
     """
     variants = list(dict.fromkeys(job.variant for job in loops))
+    data = {job.variant: job.cfg.get("data") for job in loops}
     accuracy = {(job.variant, job.cfg.seed): loop.latest.get("accuracy/valid") for job, loop in loops.items()}
     rows = []
     for variant in variants:
@@ -78,7 +79,8 @@ def standings(loops: Mapping[Job, Loop]) -> list[list[str]]:
             cells.append("" if mean is None else f"{mean:.2%}" if tag.startswith("accuracy") else f"{mean:.4f}")
         pairs = [(accuracy[key], accuracy.get((variants[0], key[1]))) for key in accuracy if key[0] == variant]
         gaps = [here - base for here, base in pairs if here is not None and base is not None]
-        cells.append(f"{100 * sum(gaps) / len(gaps):+.2f} points" if gaps and variant != variants[0] else "")
+        is_compared = gaps and variant != variants[0] and data[variant] == data[variants[0]]
+        cells.append(f"{100 * sum(gaps) / len(gaps):+.2f} points" if is_compared else "")
         rows.append(cells)
     return rows
 
