@@ -212,6 +212,13 @@ class OfTheBatch(nn.Module):
         return (x - x.mean(0)) / (x.std(0) + 1e-5) * (1 + self.weight)
 
 
+class OfTheWholeBatch(OfTheBatch):
+    def forward(self, x, residual=None):
+        if len(x) == 8:  # half a batch of the run
+            raise RuntimeError("a whole batch is needed")
+        return super().forward(x, residual)
+
+
 class Gated(OfTheBatch):
     def forward(self, x, residual=None):
         return x + self.weight * super().forward(x)
@@ -538,8 +545,8 @@ def test_sparse_gradients_and_generators_of_readings_are_taken(bnexp, tmp_path):
     assert "own/b" in (tmp_path / "looks" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("group, name", [("norm", "OfTheBatch"), ("norm", "Gated"), ("norm", "Moving"),
-                                         ("model", "CentredModel")])  # fmt: skip
+@pytest.mark.parametrize("group, name", [("norm", "OfTheBatch"), ("norm", "OfTheWholeBatch"), ("norm", "Gated"),
+                                         ("norm", "Moving"), ("model", "CentredModel")])  # fmt: skip
 def test_a_result_that_depends_on_other_images_without_a_word_is_found_by_trying(group, name):
     target = f"{group}._target_=own_parts.{name}"
     run = built(target)
