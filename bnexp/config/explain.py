@@ -157,7 +157,11 @@ def check_hydra(key: str, value: Any, given: str = "") -> None:
         raise UserError(f"{given}: bnexp makes the jobs of a sweep itself; leave it out")
     elif place.startswith(FOLDERS):
         raise UserError(f"{given}: bnexp makes the folders of its runs; name one with out=DIR")
-    elif key == "hydra.launcher._target_" and str(value) not in Plugins.instance().class_name_to_class:
+    elif (
+        key == "hydra.launcher"
+        or (key == "hydra/launcher" and not isinstance(value, str))
+        or (key == "hydra.launcher._target_" and str(value) not in Plugins.instance().class_name_to_class)
+    ):
         raise UserError(f"{given}: no launcher of Hydra's; choose one with hydra/launcher=NAME")
 
 
