@@ -57,6 +57,8 @@ def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
             raise UserError(f"{each.input_line}: ${{...}} is not looked up by {command}; write the value itself")
         if key in SETTINGS:
             check_value(key, value, each.input_line)
+        elif OmegaConf.select(cfg, key, default=MISSING) == MISSING:
+            raise UserError(f"{each.input_line}: the data of this run have no such option; leave it out")
         with explained(words):
             OmegaConf.update(cfg, key, value, merge=False)
     return cfg

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from bnexp.config.check import check
 from bnexp.config.compose import Source, composed, hparams, session, values_of
 from bnexp.config.explain import parse_words, quoted, unreadable
 from bnexp.config.schema import Train
@@ -222,6 +225,15 @@ def test_a_setting_that_is_proposed_exists(words, key):
             ["norm=none", "norm.decay=1"],
             "in the chosen entries, it belongs to norm=scratch; the chosen norm has no opt",
         ),
+        (
+            ["~norm.momentum", "norm.momentum=0.3"],
+            "norm.momentum: taken out by ~norm.momentum; leave that out, or write +norm.momentum=... after it",
+        ),
+        (["norm.momentum='0.1'"], "norm.momentum='0.1': a number or null is expected, without quotes"),
+        (["out=a,b"], "write \"out='a,b'\" for this name"),
+        (["out=a\n=b"], "control characters in the name"),
+        (["allow=[1e3]"], "allow=[1e3]: a list of texts, written allow=[a,b], is expected"),
+        (["data=mnist", "data.root="], "data.root=: names no folder"),
         (["~norm.foo"], "norm.foo: there is no such setting; the chosen norm has eps, momentum"),
         (["norm.momentum.x=1"], "norm.momentum.x: there is no such setting (did you mean norm.momentum?)"),
         (["probe.shapes.layers=1"], "the probe shapes is not chosen; choose it by probe=[shapes]"),
@@ -231,8 +243,16 @@ def test_a_setting_that_is_proposed_exists(words, key):
 )
 def test_what_is_wrong_with_an_option_is_said_of_the_chosen_entry(words, text):
     with pytest.raises(UserError) as caught:
-        composed(words)
+        check(composed(words))
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/q", "~'x"])
+def test_the_path_that_is_proposed_for_a_name_with_a_tilde_can_be_given(name):
+    with pytest.raises(UserError) as caught:
+        composed([f"out={name}"])
+    proposed = re.search("write (.*) for a folder", str(caught.value))[1]
+    assert composed([f"out={shlex.split(proposed)[0]}"]).out == str(Path(name).absolute())
 
 
 def test_the_entries_of_a_main_config_are_the_chosen_ones(tmp_path):
@@ -337,11 +357,12 @@ def test_a_run_may_be_resumed_where_data_and_devices_are_others(train):
     ("deterministic=maybe", "true or false is expected"),
     ("deterministic=null", "true or false is expected"),
     ("threads=null", "text is expected"),
+    ("data.root=1e3", "the data of this run have no such option; leave it out"),
     ("allow=${seed}", r"\$\{...\} is not looked up by resume"),
     ("device=cpu,cuda", "one value is expected"),
 ])  # fmt: skip
 def test_a_setting_that_resume_cannot_take_is_refused_in_words(word, told, tmp_path):
-    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    (tmp_path / "config.yaml").write_text("{seed: 3, data: {_target_: bnexp.data.digits.Digits}}\n")
     with pytest.raises(UserError, match=f"^{re.escape(word)}: {told}"):
         moved(tmp_path, [word], "resume")
 
@@ -379,6 +400,12 @@ def test_the_stored_config_is_utf8_whatever_the_locale(bnexp, tmp_path, monkeypa
         ("seed=0;", "seed=0;: a whole number"),
         ("norm=a=b", "norm=a=b: there is no such norm"),
         ("out=${x", "out=${x: what begins with ${ is not the name of a setting; write ${NAME}"),
+        ("optimizer.betas=(0.9,0.999)", "a list is expected, as in optimizer.betas=[0.9,0.999]"),
+        ("optimizer.betas=[0.9,0.99", "a list is expected, as in optimizer.betas=[0.9,0.999]"),
+        ("schedule.milestones=(0.5,0.75)", "a list is expected, as in schedule.milestones=[0.5,0.75]"),
+        ("data.limit=(5)", "a number or null is expected"),
+        ("schedule.warmup_steps=a=b", "a whole number or null is expected"),
+        ("out=x='${y}'", "${...} would be looked up; give another value"),
         ("data.root=a=b", "write \"data.root='a=b'\""),
         ("+optimizer.mine=a=b", "write \"+optimizer.mine='a=b'\""),
     ],
