@@ -84,8 +84,7 @@ def unreadable(word: str) -> str:
             return f"{word}: a list is expected, as in {name}={as_typed(found[0]).replace(' ', '')}"
         kinds = [kind for kind in (float, int, bool) if any(type(each) is kind for each in values)]
         if values and name != "data.root" and not any(isinstance(each, str) for each in values):
-            null = " or null" * (None in values)
-            return f"{word}: {in_words(kinds[0] if kinds else float)}{null} is expected"
+            return f"{word}: {in_words(kinds[0] if kinds else float)}{' or null' * (None in values)} is expected"
     else:
         try:
             check_words([proposed])
