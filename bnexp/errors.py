@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from shlex import quote
 
 
 class UserError(ValueError):
@@ -45,7 +46,9 @@ def home_path(text: str, setting: str = "") -> Path:
         raise UserError(f"{setting}{text}: there is no home folder, HOME is no absolute path; write the whole path")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise UserError(f"{setting}{text}: there is no user {user}; write ./{text} for a folder of this name")
+        raise UserError(
+            f"{setting}{text}: there is no user {user}; write {quote(f'./{text}')} for a folder of this name"
+        )
     return Path(expanded)
 
 

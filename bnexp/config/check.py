@@ -175,11 +175,12 @@ def check_result(
 
 
 def check_finite(group: str, node: DictConfig) -> None:
-    """Raise :class:`UserError` for numbers in the entry of ``group`` that are not finite in float32 or in 64 bits."""
+    """Raise :class:`UserError` for numbers in the entry of ``group`` that are too large for 64 bits, or for float32."""
     for key, value in node.items():
         for number in value if isinstance(value, ListConfig) else [value]:
-            bound = 2**63 if isinstance(number, int) else torch.finfo(torch.float32).max
-            if isinstance(number, int | float) and not abs(number) < bound:
+            if isinstance(number, int) and not abs(number) < 2**63:
+                raise UserError(f"{group}.{key}={value}: too large; give a whole number below 2**63")
+            if isinstance(number, float) and not abs(number) <= torch.finfo(torch.float32).max:
                 raise UserError(f"{group}.{key}={value}: a finite number is expected, and it has to be so in float32")
 
 

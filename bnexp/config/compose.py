@@ -111,7 +111,7 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
 def chosen_settings(words: Sequence[str]) -> list[str]:
     """The dotted keys of the config that the entries chosen in ``words`` make."""
     groups = [each.input_line for each in parse_words(words) if choices(each.key_or_group, _source.folder)]
-    with explained(groups):
+    with session(), explained(groups):
         cfg = OmegaConf.to_container(composed_with_hydra(groups, RunMode.RUN))
     return [*SETTINGS, *flatten({group: cfg[group] for group in SHELVES})]
 

@@ -25,8 +25,11 @@ from omegaconf.errors import (
 from bnexp.config.choices import GROUPS, SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
 from bnexp.errors import UserError, nearest
+from bnexp.store.settings import as_typed
+from bnexp.store.untrusted import check_name
 
 PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
+TILDE = ("~", "./~")
 # Hydra's settings of what bnexp does itself; each ends with a dot, so that none is the beginning of another.
 FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir.", "hydra.job.chdir.", "hydra/output.")
 JOBS = ("hydra.sweeper.", "hydra/sweeper.", "hydra.mode.")
@@ -51,8 +54,8 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
     parsed = []
     for word in words:
         key, equals, value = word.partition("=")
-        if value.startswith("~"):  # Hydra reads no ~, with which the home folder begins
-            value = ",".join(quoted(each) if each.startswith("~") else each for each in value.split(","))
+        if value.startswith(TILDE):  # Hydra reads no ~, with which the home folder begins
+            value = ",".join(quoted(each) if each.startswith(TILDE) else each for each in value.split(","))
         try:
             parsed += parser.parse_overrides([key + equals + value])
         except Exception as error:  # Hydra's own types and, for numbers of many digits, others
@@ -62,6 +65,7 @@ def parse_words(words: Sequence[str], config_loader: object = None) -> list[Over
 
 def unreadable(word: str) -> str:
     """The error text for a word that Hydra cannot read, with the word in quotes that the shell and Hydra take."""
+    check_name(word)
     key, equals, value = word.partition("=")
     name = key.lstrip("+~")
     if not equals or not name:
@@ -75,14 +79,19 @@ def unreadable(word: str) -> str:
     if not is_readable(proposed):
         return f"{word}: its value cannot be read; give another"
     if name.partition(".")[0] in SHELVES and "." in name:
-        kinds = {type(each) for each in values_in_entries(name)}
-        if kinds and kinds <= {bool, int, float}:
-            return f"{word}: {in_words(float if float in kinds else kinds.pop())} is expected"
+        values = values_in_entries(name)
+        if found := [each for each in values if isinstance(each, list)]:
+            return f"{word}: a list is expected, as in {name}={as_typed(found[0]).replace(' ', '')}"
+        kinds = [kind for kind in (float, int, bool) if any(type(each) is kind for each in values)]
+        if values and name != "data.root" and not any(isinstance(each, str) for each in values):
+            return f"{word}: {in_words(kinds[0] if kinds else float)}{' or null' * (None in values)} is expected"
     else:
         try:
             check_words([proposed])
         except UserError as error:
             return str(error).replace(proposed.lstrip("+"), word)
+    if "${" in value:
+        return f"{word}: {what}, where ${{...}} would be looked up; give another value"
     if any(sign in proposed for sign in "$`\\!"):  # special inside a shell's double quotes
         return f"{word}: {what}; write {shlex.quote(proposed)}"
     return f"{word}: {what}; write " + '"' + proposed.replace('"', '\\"') + '"'
@@ -128,6 +137,9 @@ def check_words(words: Sequence[str], folder: Path | None = None, known: Callabl
             check_hydra(key, ... if is_many or override.is_delete() else override.value(), override.input_line)
             if is_many:
                 raise UserError(f"{override.input_line}: holds for a sweep as a whole; give one value")
+        elif override.is_sweep_override() and key == "out":
+            name = override.input_line.partition("=")[2]
+            raise UserError(f'{override.input_line}: one folder is expected; write "out={quoted(name)}" for this name')
         elif override.is_sweep_override():
             raise UserError(
                 f"{override.input_line}: several values at once are a sweep; add -m to train them all, "
@@ -157,7 +169,11 @@ def check_hydra(key: str, value: Any, given: str = "") -> None:
         raise UserError(f"{given}: bnexp makes the jobs of a sweep itself; leave it out")
     elif place.startswith(FOLDERS):
         raise UserError(f"{given}: bnexp makes the folders of its runs; name one with out=DIR")
-    elif key == "hydra.launcher._target_" and str(value) not in Plugins.instance().class_name_to_class:
+    elif (
+        key == "hydra.launcher"
+        or (key == "hydra/launcher" and not isinstance(value, str))
+        or (key == "hydra.launcher._target_" and str(value) not in Plugins.instance().class_name_to_class)
+    ):
         raise UserError(f"{given}: no launcher of Hydra's; choose one with hydra/launcher=NAME")
 
 
@@ -193,6 +209,8 @@ def check_value(key: str, value: Any, given: str) -> None:
     """Raise :class:`UserError` for a value that a run-level setting cannot hold; ``given`` is the user's text."""
     try:
         _empty_config()[key] = value
+        if isinstance(value, list) and any(not isinstance(each, str) and str(each) not in given for each in value):
+            raise ValueError("a number or true, which would be written in another way")
     except Exception as error:
         if "${" in str(value):
             raise UserError(f"{given}: what begins with ${{ is not the name of a setting; write ${{NAME}}") from error
@@ -210,6 +228,8 @@ def _empty_config() -> Any:
 def no_such_setting(key: str, known: Collection[str] = ()) -> UserError:
     """The error for a setting that does not exist; ``known`` are the dotted keys of the chosen entries."""
     group, _, option = key.partition(".")
+    if option and key in known:
+        return UserError(f"{key}: taken out by ~{key}; leave that out, or write +{key}=... after it")
     own = [each.removeprefix(f"{group}.") for each in known if each.startswith(f"{group}.") and "._" not in each]
     name, probes = option.partition(".")[0], choices("probe")
     if group == "probe" and name not in probes:

@@ -175,6 +175,10 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
     decays = {key: cfg.optimizer.get(key, 0.0) for key in DECAYS}
     optimizer = part(cfg, "optimizer", without=DECAYS)
+    if optimizer.func is torch.optim.SparseAdam and not is_foreign(cfg):
+        raise UserError(
+            f"{target_of(cfg, 'optimizer')}: takes sparse gradients only, and this model has none; choose another"
+        )
     options = dict(optimizer.keywords)
     for key, value in options.items():
         if isinstance(value, list) and all(isinstance(number, int | float) for number in value):
@@ -187,6 +191,9 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
             raise
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             numbers = {key: value for key, value in options.items() if type(value) in (int, float, tuple)}
+            names = {key: "learning rate" if key == "lr" else key.rstrip("s") for key in numbers}  # as torch says
+            named = [key for key, name in names.items() if re.search(rf"\b{name}", str(error), re.IGNORECASE)]
+            numbers = {key: numbers[key] for key in named or numbers}
             given = ", ".join(f"optimizer.{key}={as_typed(value)}" for key, value in numbers.items()) or "optimizer"
             raise UserError(f"{given}: the optimizer refuses its options: {error}") from error
         return check_kind(target_of(cfg, "optimizer"), made, Optimizer)

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES
-from bnexp.config.compose import composed, plain_value, takes_text
+from bnexp.config.compose import chosen_settings, composed, plain_value, takes_text
 from bnexp.config.explain import check_value, explained, is_hydras, nearest_setting, parse_words
 from bnexp.config.schema import MISSING, SETTINGS, Train
 from bnexp.errors import UserError
@@ -57,6 +57,8 @@ def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
             raise UserError(f"{each.input_line}: ${{...}} is not looked up by {command}; write the value itself")
         if key in SETTINGS:
             check_value(key, value, each.input_line)
+        elif OmegaConf.select(cfg, key, default=MISSING) == MISSING:
+            raise UserError(f"{each.input_line}: the data of this run have no such option; leave it out")
         with explained(words):
             OmegaConf.update(cfg, key, value, merge=False)
     return cfg
@@ -92,7 +94,7 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
     if lists := [each.input_line for each in parsed if each.is_sweep_override()]:
         raise UserError(f"{lists[0]}: rerun takes one config; give one value")
     chosen = {each.key_or_group for each in parsed}
-    words = _followed(before, parsed)
+    words = _followed(_without_lost(before, words), parsed)
     cfg = composed(words, logs=True)
     if OmegaConf.missing_keys(cfg):  # which bnexp train refuses
         return cfg, words
@@ -110,6 +112,18 @@ def rerun_config(folder: Path, words: Sequence[str]) -> tuple[DictConfig, list[s
                 with explained([f"{folder / CONFIG}: {key}={value}"]):
                     OmegaConf.update(cfg, key, value, merge=False, force_add=True)
     return cfg, words
+
+
+def _without_lost(before: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The words ``before`` without options that an entry chosen in ``words`` does not have; nobody typed them now."""
+    chosen = tuple(f"{each.key_or_group}." for each in parse_words(words) if not each.is_delete())
+    options = [each for each in parse_words(before) if each.key_or_group.startswith(chosen)]
+    known = [each for each in chosen_settings([*before, *words]) if "." in each] if options else []
+    lost = [
+        each.input_line for each in options
+        if not each.input_line.startswith("+") and not any(_overlap(each.key_or_group, key) for key in known)
+    ]  # fmt: skip
+    return [word for word in before if word not in lost]
 
 
 def _followed(before: Sequence[str], new: Sequence[Override]) -> list[str]:

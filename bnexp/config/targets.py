@@ -6,6 +6,7 @@ torch, torchvision's models, and packages that the person at the keyboard names 
 
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
@@ -104,7 +105,9 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
                 raise UserError(
                     f"{key}.{next(iter(value))}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
                 )
-            raise UserError(f"{label}.{key}={as_typed(value)}: {in_words(hint)} is expected")
+            is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false|null", value)
+            shown, how = (f"'{value}'", ", without quotes") if is_number else (as_typed(value), "")
+            raise UserError(f"{label}.{key}={shown}: {in_words(hint)} is expected{how}")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}
     try:

@@ -181,6 +181,8 @@ def check_size(size: int | None, default: int) -> int:
 def find_root(root) -> Path:
     """The folder of the files: ``root``, else $BNEXP_DATA, else ``bnexp`` in the user's cache folder."""
     given = f"data.root={root}"
+    if root == "":
+        raise UserError("data.root=: names no folder; give one, or leave it out for the usual one")
     if root is None and (root := os.environ.get("BNEXP_DATA")):
         given = f"BNEXP_DATA={root}"
     if not root:

@@ -176,6 +176,9 @@ JOBS, FOLDERS = "bnexp makes the jobs of a sweep itself", "bnexp makes the folde
         (["hydra.mode=MULTIRUN"], JOBS),
         (["-m", "hydra.mode=RUN"], JOBS),
         (["-m", "hydra.launcher._target_=x"], "choose one with hydra/launcher=NAME"),
+        (["-m", "hydra.launcher=null"], "choose one with hydra/launcher=NAME"),
+        (["-m", "~hydra/launcher"], "choose one with hydra/launcher=NAME"),
+        (["-m", "hydra={launcher:null}"], "choose one with hydra/launcher=NAME"),
         (["-m", "hydra.verbose=true,false"], "holds for a sweep as a whole"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -202,6 +205,15 @@ def test_a_main_config_leaves_it_to_bnexp_too(hydra, words, mine, bnexp, capsys,
     for odd in (["-cn", "odd"], ["+exp=odd"], ["-m", "seed=0,1", "+exp=odd"]):
         assert bnexp("train", "-cd", mine, *odd, *TINY) == 2
         assert words in capsys.readouterr().err and [each.name for each in tmp_path.iterdir()] == [mine]
+
+
+@pytest.mark.parametrize("word", ["hydra.job.chdir=null", "hydra.job={chdir:null}"])
+def test_the_jobs_of_a_sweep_stay_in_its_folder(word, bnexp, tmp_path):
+    assert bnexp("train", "-m", *TINY, word, "seed=0,1", "out=many") == 0
+    assert {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("status.json")} == {
+        "many/s0",
+        "many/s1",
+    }
 
 
 def test_a_sweep_takes_its_folder_and_order_from_a_main_config(mine, bnexp, tmp_path):

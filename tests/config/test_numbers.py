@@ -90,7 +90,9 @@ def test_every_listed_option_is_one_of_an_entry():
         ("optimizer.eps=0", "optimizer.eps=0: a gradient of 0 is divided by it"),
         ("optimizer.betas=[nan,0.9]", "optimizer.betas=[nan, 0.9]: a finite number is expected"),
         ("schedule.warmup_steps=-5", "schedule.warmup_steps=-5: cannot be negative"),
-        ("schedule.warmup_steps=99999999999999999999", "a finite number is expected"),
+        ("schedule.warmup_steps=99999999999999999999", "=99999999999999999999: too large"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: the optimizer refuses"),
+        ("optimizer.betas=[2,0.9]", "optimizer.betas=[2.0, 0.9]: the optimizer refuses"),
     ],
 )
 def test_what_is_refused_is_named_with_the_remedy(override, words):
@@ -102,6 +104,7 @@ def test_what_is_refused_is_named_with_the_remedy(override, words):
 @pytest.mark.parametrize(
     ("kind", "option", "words"),
     [
+        ("SparseAdam", "lr=0.1", "optimizer._target_=torch.optim.SparseAdam: takes sparse gradients only"),
         ("SGD", "dampening=-5", "optimizer.dampening=-5: only 0 to 1 has a meaning"),
         ("SGD", "momentum=2", "optimizer.momentum=2: only 0 to 1 has a meaning"),
         ("RMSprop", "alpha=1.5", "optimizer.alpha=1.5: only 0 to 1 has a meaning"),

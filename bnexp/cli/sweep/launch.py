@@ -107,7 +107,7 @@ def hydra_config(words: Sequence[str], folder: Path = Path()) -> DictConfig:
     """The config that Hydra makes of its own ``words``; :class:`UserError` for a launcher that does not exist."""
     with explained(words):
         fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
-        return composed_with_hydra([*fixed, *words], RunMode.MULTIRUN)
+        return composed_with_hydra([*fixed, *words, "hydra.job.chdir=false"], RunMode.MULTIRUN)  # null means true
 
 
 def written_at(folder: Path) -> int:
