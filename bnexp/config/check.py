@@ -22,7 +22,7 @@ from bnexp.probes.population import evenly_spaced
 from bnexp.report.question import Question
 from bnexp.store import run_folder
 from bnexp.train.device import forked_rng
-from bnexp.train.own import PartFailed, culprit, naming
+from bnexp.train.own import FAILURES, PartFailed, culprit, naming
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST, EVALUATION_BATCH, depends_on_company, equal_chunks, uses_batch_statistics
 
@@ -141,7 +141,7 @@ def check_results(cfg: DictConfig, source: Any, training: Collection[int], evalu
             return
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except FAILURES as error:
             failure, at = error, f" for {size} images in {'training' if is_training else 'evaluation'} mode"
     raise PartFailed(culprit(failure, parts.own_parts(cfg)), failure, at) from failure
 
@@ -287,7 +287,7 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_i
             f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, which has no "
             f"variance; use {way_to_more(cfg, num_images)} ({error})"
         ) from error
-    except Exception:
+    except FAILURES:
         if not is_foreign:
             raise  # of the user's own parts, check_results finds what is wrong
 

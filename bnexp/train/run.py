@@ -17,6 +17,7 @@ from bnexp.optim import set_learning_rate
 from bnexp.train.device import forked_rng
 from bnexp.train.draws import Draws
 from bnexp.train.meter import Meter
+from bnexp.train.own import FAILURES
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION_BATCH = 512  # the most images that are evaluated together
@@ -236,7 +237,7 @@ def depends_on_company(model: nn.Module, images: Tensor) -> bool:
         with forked_rng(images.device):
             torch.manual_seed(0)  # a model that draws in evaluation mode gets the same answer every time
             alone, among = model(images[half]), model(among)[half]
-    except Exception:
+    except FAILURES:
         return False
     size = float(alone.nan_to_num().abs().max()) if len(half) else 0.0
     return not torch.allclose(alone, among, rtol=0, atol=1e-3 * size, equal_nan=True)  # other sizes round differently

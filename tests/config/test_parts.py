@@ -13,6 +13,8 @@ from bnexp.errors import UserError
 
 SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp", "model.hidden=[6]", "norm=none")
 PACKAGE = """
+import sys
+
 import torch
 from torch import nn
 from bnexp.data.digits import Digits
@@ -167,6 +169,22 @@ class OneSizeInEvaluation(MLP):
         if not self.training and len(images) % 16:
             raise RuntimeError("16 images are needed")
         return super().forward(images)
+
+
+class Leaves(MLP):
+    def forward(self, images):
+        sys.exit(0)
+
+
+class LateExit(Late):
+    def forward(self, images):
+        self.calls += 1
+        return MLP.forward(self, images) if self.calls < 10 else sys.exit(0)
+
+
+class LeavesAtLoad(Good):
+    def load(self):
+        sys.exit(0)
 
 
 class NoForward(MLP):
@@ -481,6 +499,7 @@ def ended(bnexp, capfd, group, name):
     "group, name, words",
     [
         ("model", "Late", "failed after step 8: KeyError: 'late' (HERE)"),
+        ("model", "LateExit", "failed after step 8: SystemExit: 0 (HERE)"),
         ("model", "LateTuple", "failed after step 8: TypeError: cross_entropy_loss"),
         ("model", "Sparse", "failed after step 0: RuntimeError: Adam does not support sparse gradients"),
         ("norm", "LateNorm", "failed after step 7: TypeError: unsupported operand"),
@@ -515,6 +534,8 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
     [
         ("model", "OneSize", "failed for 6 images in training mode: RuntimeError: 16 images are needed"),
         ("model", "OneSizeInEvaluation", "failed for 70 images in evaluation mode: RuntimeError: 16 images are needed"),
+        ("model", "Leaves", "failed for 16 images in training mode: SystemExit: 0 ("),
+        ("data", "LeavesAtLoad", "failed: SystemExit: 0"),
         ("model", "NoForward", 'is missing the required "forward" function'),
         ("model", "NoGradient", "no weight has a part in what forward returns"),
         ("norm", "Double", "type float64; return one floating-point tensor of shape (16, 6), of the type of the input"),
