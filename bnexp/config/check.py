@@ -18,6 +18,7 @@ from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of, divisors
+from bnexp.probes.layers import list_layers
 from bnexp.probes.population import evenly_spaced
 from bnexp.report.question import Question
 from bnexp.store import run_folder
@@ -138,6 +139,7 @@ def check_results(cfg: DictConfig, source: Any, training: Collection[int], evalu
                         raise UserError(
                             f"{parts.target_of(cfg, 'model')}: no weight has a part in what forward returns"
                         )
+                list_layers(model, source.in_shape, device, cfg.batch_size)  # calls reduces_over of the norms
             return
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise

@@ -111,7 +111,7 @@ def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | N
         return model
     if find_lazy(model):
         with naming(", ".join(own_parts(cfg))), torch.no_grad():
-            model.eval()(torch.zeros(smallest_batch(model), *source.in_shape))
+            model.eval()(torch.zeros(smallest_batch(model, cfg.batch_size), *source.in_shape))
         model.train()
     if lazy := find_lazy(model):
         raise UserError(f"{', '.join(own_parts(cfg))}: {lazy} gets no shape in a forward pass; give it one")

@@ -230,6 +230,22 @@ class OfTheBatch(nn.Module):
         return (x - x.mean(0)) / (x.std(0) + 1e-5) * (1 + self.weight)
 
 
+class Whole(OfTheBatch):
+    def forward(self, x, residual=None):
+        assert len(x) % 16 == 0
+        return x * (1 + self.weight)
+
+
+class Argumentless(Whole):
+    def reduces_over(self):
+        return "N"
+
+
+class Undecided(Whole):
+    def reduces_over(self, num_dims):
+        raise KeyError(num_dims)
+
+
 class Gated(OfTheBatch):
     def forward(self, x, residual=None):
         return x + self.weight * super().forward(x)
@@ -538,6 +554,8 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
         ("data", "LeavesAtLoad", "failed: SystemExit: 0"),
         ("model", "NoForward", 'is missing the required "forward" function'),
         ("model", "NoGradient", "no weight has a part in what forward returns"),
+        ("norm", "Argumentless", "TypeError: Argumentless.reduces_over() takes 1 positional argument"),
+        ("norm", "Undecided", "KeyError: 2 ("),
         ("norm", "Double", "type float64; return one floating-point tensor of shape (16, 6), of the type of the input"),
         ("norm", "Unused", "norm1.mix.weight gets no shape in a forward pass"),
         ("norm", "kept_norm", "keeps a module for the next model"),
@@ -578,6 +596,15 @@ def test_a_result_that_depends_on_no_other_images_is_left_in_stored_order(group,
 def test_two_runs_do_not_train_a_module_that_a_part_keeps():
     first, second = (built("norm._target_=own_parts.Shared").model for _ in range(2))
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+
+
+def test_a_norm_that_needs_many_images_is_shown_the_run_s_batches(bnexp):
+    words = (*SMALL, "threads=auto", "allow=[own_parts]", "norm._target_=own_parts.Whole")
+    probes = "probe=[shapes,features,statistics,activations,gradients,landscape]"
+    data = ["data.valid=32", "data.limit=32"]
+    assert bnexp("train", *words, *data, "steps=2", probes, "out=run") == 0
+    assert bnexp("summary", *words) == 0
+    assert bnexp("inspect", "run", "allow=[own_parts]", "--images", "0") == 0
 
 
 @pytest.mark.parametrize("name, num_parameters", [("Lazy", 6 + 6 * 7 + 12), ("Shared", 6 + 6 * 7)])
