@@ -14,6 +14,7 @@ from bnexp.errors import UserError
 SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp", "model.hidden=[6]", "norm=none")
 PACKAGE = """
 import sys
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -189,6 +190,50 @@ class LeavesAtLoad(Good):
 
 class NoForward(MLP):
     forward = nn.Module.forward
+
+
+class SparseLogits(MLP):
+    def forward(self, images):
+        return super().forward(images).to_sparse()
+
+
+class InPlace(MLP):
+    def __init__(self, in_shape, num_classes, norm, **options):
+        super().__init__(in_shape, num_classes, norm, **options)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        scaled = images * self.scale
+        images.add_(1)
+        return super().forward(scaled)
+
+
+class Uninitialized(nn.Module):
+    def __init__(self, *args, **options):
+        pass
+
+
+def text_norm(num_features, activation="identity"):
+    return "norm"
+
+
+def class_norm(num_features, activation="identity"):
+    return Norm
+
+
+class Unreadable(Good):
+    @property
+    def in_shape(self):
+        raise OSError("no disk")
+
+    @in_shape.setter
+    def in_shape(self, value):
+        pass
+
+
+class Rotated(Good):
+    def load(self):
+        return replace(super().load(), augment="rot")
 
 
 class NoGradient(MLP):
@@ -434,7 +479,10 @@ def test_a_source_says_what_it_holds_and_loads_a_dataset(name, words):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Tuple", "its forward returns an object of type tuple; return one floating-point tensor of shape (16, 10)"),
+        (
+            "Tuple",
+            "returns an object of type tuple; return one dense floating-point tensor of shape (16, 10)",
+        ),
         ("TupleInEvaluation", "its forward returns an object of type tuple"),
         ("NoReturn", "its forward returns None"),
         ("TooFew", "returns a tensor of shape (16, 9) and type float32"),
@@ -450,7 +498,10 @@ def test_a_model_returns_one_logit_per_class(name, words):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Flat", "returns a tensor of shape (16,) and type float32; return one floating-point tensor of shape (16, 6)"),
+        (
+            "Flat",
+            "of shape (16,) and type float32; return one dense floating-point tensor of shape (16, 6)",
+        ),
         ("Statistics", "returns an object of type tuple"),
         ("Silent", "returns None"),
         ("no_norm", "returns None; return a torch.nn.modules.module.Module"),
@@ -556,7 +607,18 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
         ("model", "NoGradient", "no weight has a part in what forward returns"),
         ("norm", "Argumentless", "TypeError: Argumentless.reduces_over() takes 1 positional argument"),
         ("norm", "Undecided", "KeyError: 2 ("),
-        ("norm", "Double", "type float64; return one floating-point tensor of shape (16, 6), of the type of the input"),
+        ("model", "SparseLogits", "return one dense floating-point tensor"),
+        ("model", "InPlace", "modified by an inplace operation"),
+        ("model", "Uninitialized", "has no attribute '_"),
+        ("norm", "text_norm", "it returns an object of type str; return a torch.nn.modules.module.Module"),
+        ("norm", "class_norm", "it returns an object of type type"),
+        ("data", "Unreadable", "failed: OSError: no disk ("),
+        ("data", "Rotated", "load() returns a dataset with a fault: augment is 'rot'; choose one of none, flip"),
+        (
+            "norm",
+            "Double",
+            "float64; return one dense floating-point tensor of shape (16, 6), of the type of the input",
+        ),
         ("norm", "Unused", "norm1.mix.weight gets no shape in a forward pass"),
         ("norm", "kept_norm", "keeps a module for the next model"),
         ("schedule", "late_factor", "failed: ZeroDivisionError: "),
