@@ -52,7 +52,7 @@ def home_path(text: str, setting: str = "") -> Path:
     return Path(expanded)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of the error's text, after the name of its type unless it is a :class:`UserError`."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return text.splitlines()[0]

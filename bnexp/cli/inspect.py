@@ -38,6 +38,7 @@ from bnexp.store.files import write_files
 from bnexp.store.readings import Reading
 from bnexp.store.run_folder import CONFIG, STATUS, load_status
 from bnexp.store.untrusted import printable
+from bnexp.train.own import naming
 from bnexp.train.run import EVALUATION_BATCH, Run
 
 POPULATION_IMAGES = 10_000  # training images that statistics are recomputed from; more of them change little
@@ -55,16 +56,17 @@ def summary(arguments: list[str]) -> int:
         cfg = composed(line.words)
     check.check(cfg, runs=False)
     source = parts.part(cfg, "data")()
-    Console().print(summary_table(parts.make_model(cfg, source), source.in_shape))
+    with naming(", ".join(parts.own_parts(cfg))):
+        Console().print(summary_table(parts.make_model(cfg, source), source.in_shape, cfg.batch_size))
     return 0
 
 
-def summary_table(model: nn.Module, in_shape: Sequence[int]) -> Table:
+def summary_table(model: nn.Module, in_shape: Sequence[int], batch_size: int = 2) -> Table:
     """A table of the layers with their output shapes for one image, then totals: parameters, buffers, multiply-adds.
 
     A copy of the model runs on torch's meta device, where tensors have no contents, so a large image costs nothing.
     """
-    layers = list_layers(model, in_shape)
+    layers = list_layers(model, in_shape, batch_size=batch_size)
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for name, justify in {"layer": "left", "output": "right", "parameters": "right", "norm": "left"}.items():
         table.add_column(name, justify=justify, overflow="fold")
@@ -157,7 +159,9 @@ def load_run(options: argparse.Namespace) -> Run:
     check.check(cfg, free=False)
     source = parts.part(cfg, "data")()
     model = parts.meta_model(cfg, source)
-    known = [layer.name for layer in list_layers(model, source.in_shape) if layer.out_shape]
+    with naming(", ".join(parts.own_parts(cfg))):
+        layers = list_layers(model, source.in_shape, batch_size=cfg.batch_size)
+    known = [layer.name for layer in layers if layer.out_shape]
     if missing := [name for name in options.layers or () if name not in known]:
         raise UserError(f"--layers {missing[0]}: no layer of this model; there are {', '.join(known)}")
     state = checkpoint.load(options.folder, parts.find_device(cfg.device), model)
@@ -197,8 +201,13 @@ def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[st
     yield norm_table(model, recomputed, dead)
     yield score_by_statistics(run, split, model, recomputed, score)
     yield from Confusion(split=name, images=len(split)).look(run, None)
-    layers = layers or choose_layers(list_layers(run.model, run.dataset.in_shape))
+    layers = layers or choose_layers(layers_of(run))
     yield from look_at_images(run, split, indices, layers)
+
+
+def layers_of(run: Run) -> list[Layer]:
+    """The layers of the run's model."""
+    return list_layers(run.model, run.dataset.in_shape, batch_size=run.batches.batch_size)
 
 
 def choose_layers(layers: Sequence[Layer]) -> list[str]:
@@ -239,7 +248,7 @@ def show_inspection(
     for line in opening_lines(about, status):
         console.print(line, **UNMARKED)
     console.print()
-    console.print(summary_table(run.model, run.dataset.in_shape))
+    console.print(summary_table(run.model, run.dataset.in_shape, run.batches.batch_size))
     for each in report.show_findings(about, by_tag, console.width):
         console.print()
         console.print(each, **UNMARKED)
@@ -269,7 +278,7 @@ def describe_run(run: Run, folder: Path, status: dict, name: str) -> dict[str, A
         "images": len(getattr(run.dataset, name)),
         "training_images": population_size(run, POPULATION_IMAGES) if tracks else 0,
         "batch_size": whole_batch(run),
-        "why_one_score": None if tracks else why_one_score(list_layers(run.model, run.dataset.in_shape)),
+        "why_one_score": None if tracks else why_one_score(layers_of(run)),
     }
 
 

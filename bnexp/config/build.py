@@ -143,7 +143,8 @@ def count_threads(
         return int(cfg.threads)
     if device.type != "cpu":
         return 1
-    layers = list_layers(model, in_shape, device="cpu")
+    with naming(", ".join(parts.own_parts(cfg))):
+        layers = list_layers(model, in_shape, "cpu", cfg.batch_size)
     work = sum(layer.multiply_adds + MULTIPLY_ADDS_PER_OUTPUT * math.prod(layer.out_shape) for layer in layers)
     per_layer = cfg.batch_size * work // max(1, len(layers))
     return max(1, min(at_most or len(os.sched_getaffinity(0)), per_layer // MULTIPLY_ADDS_PER_THREAD))

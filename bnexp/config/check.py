@@ -18,11 +18,12 @@ from bnexp.data.dataset import Dataset
 from bnexp.engines.base import traits_of
 from bnexp.errors import UserError
 from bnexp.norms.base import contract_of, divisors
+from bnexp.probes.layers import list_layers
 from bnexp.probes.population import some_of
 from bnexp.report.question import Question
 from bnexp.store import run_folder
 from bnexp.train.device import forked_rng
-from bnexp.train.own import PartFailed, culprit, naming
+from bnexp.train.own import FAILURES, PartFailed, culprit, naming
 from bnexp.train.recorder import KEEP
 from bnexp.train.run import AUTOCAST, EVALUATION_BATCH, depends_on_company, equal_chunks, uses_batch_statistics
 
@@ -110,11 +111,13 @@ PROMISES = {  # what a source says without reading its files, what that is, and 
 
 def check_source(cfg: DictConfig, source: Any) -> None:
     """Raise :class:`UserError` for a source that lacks what :data:`PROMISES` lists."""
+    target = parts.target_of(cfg, "data")
     for name, (meaning, is_right) in PROMISES.items():
-        value = getattr(source, name, None)
+        with naming(target if parts.is_own(cfg.data) else ""):
+            value = getattr(source, name, None)
         if not is_right(value):
             has = "no" if value is None else f"{value!r} as"
-            raise UserError(f"{parts.target_of(cfg, 'data')}: has {has} {name}; {name} must be {meaning}")
+            raise UserError(f"{target}: has {has} {name}; {name} must be {meaning}")
 
 
 def check_results(cfg: DictConfig, source: Any, training: Collection[int], evaluation: Collection[int]) -> None:
@@ -137,24 +140,27 @@ def check_results(cfg: DictConfig, source: Any, training: Collection[int], evalu
                         raise UserError(
                             f"{parts.target_of(cfg, 'model')}: no weight has a part in what forward returns"
                         )
+                    if is_training:
+                        logits.sum().backward()  # fails if what it needs was changed in place
+                list_layers(model, source.in_shape, device, cfg.batch_size)  # calls reduces_over of the norms
             return
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except FAILURES as error:
             failure, at = error, f" for {size} images in {'training' if is_training else 'evaluation'} mode"
     raise PartFailed(culprit(failure, parts.own_parts(cfg)), failure, at) from failure
 
 
 def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
     """The config's norm, whose modules raise :class:`UserError` for a result that is not of their input's shape."""
-    norm = parts.part(cfg, "norm")
+    norm = parts.norm_part(cfg)
 
     def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         x = (*args, *kwargs.values())[0]
         check_result(cfg, "norm", output, x.shape, x.dtype)
 
     def make(*args: Any, **kwargs: Any) -> nn.Module:
-        module = parts.check_kind(parts.target_of(cfg, "norm"), norm(*args, **kwargs), nn.Module)
+        module = norm(*args, **kwargs)
         module.register_forward_hook(see, with_kwargs=True)
         return module
 
@@ -166,10 +172,11 @@ def check_result(
 ) -> None:
     """Raise :class:`UserError` unless the result of the group's part is a tensor of floats of this shape and type."""
     is_right = isinstance(result, torch.Tensor) and result.shape == tuple(shape) and result.is_floating_point()
+    is_right = is_right and result.layout == torch.strided
     if not is_right or dtype not in (None, result.dtype):
         raise UserError(
             f"{parts.target_of(cfg, group)}: its forward returns {parts.describe_result(result)}; "
-            f"return one floating-point tensor of shape {tuple(shape)}"
+            f"return one dense floating-point tensor of shape {tuple(shape)}"
             f"{'' if dtype is None else ', of the type of the input'}"
         )
 
@@ -287,7 +294,7 @@ def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_i
             f"batch_size={cfg.batch_size}: a batch of one image leaves a norm one value per channel, which has no "
             f"variance; use {way_to_more(cfg, num_images)} ({error})"
         ) from error
-    except Exception:
+    except FAILURES:
         if not is_foreign:
             raise  # of the user's own parts, check_results finds what is wrong
 

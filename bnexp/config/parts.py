@@ -109,13 +109,14 @@ def plain_model(cfg: DictConfig, source: Any, norm: Callable[..., nn.Module] | N
     check_kind(target_of(cfg, "model"), model, nn.Module)
     if not is_foreign(cfg):
         return model
-    if find_lazy(model):
-        with naming(", ".join(own_parts(cfg))), torch.no_grad():
-            model.eval()(torch.zeros(smallest_batch(model), *source.in_shape))
-        model.train()
-    if lazy := find_lazy(model):
-        raise UserError(f"{', '.join(own_parts(cfg))}: {lazy} gets no shape in a forward pass; give it one")
-    return copy.deepcopy(model)  # or two runs would train a module that a part keeps
+    label = ", ".join(own_parts(cfg))
+    with naming(label), torch.no_grad():
+        if find_lazy(model):
+            model.eval()(torch.zeros(smallest_batch(model, cfg.batch_size), *source.in_shape))
+            model.train()
+        if lazy := find_lazy(model):
+            raise UserError(f"{label}: {lazy} gets no shape in a forward pass; give it one")
+        return copy.deepcopy(model)  # or two runs would train a module that a part keeps
 
 
 def norm_part(cfg: DictConfig) -> Callable[..., nn.Module]:
@@ -124,8 +125,10 @@ def norm_part(cfg: DictConfig) -> Callable[..., nn.Module]:
     Then ``+norm.bias=true`` asks for both.
     """
     norm = part(cfg, "norm")
+    if is_own(cfg.norm):
+        return lambda *args, **options: check_kind(target_of(cfg, "norm"), norm(*args, **options), nn.Module)
     is_second = getattr(norm.func, "normalizes", True) is False and cfg.model.get("bias") is True
-    return partial(norm, bias=False) if is_second and "bias" not in cfg.norm and not is_own(cfg.norm) else norm
+    return partial(norm, bias=False) if is_second and "bias" not in cfg.norm else norm
 
 
 def find_lazy(model: nn.Module) -> str | None:

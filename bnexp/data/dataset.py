@@ -96,17 +96,27 @@ class Dataset:
             if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != channels:
                 shape = tuple(images.shape)
                 return f"the {name} images are {images.dtype} {shape}; they must be uint8 (N, {channels}, H, W)"
+            if len(images) and 0 in images.shape:
+                return f"the {name} images are {images.shape[2]} pixels high and {images.shape[3]} wide; give 1 or more"
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 shape = tuple(labels.shape)
                 return f"the {name} labels are {labels.dtype} {shape}; they must be int64 ({len(images)},)"
+            if unlike := unusual(images) or unusual(labels):
+                return f"the {name} images or labels {unlike}"
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
                 return f"the {name} labels go from {labels.min()} to {labels.max()}; there are {num_classes} classes"
         if not len(self.train):
             return "there are no training images"
         for name in ("mean", "std"):
             numbers = getattr(self, name)
+            if not isinstance(numbers, Tensor):
+                return f"{name} is {numbers!r}; it must be a tensor of {channels} numbers"
+            if unlike := unusual(numbers):
+                return f"the numbers of {name} {unlike}"
             if numbers.shape != (channels,) or not numbers.isfinite().all() or (name == "std" and (numbers <= 0).any()):
                 return f"{name} is {numbers.tolist()}; {channels} finite numbers are expected, of std above 0"
+        if self.augment not in AUGMENTATIONS:
+            return f"augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}"
         return None
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -130,6 +140,15 @@ class Dataset:
         top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
         canvas[:, :, top : top + inner[0], left : left + inner[1]] = x
         return canvas
+
+
+def unusual(tensor: Tensor) -> str:
+    """Why no run can compute with ``tensor``; empty if one can."""
+    if tensor.is_meta:
+        return "lie on the meta device, without contents; give tensors that hold numbers"
+    if tensor.layout != torch.strided:
+        return f"are stored as {tensor.layout}; give dense ones, .to_dense()"
+    return "need a gradient; give .detach() of them" if tensor.requires_grad else ""
 
 
 def fingerprint_of(class_names: tuple[str, ...], *splits: Split) -> str:

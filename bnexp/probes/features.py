@@ -35,7 +35,7 @@ class Features(Probe):
 
     def look(self, run: Run, before: object) -> Iterator[Reading]:
         model, valid = shadow(run).eval(), run.dataset.valid
-        least = smallest_batch(model)
+        least = smallest_batch(model, run.batches.batch_size)
         images = some_of(valid if len(valid) >= least else run.dataset.train, max(self.images, least)).images
         _, outputs = outputs_of(run, model, images, range(min(self.images, len(images))))
         maps = {name: each[:, : self.channels] for name, each in outputs.items() if has_maps(each.shape[1:])}

@@ -40,15 +40,23 @@ def takes_batch(modules: Iterable[nn.Module], batch_size: int) -> bool:
     return True
 
 
-def smallest_batch(model: nn.Module) -> int:
+def is_own(module: nn.Module) -> bool:
+    """Whether ``module`` is of the user's own code, and its class does not say itself which batches it takes."""
+    is_foreign = type(module).__module__.partition(".")[0] not in ("bnexp", "torch", "torchvision")
+    return is_foreign and "check_batch_size" not in vars(type(module))
+
+
+def smallest_batch(model: nn.Module, batch_size: int = 2) -> int:
     """The smallest number of images, 2 or more, that ``model`` accepts in evaluation mode.
 
     A norm without running statistics uses batch statistics. One image may then have one value per channel, and a norm
-    that normalizes in blocks accepts only multiples of its block.
+    that normalizes in blocks accepts only multiples of its block. A module of the user's own is sure to take the run's
+    ``batch_size`` only.
     """
+    least = batch_size if any(map(is_own, model.modules())) else 2
     tracking = set(tracking_norms(model).values())
     others = [module for module in model.modules() if module not in tracking]
-    return next((size for size in range(2, LARGEST_BLOCK + 1) if takes_batch(others, size)), 2)
+    return next((size for size in range(least, least + LARGEST_BLOCK) if takes_batch(others, size)), least)
 
 
 def is_whole(module: nn.Module) -> bool:
@@ -117,14 +125,16 @@ class Layer(NamedTuple):
     multiply_adds: int
 
 
-def list_layers(model: nn.Module, in_shape: Sequence[int], device: torch.device | str = "meta") -> list[Layer]:
+def list_layers(
+    model: nn.Module, in_shape: Sequence[int], device: torch.device | str = "meta", batch_size: int = 2
+) -> list[Layer]:
     """The layers of ``model`` in the order in which a forward pass leaves them, then those that it does not call.
 
     A copy of the model in evaluation mode runs on :func:`smallest_batch` images. Multiply-adds are those of all calls
     of PRODUCTS, those inside a norm too; everything else costs little beside them.
     """
     layers, found, costs = named_layers(model), {}, Counter()
-    num_parameters, batch_size = count_parameters(layers), smallest_batch(model)
+    num_parameters, batch_size = count_parameters(layers), smallest_batch(model, batch_size)
     shadow = copy.deepcopy(model).to(device).eval()
     products = {name: module for name, module in shadow.named_modules() if isinstance(module, PRODUCTS)}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
-from bnexp.probes.layers import takes_batch, tapped, tracking_norms
+from bnexp.probes.layers import is_own, takes_batch, tapped, tracking_norms
 from bnexp.train.run import Run, shuffled
 
 
@@ -100,11 +100,12 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     """Images of the split ``of`` for one batch in training mode, always the same.
 
     ``num_images`` of them, at most all; if a norm refuses a batch of that size, or it is one image, whole batches of
-    the run's size. Training images if the split has too few.
+    the run's size; with modules of the user's own one such batch. Training images if the split has too few.
     """
-    batch_size = whole_batch(run)
+    batch_size, has_own = whole_batch(run), any(map(is_own, run.model.modules()))
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
-        for size in (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size):
+        sizes = (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size)
+        for size in sizes[2 * has_own :]:
             if 1 < size <= len(split) and takes_batch(run.model.modules(), size):
                 return some_of(split, size)
     return some_of(run.dataset.train, batch_size)

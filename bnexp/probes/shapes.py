@@ -23,8 +23,8 @@ class Shapes(Probe):
         return step == 1
 
     def look(self, run: Run, before: object) -> Iterator[Reading]:
-        passed = [each for each in list_layers(run.model, run.dataset.in_shape, run.device) if each.out_shape]
-        rows = [(each.name, show_shape(each.in_shape), show_shape(each.out_shape)) for each in passed]
+        layers = list_layers(run.model, run.dataset.in_shape, run.device, run.batches.batch_size)
+        rows = [(each.name, show_shape(each.in_shape), show_shape(each.out_shape)) for each in layers if each.out_shape]
         yield Table("shapes", HEAD, tuple(rows[: self.layers]))
 
 

@@ -10,6 +10,7 @@ from time import perf_counter
 from bnexp.errors import StorageError
 from bnexp.train.interrupt import HURRY, Interrupted, OutOfPatience, deferred_signals
 from bnexp.train.loop import Loop, timed
+from bnexp.train.own import FAILURES
 from bnexp.train.progress import NullProgress
 from bnexp.train.run import Run
 
@@ -76,7 +77,7 @@ class Group:
         runs = [loop.run for loop in loops]
         try:
             seconds = timed(partial(self.step_runs, runs), runs[0].deterministic)
-        except Exception as error:
+        except FAILURES as error:
             for loop in loops:
                 loop.fail(error)
             return
@@ -89,7 +90,7 @@ def attempt(loop: Loop, function: Callable[[], object]) -> None:
     try:
         with loop.run.draws:
             function()
-    except Exception as error:
+    except FAILURES as error:
         loop.fail(error)
 
 

@@ -15,7 +15,7 @@ from bnexp.store.writer import try_out
 from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
 from bnexp.train.interrupt import take_time
 from bnexp.train.meter import Measured
-from bnexp.train.own import PartFailed, culprit, naming
+from bnexp.train.own import FAILURES, PartFailed, culprit, naming
 from bnexp.train.probe import Probe
 from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
@@ -92,7 +92,7 @@ class Loop:
                 self.begin()
                 if self.is_running:
                     self.conclude(timed(self.run.step, self.run.deterministic))
-        except Exception as error:
+        except FAILURES as error:
             self.fail(error)
 
     def begin(self) -> None:
@@ -132,7 +132,7 @@ class Loop:
                     readings += evaluate(run, plan.eval_train, test=is_last or plan.eval_test)
             if self.due:
                 readings += read_probes(run, self.due)
-        except Exception:
+        except FAILURES:
             if readings:
                 self.recorder.write(run, readings)
             raise
@@ -191,7 +191,7 @@ class Loop:
         except OSError as error:
             self.error = self.not_recorded(error)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End as failed: ``error`` and its traceback go into status.json."""
         run = self.run
         error = explain_memory(error, run.device, type(run.model).__name__, run.batches.batch_size)

@@ -9,6 +9,8 @@ import torch
 
 from bnexp.errors import UserError, first_line
 
+FAILURES = (Exception, SystemExit)  # sys.exit() in a part must not end the command as if all were well
+
 
 class PartFailed(UserError):
     """A part of the user's own raised ``error``; ``label`` names the part, ``model._target_=mypackage.Net``.
@@ -16,7 +18,7 @@ class PartFailed(UserError):
     The message ends with the last line of the part's package that the error passed.
     """
 
-    def __init__(self, label: str, error: Exception, when: str = "") -> None:
+    def __init__(self, label: str, error: BaseException, when: str = "") -> None:
         package = label.partition("=")[2].partition(".")[0]
         lines = [
             (frame, line) for frame, line in walk_tb(error.__traceback__) if code_of(frame).startswith(f"{package}.")
@@ -39,13 +41,13 @@ def naming(label: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except FAILURES as error:
         if not label or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
             raise
         raise PartFailed(label, error) from error
 
 
-def culprit(error: Exception, own_parts: Mapping[str, str]) -> str:
+def culprit(error: BaseException, own_parts: Mapping[str, str]) -> str:
     """The label of the part of the user's own whose code raised ``error``, else of all that can be the reason for it.
 
     ``own_parts`` are the names of their code by label. What a model or an engine returns can be the reason for an error

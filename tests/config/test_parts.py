@@ -13,6 +13,9 @@ from bnexp.errors import UserError
 
 SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp", "model.hidden=[6]", "norm=none")
 PACKAGE = """
+import sys
+from dataclasses import replace
+
 import torch
 from torch import nn
 from bnexp.data.digits import Digits
@@ -169,8 +172,68 @@ class OneSizeInEvaluation(MLP):
         return super().forward(images)
 
 
+class Leaves(MLP):
+    def forward(self, images):
+        sys.exit(0)
+
+
+class LateExit(Late):
+    def forward(self, images):
+        self.calls += 1
+        return MLP.forward(self, images) if self.calls < 10 else sys.exit(0)
+
+
+class LeavesAtLoad(Good):
+    def load(self):
+        sys.exit(0)
+
+
 class NoForward(MLP):
     forward = nn.Module.forward
+
+
+class SparseLogits(MLP):
+    def forward(self, images):
+        return super().forward(images).to_sparse()
+
+
+class InPlace(MLP):
+    def __init__(self, in_shape, num_classes, norm, **options):
+        super().__init__(in_shape, num_classes, norm, **options)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        scaled = images * self.scale
+        images.add_(1)
+        return super().forward(scaled)
+
+
+class Uninitialized(nn.Module):
+    def __init__(self, *args, **options):
+        pass
+
+
+def text_norm(num_features, activation="identity"):
+    return "norm"
+
+
+def class_norm(num_features, activation="identity"):
+    return Norm
+
+
+class Unreadable(Good):
+    @property
+    def in_shape(self):
+        raise OSError("no disk")
+
+    @in_shape.setter
+    def in_shape(self, value):
+        pass
+
+
+class Rotated(Good):
+    def load(self):
+        return replace(super().load(), augment="rot")
 
 
 class NoGradient(MLP):
@@ -217,6 +280,22 @@ class OfTheWholeBatch(OfTheBatch):
         if len(x) == 8:  # half a batch of the run
             raise RuntimeError("a whole batch is needed")
         return super().forward(x, residual)
+
+
+class Whole(OfTheBatch):
+    def forward(self, x, residual=None):
+        assert len(x) % 16 == 0
+        return x * (1 + self.weight)
+
+
+class Argumentless(Whole):
+    def reduces_over(self):
+        return "N"
+
+
+class Undecided(Whole):
+    def reduces_over(self, num_dims):
+        raise KeyError(num_dims)
 
 
 class Gated(OfTheBatch):
@@ -407,7 +486,10 @@ def test_a_source_says_what_it_holds_and_loads_a_dataset(name, words):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Tuple", "its forward returns an object of type tuple; return one floating-point tensor of shape (16, 10)"),
+        (
+            "Tuple",
+            "returns an object of type tuple; return one dense floating-point tensor of shape (16, 10)",
+        ),
         ("TupleInEvaluation", "its forward returns an object of type tuple"),
         ("NoReturn", "its forward returns None"),
         ("TooFew", "returns a tensor of shape (16, 9) and type float32"),
@@ -423,7 +505,10 @@ def test_a_model_returns_one_logit_per_class(name, words):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Flat", "returns a tensor of shape (16,) and type float32; return one floating-point tensor of shape (16, 6)"),
+        (
+            "Flat",
+            "of shape (16,) and type float32; return one dense floating-point tensor of shape (16, 6)",
+        ),
         ("Statistics", "returns an object of type tuple"),
         ("Silent", "returns None"),
         ("no_norm", "returns None; return a torch.nn.modules.module.Module"),
@@ -488,6 +573,7 @@ def ended(bnexp, capfd, group, name):
     "group, name, words",
     [
         ("model", "Late", "failed after step 8: KeyError: 'late' (HERE)"),
+        ("model", "LateExit", "failed after step 8: SystemExit: 0 (HERE)"),
         ("model", "LateTuple", "failed after step 8: TypeError: cross_entropy_loss"),
         ("model", "Sparse", "failed after step 0: RuntimeError: Adam does not support sparse gradients"),
         ("norm", "LateNorm", "failed after step 7: TypeError: unsupported operand"),
@@ -522,9 +608,24 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
     [
         ("model", "OneSize", "failed for 6 images in training mode: RuntimeError: 16 images are needed"),
         ("model", "OneSizeInEvaluation", "failed for 70 images in evaluation mode: RuntimeError: 16 images are needed"),
+        ("model", "Leaves", "failed for 16 images in training mode: SystemExit: 0 ("),
+        ("data", "LeavesAtLoad", "failed: SystemExit: 0"),
         ("model", "NoForward", 'is missing the required "forward" function'),
         ("model", "NoGradient", "no weight has a part in what forward returns"),
-        ("norm", "Double", "type float64; return one floating-point tensor of shape (16, 6), of the type of the input"),
+        ("norm", "Argumentless", "TypeError: Argumentless.reduces_over() takes 1 positional argument"),
+        ("norm", "Undecided", "KeyError: 2 ("),
+        ("model", "SparseLogits", "return one dense floating-point tensor"),
+        ("model", "InPlace", "modified by an inplace operation"),
+        ("model", "Uninitialized", "has no attribute '_"),
+        ("norm", "text_norm", "it returns an object of type str; return a torch.nn.modules.module.Module"),
+        ("norm", "class_norm", "it returns an object of type type"),
+        ("data", "Unreadable", "failed: OSError: no disk ("),
+        ("data", "Rotated", "load() returns a dataset with a fault: augment is 'rot'; choose one of none, flip"),
+        (
+            "norm",
+            "Double",
+            "float64; return one dense floating-point tensor of shape (16, 6), of the type of the input",
+        ),
         ("norm", "Unused", "norm1.mix.weight gets no shape in a forward pass"),
         ("norm", "kept_norm", "keeps a module for the next model"),
         ("schedule", "late_factor", "failed: ZeroDivisionError: "),
@@ -564,6 +665,15 @@ def test_a_result_that_depends_on_no_other_images_is_left_in_stored_order(group,
 def test_two_runs_do_not_train_a_module_that_a_part_keeps():
     first, second = (built("norm._target_=own_parts.Shared").model for _ in range(2))
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+
+
+def test_a_norm_that_needs_many_images_is_shown_the_run_s_batches(bnexp):
+    words = (*SMALL, "threads=auto", "allow=[own_parts]", "norm._target_=own_parts.Whole")
+    probes = "probe=[shapes,features,statistics,activations,gradients,landscape]"
+    data = ["data.valid=32", "data.limit=32"]
+    assert bnexp("train", *words, *data, "steps=2", probes, "out=run") == 0
+    assert bnexp("summary", *words) == 0
+    assert bnexp("inspect", "run", "allow=[own_parts]", "--images", "0") == 0
 
 
 @pytest.mark.parametrize("name, num_parameters", [("Lazy", 6 + 6 * 7 + 12), ("Shared", 6 + 6 * 7)])

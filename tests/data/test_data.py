@@ -726,6 +726,12 @@ def test_options_are_frozen():
         ({"test": Split(BYTES, torch.arange(4) + 1)}, "the test labels go from 1 to 4; there are 4 classes"),
         ({"train": Split(BYTES[:0], torch.arange(0))}, "there are no training images"),
         ({"std": torch.zeros(1)}, "std is [0.0]; 1 finite numbers are expected, of std above 0"),
+        ({"train": Split(BYTES[:, :, :0], torch.arange(4))}, "the train images are 0 pixels high and 3 wide"),
+        ({"test": Split(BYTES.to("meta"), torch.arange(4))}, "the test images or labels lie on the meta device"),
+        ({"valid": Split(BYTES.to_sparse(), torch.arange(4))}, "the valid images or labels are stored as torch.sparse"),
+        ({"normalize": False, "mean": torch.zeros(1, requires_grad=True)}, "the numbers of mean need a gradient"),
+        ({"augment": "rot"}, "augment is 'rot'; choose one of none, flip"),
+        ({"mean": 0.5}, "mean is 0.5; it must be a tensor of 1 numbers"),
         ({"mean": torch.full((1,), torch.nan)}, "mean is [nan]; 1 finite numbers are expected"),
     ],
 )
