@@ -14,6 +14,7 @@ from bnexp.data.batches import Batches
 from bnexp.data.dataset import Dataset, Split
 from bnexp.norms.base import contract_of
 from bnexp.optim import set_learning_rate
+from bnexp.train.device import forked_rng
 from bnexp.train.draws import Draws
 from bnexp.train.meter import Meter
 from bnexp.train.own import FAILURES
