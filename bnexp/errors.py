@@ -1,9 +1,26 @@
 """Errors that the person at the keyboard can act on, and suggestions for their texts."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from shlex import quote
+
+NETWORK = (  # errors of a server that does not answer, or of a device that is gone
+    errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN,
+    errno.ECONNRESET, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH, errno.ENETDOWN,
+    errno.ESHUTDOWN, errno.EPROTO, errno.ECOMM, errno.ENONET, errno.ENOLINK,
+)  # fmt: skip
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space or ask for a larger quota",
+    errno.EFBIG: "the file system takes no files of this size; choose another",
+    errno.EIO: "check its disk",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable again"),
+    **dict.fromkeys(NETWORK, "check that the file system is mounted and its server answers"),
+    **dict.fromkeys((errno.EKEYEXPIRED, errno.ENOKEY, errno.EKEYREVOKED), "log in to the file server again (kinit)"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other programs, or raise the limit of open files (ulimit -n)"),
+}
 
 
 class UserError(ValueError):
@@ -31,6 +48,17 @@ class OutOfMemory(UserError):
     """A run does not fit the memory of the device or the machine."""
 
     exit_code = 1
+
+
+def remedy_of(error: OSError) -> str:
+    """What to do about an error of reading."""
+    is_refused = error.errno in (errno.EACCES, errno.EPERM)
+    return "check its permissions" if is_refused else REMEDIES.get(error.errno, "try again")
+
+
+def unread(error: OSError, path: Path, kind: type[UserError] = UserError) -> UserError:
+    """The error for a file or folder that the system does not let us read, which may well be whole."""
+    return kind(f"{path}: cannot be read ({error.strerror or error}); {remedy_of(error)}")
 
 
 def home_path(text: str, setting: str = "") -> Path:

@@ -8,7 +8,7 @@ from importlib import import_module
 
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
-from bnexp.errors import UserError, nearest
+from bnexp.errors import UserError, nearest, remedy_of
 from bnexp.store.untrusted import check_name, printable
 from bnexp.train.interrupt import raised_signals
 
@@ -61,7 +61,7 @@ def run_command(arguments: list[str] | None) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             where = f"{error.filename}: " if error.filename else ""
-            complain(where + (error.strerror or str(error)))
+            complain(where + (error.strerror or str(error)) + f"; {remedy_of(error)}")
             return 1
         # The output went to a closed pipe or a full disk; the run folders are not affected.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from bnexp.cli.flags import parse_line, was_shown
 from bnexp.config.compose import composed, run_name, session
 from bnexp.config.explain import is_hydras, parse_words
-from bnexp.config.stored import moved, remember_place, rerun_config, stored_config
+from bnexp.config.stored import moved, rerun_config, stored_config
 from bnexp.errors import RunFailed, UserError, home_path
 from bnexp.startup import quick_imports
 from bnexp.store.run_folder import CONFIG, DONE, STATUS, claim, claim_new, in_other_hands, read_status, taken
@@ -157,6 +157,5 @@ def go_on(cfg: DictConfig, folder: Path) -> str | None:
             return status["status"]
         check.check(cfg, free=False)
         run = build.build(cfg)
-        remember_place(folder, cfg)
         finish(cfg, run, status.get("overrides", []), folder)
     return None

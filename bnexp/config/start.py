@@ -45,6 +45,7 @@ def open_recorder(cfg: DictConfig, run: Run, overrides: Sequence[str], folder: P
     if state is not None:
         with fitting(folder / checkpoint.NAME):
             run.load_state_dict(state)
+    remember_place(folder, cfg)  # which the checkpoint has accepted
     status = Status(folder, parts.device_name(run.device), list(overrides), goes_on=state is not None)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg), group_name(cfg))
@@ -71,10 +72,8 @@ def open_job(
     cfg: DictConfig, overrides: Sequence[str], datasets: dict[str, Dataset] | None = None
 ) -> tuple[Run, Recorder]:
     """The run of a job, at its last checkpoint if there is one, and its recorder. The caller holds the job's lock."""
-    is_new = write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    write_new(Path(cfg.out) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
     run = build.build(cfg, datasets)
-    if not is_new:
-        remember_place(Path(cfg.out), cfg)
     advise(cfg, run)
     return run, open_recorder(cfg, run, overrides, Path(cfg.out))
 

@@ -12,9 +12,9 @@ from bnexp.config.choices import GROUPS, SHELVES
 from bnexp.config.compose import chosen_settings, composed, plain_value, takes_text
 from bnexp.config.explain import check_value, explained, is_hydras, nearest_setting, parse_words
 from bnexp.config.schema import MISSING, SETTINGS, Train
-from bnexp.errors import UserError
+from bnexp.errors import UserError, unread
 from bnexp.store.files import replacing
-from bnexp.store.run_folder import CONFIG, load_status
+from bnexp.store.run_folder import CONFIG, STATUS, load_status
 from bnexp.store.settings import COMMAND, DECIDES, PLACE, completed, decides
 from bnexp.store.untrusted import read_yaml
 
@@ -29,7 +29,9 @@ def stored_config(folder: Path) -> DictConfig:
         raise UserError(f"{folder}: holds no run, there is no {CONFIG} in it; give the folder of a run")
     try:
         stored = read_yaml(folder / CONFIG, takes_text)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(error, folder / CONFIG) from error
+    except ValueError as error:
         raise UserError(f"{folder}: not a run's settings, {error}; put back the {CONFIG} that was written") from error
     kept = {key: value for key, value in completed(stored).items() if not decides(key) & COMMAND}
     for key, value in kept.items():
@@ -158,8 +160,10 @@ def stored_words(folder: Path) -> list[str]:
     try:
         words = load_status(folder)["overrides"]
         parsed = parse_words(words)
-    except (OSError, ValueError):  # also UserError
+    except (FileNotFoundError, ValueError):  # also UserError
         return []
+    except OSError as error:
+        raise unread(error, folder / STATUS) from error
     return [
         each.input_line for each in parsed
         if not decides(each.key_or_group) & COMMAND and not is_hydras(each.key_or_group) and _is_harmless(each)

@@ -11,7 +11,7 @@ from bnexp.config.choices import choices, conf_dir
 from bnexp.config.compose import takes_text
 from bnexp.config.explain import explained, is_hydras, parse_words
 from bnexp.config.schema import fits, is_text
-from bnexp.errors import UserError, home_path, nearest
+from bnexp.errors import UserError, home_path, nearest, unread
 from bnexp.report.expectations import Expectation
 from bnexp.store.settings import PERSON, decides
 from bnexp.store.untrusted import read_yaml
@@ -85,7 +85,9 @@ def load(name: str) -> Study:
         known = choices("study")
         near = nearest(name, known)
         raise UserError(f"study {name}: there is no such study{near}; choose one of {', '.join(known)}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(error, path) from error
+    except ValueError as error:
         raise UserError(f"study {name}: cannot be read ({error}); correct the file") from error
     with explained([name]):
         study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Study), content))

@@ -134,7 +134,7 @@ class Batches:
             )
         if state.get("images", self.dataset.fingerprint) != self.dataset.fingerprint:  # older checkpoints name none
             raise UserError(
-                "the checkpoint saw other images or classes than data.root holds now; "
+                f"the checkpoint saw other images or classes than {self.dataset.place} holds now; "
                 "continue with the same files, data.valid and data.limit"
             )
         if state["device"] != device:

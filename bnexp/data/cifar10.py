@@ -9,7 +9,7 @@ import torch
 
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
 from bnexp.data.download import damaged, download
-from bnexp.errors import UserError
+from bnexp.errors import unread
 
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILES = ("test_batch",)
@@ -55,7 +55,7 @@ class CIFAR10:
 
 
 def read_batch(path: Path, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one file; raises :class:`UserError` naming it.
+    """Images uint8 (N, 3, 32, 32) and labels int64 (N,) of one file; raises :class:`~bnexp.errors.UserError` naming it.
 
     The file holds a dict: ``data`` uint8 (N, 3072), red then green then blue, row by row; a list ``labels``.
     """
@@ -65,7 +65,7 @@ def read_batch(path: Path, num_classes: int) -> tuple[torch.Tensor, torch.Tensor
         content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
         pixels, labels = content["data"], torch.tensor(content["labels"], dtype=torch.int64)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise unread(error, path) from None
     except Exception as error:  # a damaged pickle can fail in any way
         raise damaged(path, f"it is no pickle with data and labels ({error})") from None
     if not isinstance(pixels, np.ndarray) or (pixels.dtype, pixels.shape[1:]) != (np.uint8, (3072,)):

@@ -59,6 +59,7 @@ class Dataset:
     normalize: bool = True
     about: str = ""  # one line on what was found, if a person has put the files together
     origin: str = ""
+    place: str = "data.root"  # where its files are, in words
 
     def __post_init__(self):
         # (u/255 - mean)/std = u*scale + offset, shaped (C, 1, 1) to meet (N, C, H, W)
@@ -254,6 +255,7 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
     return Dataset(
         source.name, train, valid, test, source.class_names, source.in_shape, mean, std,
         augment=options.augment, normalize=options.normalize, origin=origin,
+        place=f"data.root={source.root}" if hasattr(source, "root") else "data.root",
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
 from bnexp.data.pictures import has_colour, no_bombs, read_picture
-from bnexp.errors import UserError
+from bnexp.errors import UserError, unread
 from bnexp.store.untrusted import check_name, printable
 
 LAYOUT = "one folder per class is expected, as in train/cat/1.jpg and train/dog/2.jpg, or cat/1.jpg and dog/2.jpg"
@@ -203,7 +203,7 @@ def _visible(folder: Path) -> list[Path]:
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from None
+        raise unread(error, folder) from None
     return [
         path for path in paths
         if not path.name.startswith(".") and path.name.casefold() not in SYSTEM_NAMES

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
 from bnexp.data.download import damaged, download
-from bnexp.errors import UserError
+from bnexp.errors import unread
 
 PAIRS = (
     ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -113,7 +113,7 @@ def read_idx(path: Path, num_dims: int) -> Tensor:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise damaged(path, f"it cannot be unzipped ({error})") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise unread(error, path) from None
     if num_bytes != values.numel():
         sizes = "x".join(map(str, shape))
         held = f"holds {num_bytes}" if num_bytes < values.numel() else "holds more"

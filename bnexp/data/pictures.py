@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnexp.errors import UserError
+from bnexp.errors import UserError, unread
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16 in its byte orders
@@ -180,6 +180,8 @@ def _is_even(picture) -> bool:
 
 
 def _undecodable(path: Path, error: Exception) -> UserError:
-    """The error for a file that is no picture, or none of a known format."""
+    """The error for a file that is no picture, none of a known format, or that the system does not let us read."""
+    if isinstance(error, OSError) and error.errno:  # Pillow's own have no number
+        return unread(error, path)
     why, known = str(error) or type(error).__name__, ", ".join(PICTURE_FORMATS)
     return UserError(f"{path}: cannot be decoded as an image ({why}); replace or remove it; known are {known}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from bnexp.errors import UserError
+from bnexp.errors import UserError, unread
 from bnexp.report import stats
 from bnexp.store.run_folder import DONE, is_taken, load_status
 from bnexp.store.untrusted import number, printable, read_lines, read_yaml
@@ -106,7 +106,7 @@ class RunRecord:
 class Problem:
     """A run left out of the report; ``reason`` is one line.
 
-    ``status`` is running, dead, interrupted, failed, damaged or superseded.
+    ``status`` is running, dead, interrupted, failed, damaged, unreadable or superseded.
     """
 
     path: Path
@@ -194,8 +194,8 @@ def read_runs(
         folders = run_folders(path)
         if not folders:
             raise UserError(f"{path}: no run in it (a folder with config.yaml and status.json); give one")
-        unread = [folder for folder in folders if os.path.realpath(folder) not in seen]
-        read = [_read_run(folder, (names or {}).get(folder, "")) for folder in unread]
+        new = [folder for folder in folders if os.path.realpath(folder) not in seen]
+        read = [_read_run(folder, (names or {}).get(folder, "")) for folder in new]
         seen |= {os.path.realpath(folder) for folder in folders}
         records += sorted((run for run in read if isinstance(run, RunRecord)), key=lambda run: run.started)
         problems += [run for run in read if isinstance(run, Problem)]
@@ -235,7 +235,7 @@ def run_folders(folder: Path, depth: int = 0) -> list[Path]:
     try:
         entries = {entry.name: entry for entry in os.scandir(folder)}
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+        raise unread(error, folder) from error
     if "status.json" in entries:
         return [folder]
     if depth == MOST_NESTED:
@@ -269,7 +269,9 @@ def _read_run(folder: Path, name: str) -> RunRecord | Problem:
         if not any((folder / each).exists() for each in ("status.json", "metrics.jsonl")):  # it has just begun
             return Problem(folder, *_running_or_dead(folder, {}))
         return Problem(folder, "damaged", f"{Path(error.filename).name} is missing", overrides)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return Problem(folder, "unreadable", str(unread(error, Path(error.filename or folder))), overrides)
+    except ValueError as error:
         return Problem(folder, "damaged", f"unreadable: {printable(' '.join(str(error).split()), 200)}", overrides)
 
 
@@ -306,7 +308,9 @@ def _read_histograms(path: Path) -> dict[str, list[tuple[int, list[float], list[
         for row in read_lines(path) if path.exists() else ():
             if "edges" in row:  # a histogram, not a table
                 found[printable(row.get("tag"))][row["step"]] = _bins(row, f"{path.name}: line of step {row['step']}")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(error, path) from error
+    except ValueError as error:
         raise UserError(f"{path}: unreadable ({error}); without it the run's histograms are missing") from error
     return {tag: [(step, *by_step[step]) for step in sorted(by_step)] for tag, by_step in found.items()}
 

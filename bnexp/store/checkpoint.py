@@ -6,10 +6,12 @@ Each file ends with the SHA-256 of everything before it, as the comment of the z
 checksums inside the zip do not cover its table of contents, where one flipped bit can point to other contents.
 """
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -19,8 +21,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from bnexp.errors import StorageError, UserError
-from bnexp.store.files import REMEDIES, replacing, sync, writing
+from bnexp.errors import StorageError, UserError, unread
+from bnexp.store.files import replacing, sync, writing
 from bnexp.store.untrusted import is_step
 
 NAME, PREVIOUS, BEST, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "best.pt", "checkpoint.damaged.pt"
@@ -140,10 +142,10 @@ def read(path: Path, device: torch.device) -> object:
     try:
         check_whole(path)
         return torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:  # the file may well be whole
-        remedy = REMEDIES.get(error.errno, "try again")
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
     except Exception as error:  # torch raises many types for broken files
+        for cause in (error, error.__cause__, error.__context__):
+            if isinstance(cause, OSError) and cause.errno != errno.ENOENT:
+                raise unread(cause, path, StorageError) from error
         code = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         reason = f"it names {code[1]}, which is code; none was run" if code else " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a checkpoint that can be read ({reason}); delete it to start anew") from error
@@ -151,13 +153,15 @@ def read(path: Path, device: torch.device) -> object:
 
 def check_whole(path: Path) -> None:
     """Raise ValueError for a damaged file; torch itself verifies no checksum."""
-    if not path.is_file():  # a pipe would block
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
         raise ValueError("not a file")
-    if not zipfile.is_zipfile(path):
-        raise ValueError("damaged, cut short, or no checkpoint at all")
-    with zipfile.ZipFile(path) as file:
-        if sum(each.file_size for each in file.infolist()) > path.stat().st_size:
-            raise ValueError("it would unpack to more than its size, which torch does not write")
+    try:
+        with zipfile.ZipFile(path) as file:
+            num_bytes = sum(each.file_size for each in file.infolist())
+    except zipfile.BadZipFile as error:  # also for an error of reading, then its context
+        raise ValueError("damaged, cut short, or no checkpoint at all") from error.__context__
+    if num_bytes > path.stat().st_size:
+        raise ValueError("it would unpack to more than its size, which torch does not write")
     with open(path, "rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - NUM_DIGITS - len(MARK))
         file.seek(start)

@@ -11,21 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-NETWORK = (  # errors of a server that does not answer, or of a device that is gone
-    errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN,
-    errno.ECONNRESET, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH, errno.ENETDOWN,
-    errno.ESHUTDOWN, errno.EPROTO, errno.ECOMM, errno.ENONET, errno.ENOLINK,
-)  # fmt: skip
-REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space or ask for a larger quota",
-    errno.EFBIG: "the file system takes no files of this size; choose another",
-    errno.EIO: "check its disk",
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable again"),
-    **dict.fromkeys(NETWORK, "check that the file system is mounted and its server answers"),
-    **dict.fromkeys((errno.EKEYEXPIRED, errno.ENOKEY, errno.EKEYREVOKED), "log in to the file server again (kinit)"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other programs, or raise the limit of open files (ulimit -n)"),
-}
+from bnexp.errors import REMEDIES
+
 ELSEWHERE = "choose another folder with out=DIR on another file system"
 NO_SYNC = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)  # from fsync on some file systems
 

@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bnexp.errors import StorageError, UserError
+from bnexp.errors import StorageError, UserError, unread
 from bnexp.store.files import ELSEWHERE, REMEDIES, not_written, warn_once, write_json, write_new, writing
 from bnexp.store.untrusted import check_name, number, printable, read_json
 
@@ -223,7 +223,9 @@ def read_status(folder: Path) -> dict:
         return load_status(folder)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(error, folder / STATUS) from error
+    except ValueError as error:
         raise UserError(f"{folder}: {error}; delete {STATUS}, then the run goes on from its checkpoint") from error
 
 

@@ -154,7 +154,7 @@ def test_other_settings_than_the_runs_are_refused_by_name_and_those_that_change_
 
 
 @pytest.mark.parametrize("words", [("resume", "run"), ("train", "resume=true", "out=run")], ids="-".join)
-def test_a_resumed_run_remembers_where_its_data_are(words, again, bnexp, tmp_path, mnist_root):
+def test_a_resumed_run_remembers_where_its_data_are(words, again, bnexp, capfd, tmp_path, mnist_root):
     (tmp_path / "old").symlink_to(mnist_root)
     assert again("data=mnist", "data.root=old", "deterministic=true")[0] == 0
     (tmp_path / "old").rename(tmp_path / "new")
@@ -162,6 +162,13 @@ def test_a_resumed_run_remembers_where_its_data_are(words, again, bnexp, tmp_pat
     command, *rest = words
     settings = [] if command == "resume" else [*TINY, "data=mnist", "threads=1", "quiet=true", "deterministic=true"]
     before = (tmp_path / "run/config.yaml").read_text()
+    (raw := tmp_path / "other/MNIST/raw").mkdir(parents=True)
+    for path in (mnist_root / "MNIST/raw").glob("*.gz"):
+        kind = "images" if "images" in path.name else "labels"
+        (raw / path.name).symlink_to(path.with_name(f"t10k-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz"))
+    capfd.readouterr()
+    assert bnexp(command, *rest, *settings, "data.root=other") == 2
+    assert "than data.root=other holds now" in capfd.readouterr().err
     assert bnexp(command, *rest, *settings, "data.root=nowhere") == 2
     assert (tmp_path / "run/config.yaml").read_text() == before
     assert bnexp(command, *rest, *settings, "data.root=new") == 0

@@ -1,7 +1,9 @@
 """File systems without locks or fsync: runs go on with a warning; other errors of the system are told with a remedy."""
 
+import builtins
 import errno
 import fcntl
+import io
 import os
 import socket
 import stat
@@ -10,7 +12,9 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
+from bnexp.data.cifar10 import TEST_FILES, TRAIN_FILES
 from bnexp.errors import StorageError
 from bnexp.store import checkpoint, files
 from bnexp.store.files import ELSEWHERE, NO_SYNC, REMEDIES, not_written, write_json
@@ -108,6 +112,80 @@ def test_space_is_asked_for_only_where_space_is_missing(number, tmp_path):
     assert ("free some space" in told) == (number == errno.EDQUOT)
 
 
+READ_REMEDIES = {
+    errno.EIO: "check its disk", errno.EACCES: "check its permissions", errno.ESTALE: REMEDIES[errno.ESTALE],
+}  # fmt: skip
+
+
+class Unreadable(io.FileIO):
+    """A file whose every read fails with ``number``."""
+
+    number = errno.EIO
+
+    def readinto(self, *_) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    read = readall = readinto
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """``unreadable(name, number)``: files with ``name`` in their path are opened, and cannot be read."""
+    plain = builtins.open
+
+    def call(name: str, number: int) -> None:
+        def opened(path, mode="r", *rest, **options):
+            if isinstance(path, int) or name not in str(path) or mode not in ("r", "rb"):
+                return plain(path, mode, *rest, **options)
+            monkeypatch.setattr(Unreadable, "number", number)
+            return io.BufferedReader(Unreadable(path))
+
+        monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(io, "open", opened)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Pillow leaves the file open
+@pytest.mark.parametrize("number", READ_REMEDIES, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("checkpoint.pt", "resume run"), ("status.json", "resume run"), ("config.yaml", "resume run"),
+        ("config.yaml", "rerun run out=new"), ("status.json", "rerun run out=new"), ("config.yaml", "inspect run"),
+        ("checkpoint.pt", "inspect run"), ("a.png", "train data=folder data.root=photos out=new"),
+        ("metrics.jsonl", "report run"), ("-ubyte", "train data=mnist out=new"),
+        ("batch", "train data=cifar10 data.root=. out=new"), ("own.yaml", "study own.yaml out=new"),
+    ],
+)  # fmt: skip
+def test_a_file_that_the_system_cannot_read_is_not_taken_for_a_damaged_one(
+    name, command, number, train, bnexp, unreadable, capsys, tmp_path
+):
+    folder = train(*TINY, "checkpoint_every=1", "steps=2")
+    status = (folder / "status.json").read_text()
+    ended = command.startswith("report")
+    (folder / "status.json").write_text(status if ended else status.replace('"finished"', '"interrupted"'))
+    folder.rename(tmp_path / "run")
+    for place in ("photos/a", "photos/b"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / place / "a.png")
+    (tmp_path / "own.yaml").write_text("")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for part in (*TRAIN_FILES, *TEST_FILES):
+        (tmp_path / "cifar-10-batches-py" / part).write_bytes(b"")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    unreadable(name, number)
+    assert bnexp(*command.split()) in (1, 2)
+    out, err = capsys.readouterr()
+    told = " ".join((out + err).split())
+    assert f"cannot be read ({os.strerror(number)}); {READ_REMEDIES[number]}" in told
+    assert not any(word in told for word in ("delete", "put back", "replace", "damaged"))
+    assert not (tmp_path / "new").exists()
+    after = {path: path.stat().st_size for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    assert after == {path: len(content) for path, content in before.items() if path.name != ".lock"}
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES], ids=errno.errorcode.get)
 def test_a_checkpoint_that_the_system_cannot_read_is_not_taken_for_a_damaged_one(number, train, monkeypatch):
     folder = train("model=mlp", "data.limit=64", "batch_size=16", "steps=2", "checkpoint_every=1")
@@ -117,6 +195,6 @@ def test_a_checkpoint_that_the_system_cannot_read_is_not_taken_for_a_damaged_one
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("bnexp.store.checkpoint.check_whole", fails)
-    with pytest.raises(StorageError, match=f"cannot be read .{os.strerror(number)}.; {REMEDIES[number]}"):
+    with pytest.raises(StorageError, match=f"cannot be read .{os.strerror(number)}.; {READ_REMEDIES[number]}"):
         checkpoint.load(folder, torch.device("cpu"), mend=True)
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before

@@ -14,7 +14,7 @@ from bnexp.cli.sweep.lockstep import check_splits, check_sweep
 from bnexp.config import check
 from bnexp.config.compose import composed
 from bnexp.config.schema import Train
-from bnexp.errors import UserError
+from bnexp.errors import UserError, unread
 from bnexp.store.files import finite, write_new
 from bnexp.store.run_folder import DONE, check_free, in_other_hands, new_folder, read_status, taken
 from bnexp.store.settings import LOOKING, NUMBERS, SEED, decides, differences, first_few
@@ -93,7 +93,9 @@ def _read_jobs(folder: Path) -> dict[str, dict]:
     """The settings of every job of the sweep in ``folder``, by name."""
     try:
         jobs = read_json(folder / SWEEP).get("jobs")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unread(error, folder / SWEEP) from error
+    except ValueError as error:
         raise UserError(f"out={folder}: holds no sweep that can go on ({error}); choose another") from error
     if not isinstance(jobs, dict) or not all(isinstance(each, dict) for each in jobs.values()):
         raise UserError(f"out={folder}: holds no sweep that can go on ({SWEEP} lists no jobs); choose another")
