@@ -121,7 +121,7 @@ OPTIONS = {
     "running_var_init": ["0.0"], "decay": ["0.9"], "center": ["false"], "scale": ["false"], "zero_debias": ["true"],
     "decay_warmup": ["true"], "groups": ["1", "layer"], "virtual_batch": ["1", "7", "64"], "r_max": ["1.0"],
     "d_max": ["0.0"], "renorm_momentum": ["0.0"], "warmup_steps": ["0"], "r_steps": ["0"], "d_steps": ["0"],
-    "eps": ["0.1"], "alpha_init": ["1.0"], "bias": ["true", "false"],
+    "eps": ["0.1"], "alpha_init": ["0.1"],
 }  # fmt: skip
 
 

@@ -576,7 +576,8 @@ def test_a_unit_is_dead_if_every_image_gets_the_same_output(norm, activation, bi
     assert (before, dead_units(run)) == ({"norm1": 0, "norm2": 0}, {"norm1": 3, "norm2": 0})
 
 
-def test_a_channel_lives_if_one_pixel_of_one_image_differs():
+def test_a_channel_lives_if_one_pixel_of_one_image_differs(monkeypatch):
+    monkeypatch.setattr("bnexp.train.run.EVALUATION_BATCH", 7)  # so that the image is in one batch of six
     run = a_run("model=lenet", "norm=none", "data.size=16", "data.valid=40", num_steps=0)
     split = run.dataset.valid
     with torch.no_grad():

@@ -28,6 +28,7 @@ CAPTION_WIDTH, LABEL_LENGTH = 155, 100  # characters in a line of the caption an
 NORM_COLORS = {
     "none": "#4d4d4d", "library": "#0072b2", "scratch": "#d55e00", "group": "#009e73",
     "ghost": "#cc79a7", "renorm": "#e69f00", "fused": "#56b4e9",
+    "rms": "#6a3d9a", "dyt": "#b15928", "skipinit": "#117733",
 }  # fmt: skip
 OTHER_COLORS = ("#882255", "#332288", "#999933", "#aa4499", "#661100")  # of norms that are not listed above
 CAPTION_FORMS = {
