@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
                 del cfg["hydra"]
             OmegaConf.resolve(cfg)
     if cfg.get("out"):
-        cfg.out = str(home_path(cfg.out, "out="))
+        out = home_path(cfg.out, "out=")  # no folder is made that .. leaves again
+        cfg.out = os.path.realpath(out) if ".." in out.parts else str(out)
     if (order := cfg.get("sweep_order", ORDERS[0])) not in ORDERS:
         raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
     return cfg

@@ -158,6 +158,12 @@ def find_splits(root: Path) -> dict[str, Path]:
     if not splits and "train" in hints and len(hints) > 1:
         found, names = (" and ".join(f"{name}/" for name in each) for each in ((f.name for f in hints.values()), hints))
         raise UserError(f"data.root={root}: {found} seem to be splits, not classes; rename them to {names}")
+    inner = [each.name for each in _folders_in(others[0])] if len(others) > 1 and not splits else []
+    if len(same := [name for name in inner if all((folder / name).is_dir() for folder in others)]) > 1:
+        raise UserError(
+            f"data.root={root}: {others[0].name}/ and {others[1].name}/ both hold {same[0]}/ and {same[1]}/, so they "
+            "seem to be splits, not classes; rename them to train and test, or move a class's images out of its folders"
+        )
     return splits
 
 

@@ -100,7 +100,11 @@ def test_a_tilde_inside_a_path_is_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in ("./~/x", "./~root/x"):
         assert composed([f"out='{text}'"]).out == f"{tmp_path}/{text[2:]}"
-    assert composed(["out='a/~/x'"]).out == "a/~/x"
+    assert composed([f"out='{tmp_path}/a/~/x'"]).out == f"{tmp_path}/a/~/x"
+    for text in ("a/~/x", "a/../~/x"):
+        with pytest.raises(UserError, match=f"^out={text}: ~ is the home folder at the beginning only"):
+            composed([f"out='{text}'"])
+    assert composed(["out=new/../x"]).out == f"{tmp_path}/x"
 
 
 @pytest.mark.parametrize("home", [None, "", "here"])

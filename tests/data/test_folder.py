@@ -186,6 +186,15 @@ def test_files_outside_of_the_class_folders_are_named(photos):
     assert Folder(root=photos, size=8).load().about.endswith(f": {photos}/labels.csv and 2 more")
 
 
+@pytest.mark.parametrize("names", [("fold0", "fold1"), ("train-set", "holdout")])
+def test_folders_that_hold_folders_of_the_same_names_are_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        for inner in "ab":
+            save(tmp_path / name / inner / "a.png")
+    with pytest.raises(UserError, match="both hold a/ and b/, so they seem to be splits"):
+        Folder(root=tmp_path)
+
+
 @pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017"), ("seg_train", "seg_test"),
                                    ("TrainImages", "ValidationImages")])  # fmt: skip
 def test_splits_of_other_names_are_not_taken_for_classes(photos, names):
