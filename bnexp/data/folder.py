@@ -24,6 +24,7 @@ SPLIT_NAMES = {
     "valid": ("valid", "val", "validation"),
     "test": ("test", "testing"),
 }  # in any case
+PART_HINT = re.compile("train|test|val|dev|fold|split|part|hold")  # in names of folders that hold the same classes
 SPLIT_HINTS = {  # in names such as training_set, train2017 and seg_test
     split: re.compile(rf"(?<![a-z])({'|'.join(names)})(set|data|images)?(?![a-z])")
     for split, names in SPLIT_NAMES.items()
@@ -158,7 +159,8 @@ def find_splits(root: Path) -> dict[str, Path]:
     if not splits and "train" in hints and len(hints) > 1:
         found, names = (" and ".join(f"{name}/" for name in each) for each in ((f.name for f in hints.values()), hints))
         raise UserError(f"data.root={root}: {found} seem to be splits, not classes; rename them to {names}")
-    inner = [each.name for each in _folders_in(others[0])] if len(others) > 1 and not splits else []
+    is_likely = any(PART_HINT.search(folder.name.casefold()) for folder in others)
+    inner = [each.name for each in _folders_in(others[0])] if len(others) > 1 and is_likely and not splits else []
     if len(same := [name for name in inner if all((folder / name).is_dir() for folder in others)]) > 1:
         raise UserError(
             f"data.root={root}: {others[0].name}/ and {others[1].name}/ both hold {same[0]}/ and {same[1]}/, so they "

@@ -193,6 +193,9 @@ def test_folders_that_hold_folders_of_the_same_names_are_not_taken_for_classes(t
             save(tmp_path / name / inner / "a.png")
     with pytest.raises(UserError, match="both hold a/ and b/, so they seem to be splits"):
         Folder(root=tmp_path)
+    for name, other in zip(names, ("cat", "dog"), strict=True):
+        (tmp_path / name).rename(tmp_path / other)
+    assert Folder(root=tmp_path).class_names == ("cat", "dog"), "in two places each"
 
 
 @pytest.mark.parametrize("names", [("training_set", "test_set"), ("train2017", "val2017"), ("seg_train", "seg_test"),
