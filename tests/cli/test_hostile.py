@@ -373,8 +373,9 @@ def test_names_from_a_folder_break_no_table(name, run, attack, tmp_path):
     labels = [each["label"] for each in json.loads(files[".json"])["variants"]]
     assert labels[0] == "none" and not any(OBEYED.search(label) or len(label) > 200 for label in labels)
     ElementTree.fromstring(files[".svg"])
-    rows = [row for row in files[".md"].partition("\n## Steps")[0].splitlines() if row.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, rows
+    for table in files[".md"].split("\n## ")[1:]:
+        rows = [row for row in table.splitlines() if row.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, rows
     assert not re.search(r"(?<!\\)(\]\(http|<b>|`c)", files[".md"])
     table = list(csv.DictReader(io.StringIO(attack(*REPORT, "--csv")[1])))
     assert {row["variant"] for row in table} == set(labels) and all(None not in row for row in table)
