@@ -7,7 +7,7 @@ from null import coverage, null_reports, power, trained
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("null") / "runs"
-    return trained(folder, 30, ["data.limit=300", "epochs=8", "log_every=1000"])
+    return trained(folder, 60, ["data.limit=300", "epochs=4", "log_every=1000"])
 
 
 @pytest.mark.parametrize(("num_variants", "n"), [(1, 3), (1, 10), (4, 5)])

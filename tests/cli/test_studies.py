@@ -52,6 +52,7 @@ def test_a_study_whose_best_setting_is_not_swept_is_refused_before_any_work(key,
 def test_a_study_may_choose_on_some_seeds_and_judge_on_others(bnexp, tmp_path, capsys):
     tuned = f"{TINY}best_over: lr\nsweep: {{optimizer.lr: [0.01, 0.001]}}\nchoose_on: 1\n"
     tuned = tuned.replace("untrained: optimizer.lr=1e-9", "untrained: norm=none").replace("optimizer.lr=0.01, ", "")
+    tuned = tuned.replace("seeds: 3", "seeds: 2")
     (tmp_path / "own.yaml").write_text(tuned)
     assert bnexp("study", "own.yaml", "seed=0", "out=few") == 2
     assert "choose_on=1: one or more seeds have to choose" in capsys.readouterr().err
@@ -95,7 +96,7 @@ def test_a_study_that_holds_ends_with_0_and_leaves_what_a_comparison_leaves(bnex
     printed = capsys.readouterr().out
     assert "common sense" in printed
     assert "holds  it knows more" in printed
-    assert "> 0.3, the 95% interval" in " ".join(printed.split())
+    assert "> 0.3, the" in printed and "a new seed" in printed
     assert printed.rstrip().endswith("s")
     folder = tmp_path / "s"
     assert {"comparison.png", "comparison.json", "comparison.md", "sweep.json", "study.json", "bands"} <= {
@@ -129,7 +130,7 @@ def test_the_quick_form_changes_settings_and_expectations(bnexp, tiny, tmp_path)
 def test_fewer_seeds_than_its_own_are_too_few_to_judge_a_study(bnexp, tiny, tmp_path, capsys):
     assert bnexp("study", tiny, "quick=true", "seed=0,1", "quiet=false", "out=s") == 4
     told = capsys.readouterr()
-    assert "too few seeds to judge: the study has 3" in told.err and "too few  it knows a bit more" in told.out
+    assert "too few seeds to judge: the study has 3" in told.err and "holds" not in told.out and "too few" in told.out
     assert json.loads((tmp_path / "s/study.json").read_text())["holds"] is None
 
 
