@@ -77,7 +77,7 @@ def study(arguments: Sequence[str]) -> int:
 def make_grid(study: Study, overrides: Sequence[str]) -> tuple[Grid, dict[str, str]]:
     """All runs of the study, and the role of each run by its name; ``overrides`` cannot change what a variant sets."""
     lists = [f"{key}={','.join(map(as_typed, values))}" for key, values in study.sweep.items()]
-    shared = [*study.settings, *lists, f"seed={','.join(map(str, study.own_seeds))}", *overrides]
+    shared = [*study.settings, *lists, f"seed=range({study.first_seed},{study.first_seed + study.seeds})", *overrides]
     points, roles = [], {}
     for role, own in study.variants.items():
         grid = read_grid([*shared, *([own] if isinstance(own, str) else own)])

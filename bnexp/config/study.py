@@ -71,7 +71,7 @@ class Study:
             except TypeError as error:
                 raise UserError(f"expect {each}: {error}; see bnexp/report/expectations.py") from error
             found[-1].check(list(self.variants))
-        if used := sorted({*self.own_seeds} & {*self.settled_on}):
+        if used := [seed for seed in self.settled_on if seed in self.own_seeds]:
             raise UserError(f"seeds: {used[0]} is one that the expectations were settled on, so it cannot test them")
         return found
 

@@ -72,7 +72,7 @@ def refused(bnexp, capsys, tmp_path):
         (["train", "probe=null"], "probe", ["activations"]),
         (["train", "steps"], "steps", ["name=value"]),
         (["train", "=3"], "3", [""]),
-        (["train", "model.hidden=[1,2"], "model.hidden=[1,2", ["quote"]),
+        (["train", "model.hidden=[1,2"], "model.hidden=[1,2", ["a list is expected"]),
         (["train", "--resolve"], "--resolve", ["--cfg"]),
         (["train", "data=mnist", "data.root=file"], "data.root=file", ["a file", "folder"]),
         (["train", "data=folder", "data.root=photos"], "photos", ["train"]),

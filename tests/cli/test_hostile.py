@@ -717,7 +717,7 @@ def test_what_the_system_refuses_is_one_line(bnexp, capsys, monkeypatch):
 
     monkeypatch.setattr("bnexp.cli.inspect.summary", refuse)
     assert bnexp("summary") == 1
-    assert capsys.readouterr().err == "bnexp: error: there: Permission denied\n"
+    assert capsys.readouterr().err == "bnexp: error: there: Permission denied; check its permissions\n"
 
 
 def test_no_pickle_is_taken_from_the_command_line(attack):

@@ -11,6 +11,7 @@ from bnexp.config import build
 from bnexp.config.advice import advice, signal_advice
 from bnexp.config.compose import composed
 from bnexp.norms import ghost, group, library, none, renorm, scratch
+from bnexp.probes.population import some_of
 
 
 def advise(*norms, num_steps=5000, batch_size=64):
@@ -204,7 +205,7 @@ def test_logits_that_do_not_depend_on_the_image_are_told_with_weights_that_help(
     if said:
         told = float(re.search(r"two images differ by (\S+) before", said[0])[1])
         train = run.dataset.train
-        logits = run.model(run.dataset.prepare(train.images[torch.arange(8) * len(train) // 8])).detach().double()
+        logits = run.model(run.dataset.prepare(some_of(train, 8).images)).detach().double()
         pairs = [(logits[i] - logits[j]).square() for i in range(8) for j in range(i)]
         assert told == float(f"{torch.stack(pairs).mean().sqrt():.1g}")
     if "=" in remedy.partition(",")[0]:

@@ -630,7 +630,7 @@ def test_a_folded_sweep_leaves_what_has_nobody_like_it_to_the_launcher_and_fails
 
 def test_a_study_folds_too(bnexp, tmp_path, stacks):
     (tmp_path / "tiny.yaml").write_text(
-        "title: a\nsource: b\ntakes: 1 s\nhow: sweep\n"
+        "title: a\nsource: b\ntakes: 1 s\nhow: sweep\nseeds: 2\n"
         "settings: [model=mlp, data.size=8, steps=3, threads=1, norm=none]\n"
         "variants: {slow: optimizer.lr=1e-9, fast: optimizer.lr=0.1}\n"
         "expect: [{says: c, of: fast, tag: accuracy/test, above: -1}]\n"

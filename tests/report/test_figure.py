@@ -168,7 +168,7 @@ def test_thirty_variants_look_different(norms):
 
 
 def test_the_look_of_a_norm_is_not_a_matter_of_the_process():
-    assert norm_look("own", 0) == {"color": "#332288", "linestyle": "-", "marker": "v"}
+    assert norm_look("own", 0) == {"color": "#332288", "linestyle": "-", "marker": "s"}
 
 
 SETTINGS = {

@@ -36,7 +36,7 @@ CAPTION_FORMS = {
     "batch_size": ", batch {}", "epochs": ", {} epochs", "steps": ", {} steps",
 }  # fmt: skip
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 RC = {
     "font.family": "DejaVu Sans", "font.size": 10.5, "axes.titlesize": 12, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -50,7 +50,7 @@ RC = {
 def variant_looks(variants: Sequence[Variant]) -> list[Look]:
     """The look of every variant: colour and marker by norm, dashes by the other settings; no two are equal.
 
-    From the sixth setting of a norm on, the dashes repeat with the next marker, so 35 looks have the same colour.
+    From the sixth setting of a norm on, the dashes repeat with the next marker, so 50 looks have the same colour.
     """
     settings: list[dict] = []
     looks: list[Look] = []
