@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bnexp.bench.cases import PHASES, REFERENCE, SITES, Case
 from bnexp.bench.parity import CHUNK, Inputs, State, copy_inputs, differences_from_float64, make_inputs, parity_failure
 from bnexp.bench.settings import BenchSettings
-from bnexp.errors import UserError
+from bnexp.errors import UserError, first_line
 from bnexp.norms.base import contract_of
 
 MAX_BUFFERS = 512  # small inputs would need thousands to fill a cache, and launches dominate their time anyway
@@ -127,12 +127,6 @@ def tier_of(module: nn.Module) -> str:
     """The tier that the module's printed form names; empty if it names none."""
     match = re.search(r"tier=([\w-]+)", module.extra_repr())
     return match[1] if match else ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text; for other errors than :class:`UserError` the name of the class before it."""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return kind + (str(error).splitlines() or [""])[0]
 
 
 # ---- the timed steps ----

@@ -40,7 +40,7 @@ def takes_batch(modules: Iterable[nn.Module], batch_size: int) -> bool:
     return True
 
 
-def is_own(module: nn.Module) -> bool:
+def is_own_module(module: nn.Module) -> bool:
     """Whether ``module`` is of the user's own code, and its class does not say itself which batches it takes."""
     is_foreign = type(module).__module__.partition(".")[0] not in ("bnexp", "torch", "torchvision")
     return is_foreign and "check_batch_size" not in vars(type(module))
@@ -53,7 +53,7 @@ def smallest_batch(model: nn.Module, batch_size: int = 2) -> int:
     that normalizes in blocks accepts only multiples of its block. A module of the user's own is sure to take the run's
     ``batch_size`` only.
     """
-    least = batch_size if any(map(is_own, model.modules())) else 2
+    least = batch_size if any(map(is_own_module, model.modules())) else 2
     tracking = set(tracking_norms(model).values())
     others = [module for module in model.modules() if module not in tracking]
     return next((size for size in range(least, least + LARGEST_BLOCK) if takes_batch(others, size)), least)

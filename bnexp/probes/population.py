@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnexp.data.batches import augment
 from bnexp.data.dataset import Split
-from bnexp.probes.layers import is_own, takes_batch, tapped, tracking_norms
+from bnexp.probes.layers import is_own_module, takes_batch, tapped, tracking_norms
 from bnexp.train.run import Run, shuffled
 
 
@@ -102,7 +102,7 @@ def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:
     ``num_images`` of them, at most all; if a norm refuses a batch of that size, or it is one image, whole batches of
     the run's size; with modules of the user's own one such batch. Training images if the split has too few.
     """
-    batch_size, has_own = whole_batch(run), any(map(is_own, run.model.modules()))
+    batch_size, has_own = whole_batch(run), any(map(is_own_module, run.model.modules()))
     for split in dict.fromkeys((getattr(run.dataset, of), run.dataset.train)):
         sizes = (min(num_images, len(split)), num_images // batch_size * batch_size, batch_size)
         for size in sizes[2 * has_own :]:

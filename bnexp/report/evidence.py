@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bnexp.report import inference
+from bnexp.report import inference, stats
 from bnexp.report.differences import Against, Pair
 from bnexp.report.records import Metric, RunRecord
 from bnexp.report.variants import Variant
@@ -63,8 +63,8 @@ def failures_of(variant: Variant, pairs: Sequence[Pair] = ()) -> Failures:
 
 
 def judge_variants(variants: Mapping[str, Variant], base: Variant, against: Mapping[str, Against], metric: Metric,
-                   margin: float, unfair: Sequence[str] = ()) -> dict[str, Evidence]:  # fmt: skip
-    """The evidence on each of the ``variants``, by label; of ``unfair`` ones nothing is called better or worse.
+                   margin: float, is_fair: bool = True) -> dict[str, Evidence]:  # fmt: skip
+    """The evidence on each of the ``variants``, by label; unless tuning ``is_fair`` nothing is called better or worse.
 
     ``margin`` is the largest difference, in points for an accuracy and in nats for a loss, that does not matter.
     """
@@ -78,7 +78,7 @@ def judge_variants(variants: Mapping[str, Variant], base: Variant, against: Mapp
     for (label, difference), p, p_inside, p_flips in zip(found.items(), ps, inside, flips, strict=True):
         word = _word(difference, p, p_inside, metric)
         if word in ("better", "worse"):
-            if label in unfair:
+            if not is_fair:
                 word = "undecided"
             elif not _survives(variants[label], base, difference.difference, metric):
                 word += " where both finish"
@@ -90,8 +90,8 @@ def judge_variants(variants: Mapping[str, Variant], base: Variant, against: Mapp
     return evidence
 
 
-def _word(difference, p: float | None, p_inside: float | None, metric: Metric) -> str:
-    if p is None or difference.n < inference.FEWEST:
+def _word(difference: stats.Difference, p: float | None, p_inside: float | None, metric: Metric) -> str:
+    if p is None or difference.n < inference.FEWEST_SEEDS:
         return "undecided"
     if p < inference.ALPHA:
         return "better" if (difference.difference > 0) == metric.is_accuracy else "worse"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from bnexp.report.stats import CONFIDENCE, Difference
 
 ALPHA = 1 - CONFIDENCE
-FEWEST = 3  # seeds below which nothing is called better
+FEWEST_SEEDS = 3  # seeds below which nothing is called better
 POWER = 0.8  # the share of repetitions in which a difference that exists is to be found
 FEWEST_FLIPPED = 6  # with fewer seeds, flips of signs give no p below 5%
 MOST_EXACT = 14  # seeds of which all flips are counted, not drawn

@@ -19,7 +19,7 @@ MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
-class Plan:
+class SeedPlan:
     """For a variant: the pairs so far, the standard deviation of their differences, and the seeds that are needed.
 
     ``low`` and ``high`` are the 95% interval of ``sd``, and ``fewest`` and ``most`` the seeds at these two; a number
@@ -36,7 +36,7 @@ class Plan:
     most: float
 
 
-def make_plan(n: int, sd: float, difference: float, num_variants: int = 1) -> Plan:
+def make_plan(n: int, sd: float, difference: float, num_variants: int = 1) -> SeedPlan:
     """The plan for a two-sided paired t-test at 5% over ``num_variants`` (Bonferroni) with a power of 80%.
 
     The interval of a standard deviation is that of chi-squared with n - 1 degrees of freedom.
@@ -46,12 +46,12 @@ def make_plan(n: int, sd: float, difference: float, num_variants: int = 1) -> Pl
     alpha, freedom = inference.ALPHA / num_variants, n - 1
     low, high = (sd * math.sqrt(freedom / float(chdtri(freedom, p))) for p in (0.025, 0.975))
     counts = [seeds_needed(each, difference, alpha) for each in (sd, low, high)]
-    return Plan(n, sd, low, high, inference.detectable(sd / math.sqrt(n), freedom, alpha), *counts)
+    return SeedPlan(n, sd, low, high, inference.detectable(sd / math.sqrt(n), freedom, alpha), *counts)
 
 
 def seeds_needed(sd: float, difference: float, alpha: float) -> float:
     """The fewest seeds, 3 or more, with which the power is 80%; math.inf above 1000."""
-    low, high = inference.FEWEST - 1, MOST_SEEDS + 1  # too few, and enough
+    low, high = inference.FEWEST_SEEDS - 1, MOST_SEEDS + 1  # too few, and enough
     while high - low > 1:
         n = (low + high) // 2
         is_enough = inference.detectable(sd / math.sqrt(n), n - 1, alpha) <= difference

@@ -175,14 +175,14 @@ def write_comparison(folder: str | os.PathLike, comparison: Comparison) -> Compa
     from bnexp.report.figures.curves import draw_curves
     from bnexp.report.figures.probes import TITLES, draw_probes
     from bnexp.report.figures.style import render_figure
-    from bnexp.report.figures.tuning import TITLE, draw_tuning
+    from bnexp.report.figures.tuning import TUNING, draw_tuning
 
     folder = Path(folder)
     comparison = looked_at(comparison, earlier_looks(folder, comparison))
     probed, notes = draw_probes(comparison.variants)
     if tried := [each for each in map(comparison.tried, comparison.variants) if each]:
         probed = {"tuning": draw_tuning(tried, comparison.question)} | probed
-    known = {"tuning": TITLE} | TITLES
+    known = {"tuning": TUNING} | TITLES
     comparison = replace(comparison, notes=comparison.notes + notes)
     drawn = {"comparison": draw_curves(comparison.variants), **probed}
     files = {f"{name}.{kind}": render_figure(each, kind) for name, each in drawn.items() for kind in ("png", "svg")}

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from bnexp.report import stats
-from bnexp.report.inference import ALPHA, FEWEST, sign_test
+from bnexp.report.differences import Pair
+from bnexp.report.inference import ALPHA, FEWEST_SEEDS, sign_test
 from bnexp.report.records import RunRecord
 
 TAG = "accuracy/valid"
-Pair = tuple[RunRecord, RunRecord]  # a variant's run and the baseline's run of the same seed
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,13 @@ def speed_up(pairs: Sequence[Pair], targets: dict[str, float], num_variants: int
     mean = stats.geometric_mean([ratio for ratio, _ in ratios] if len(bounds) < 2 else [], 1 - level)
     low, high = (None, None) if bounds else (mean.low, mean.high)
     p = sign_test(sooner, later) if low is None and ratios else None
-    is_sure = len(pairs) >= FEWEST and (p is not None and p < level or low is not None and not low <= 1 <= high)
+    is_sure = len(pairs) >= FEWEST_SEEDS and (p is not None and p < level or low is not None and not low <= 1 <= high)
+    is_faster = sooner > later if low is None else mean.mean > 1
     return SpeedUp(
         len(pairs), fmean(targets[repr(run.seed)] for run, _ in pairs),
         sum(each[0] for each in found), sum(each[1] for each in found), sooner, later,
         mean.mean, low, high, *(bounds if len(bounds) == 1 else {""}), p,
-        ("faster" if sooner > later else "slower") if is_sure else "undecided",
+        ("faster" if is_faster else "slower") if is_sure else "undecided",
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from bnexp.errors import UserError
 from bnexp.report import stats
 from bnexp.report.differences import Against, measure_against
 from bnexp.report.evidence import ENOUGH, Evidence, Failures, failures_of, judge_variants
-from bnexp.report.inference import FEWEST, bound_of_looks
+from bnexp.report.inference import FEWEST_SEEDS, bound_of_looks
 from bnexp.report.question import Question
 from bnexp.report.records import METRICS, Metric, Problem, RunRecord
 from bnexp.report.sentences import failure_words, sentence_on, show_p
@@ -64,7 +64,6 @@ def compare_records(
     rates = {repr(numbers(run.config).get("optimizer.lr")) for run in records}
     notes: list[str] = []
     repeated: list[Problem] = []
-    unfair: list[str] = []
     tuning: Tuning | None = None
     if best_over is not None:
         best_over = find_key(records, best_over)
@@ -75,15 +74,11 @@ def compare_records(
     variants = [first, *(variant for variant in variants if variant is not first)]
     chosen: dict[str, object] = {}
     if tuning is not None:
-        values = [numbers(variant.first.config).get(best_over) for variant in variants]
-        labels = [f"{v.label} {last_part(best_over)}={as_typed(x)}" for v, x in zip(variants, values, strict=True)]
-        variants = [replace(variant, label=label) for variant, label in zip(variants, labels, strict=True)]
-        chosen = dict(zip(labels, values, strict=True))
-        unfair = labels if tuning.is_unequal else []
+        variants, chosen = _named_by_value(variants, best_over)
     base, *rest = variants
     others = {variant.label: variant for variant in rest}
     against = {label: measure_against(variant, base) for label, variant in others.items()}
-    evidence = judge_variants(others, base, against, metric, question.margin, unfair)
+    evidence = judge_variants(others, base, against, metric, question.margin, tuning is None or not tuning.is_unequal)
     failures = {base.label: failures_of(base)}
     failures |= {label: failures_of(variant, against[label].pairs) for label, variant in others.items()}
     targets = default_targets(base.all_runs)
@@ -105,6 +100,14 @@ def compare_records(
     return Comparison(
         question, variants, means, failures, against, evidence, speedups, sentences, notes, left_out, chosen, tuning
     )
+
+
+def _named_by_value(variants: Sequence[Variant], key: str) -> tuple[list[Variant], dict[str, object]]:
+    """The variants with the value of ``key`` in their labels, and {label: value}."""
+    values = [numbers(variant.first.config).get(key) for variant in variants]
+    labels = [f"{v.label} {last_part(key)}={as_typed(x)}" for v, x in zip(variants, values, strict=True)]
+    named = [replace(variant, label=label) for variant, label in zip(variants, labels, strict=True)]
+    return named, dict(zip(labels, values, strict=True))
 
 
 def looked_at(comparison: Comparison, before: Sequence[int]) -> Comparison:
@@ -180,8 +183,8 @@ def _notes_on_evidence(metric: Metric, found: Sequence[stats.Difference]) -> lis
             "together (Bonferroni), which asks for more: one may include 0 where p < 0.05. No other metric is judged."
         )
     fewest = min((each.n for each in tested), default=ENOUGH)
-    if fewest < FEWEST:
-        notes.append(f"Fewer than {FEWEST} seeds: nothing is called better or worse.")
+    if fewest < FEWEST_SEEDS:
+        notes.append(f"Fewer than {FEWEST_SEEDS} seeds: nothing is called better or worse.")
     elif fewest < ENOUGH:
         notes.append(
             f"Fewer than {ENOUGH} seeds: only a large difference can be found; bnexp plan says how many to run."

@@ -12,8 +12,8 @@ from bnexp.report.tuning import Tried
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TITLE = "What tuning is worth: expected result against the number of values tried"
-WORDS = (
+TUNING = "What tuning is worth: expected result against the number of values tried"
+TUNING_WORDS = (
     "Of k values drawn with replacement from those tried, validation chooses the best; shown is its expected {metric} "
     "(Dodge et al. 2019). Lines are means over seeds, each of which chooses for itself, bands their 95% intervals."
 )
@@ -43,7 +43,7 @@ def draw_tuning(tried: Sequence[Tried], question: Question) -> "Figure":
             style.write_inside(axes, "no seed has a finite result at every value")
         labels = [f"{each.variant.label}, {each.num_values} value{'s' * (each.num_values > 1)}" for each in tried]
         style.add_legend(figure, labels, looks)
-        words = WORDS.format(metric=metric.title)
+        words = TUNING_WORDS.format(metric=metric.title)
         if any(variant.diverged for variant in variants):
             words += " A diverged run counts as chance" + ("." if metric.is_accuracy else ", so a loss has no curve.")
         style.finish_figure(figure, variants, words)
