@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
@@ -9,7 +10,9 @@ from bnexp.cli.parser import Parser
 from bnexp.config.choices import SHELVES, choices
 from bnexp.config.compose import Source, composed, session
 from bnexp.errors import UserError, home_path
+from bnexp.store.untrusted import read_yaml
 
+HERE = Path("bnexp.yaml")  # in the current folder
 TRAIN_HELP = """\
 bnexp train: train one model and log it to TensorBoard.
 
@@ -61,13 +64,31 @@ def parse_line(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     line = parser.parse_intermixed_args(list(arguments))
     if (line.resolve or line.package) and not line.cfg:
         parser.error("--resolve and --package belong to --cfg job")
-    if (line.cfg or line.info) and (makes_sweep or line.multirun or command == "rerun"):
+    if (line.cfg or line.info) and (makes_sweep or line.multirun or command in ("rerun", "resume")):
         raise UserError(f"{command}: --cfg and --info show one config; use them with bnexp train, without -m")
-    folder = None if line.config_dir is None else home_path(line.config_dir, "--config-dir ")
-    if folder is not None and not folder.is_dir():
-        raise UserError(f"--config-dir {folder}: no such folder; give one that holds norm/, model/, ... with yamls")
-    line.source = Source(folder, line.config_name)
+    line.source = Source(own_entries(line.config_dir), line.config_name)
     return line
+
+
+def own_entries(given: str | None) -> Path | None:
+    """The folder of the user's own entries: ``given`` or, if that is None, the one that ``bnexp.yaml`` here names."""
+    told = f"--config-dir {given}"
+    if given is None:
+        if not HERE.is_file():
+            return None
+        try:
+            found = read_yaml(HERE, lambda key: key == "config_dir")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{HERE}: cannot be read ({error}); write config_dir: FOLDER into it") from error
+        if set(found) != {"config_dir"} or not isinstance(given := found["config_dir"], str):
+            raise UserError(
+                f"{HERE}: holds {', '.join(map(str, found)) or 'nothing'}; one line is expected, config_dir: FOLDER"
+            )
+        told = f"{HERE}: config_dir: {given}"
+    folder = home_path(given, told.removesuffix(given))
+    if not folder.is_dir():
+        raise UserError(f"{told}: no such folder; give one that holds norm/, model/, ... with yamls")
+    return folder
 
 
 def was_shown(line: argparse.Namespace) -> bool:

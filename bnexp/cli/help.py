@@ -114,8 +114,9 @@ def completion(arguments: list[str]) -> int:
         os.environ["COMP_POINT"] = str(len(line))
         from hydra.core.global_hydra import GlobalHydra
 
-        from bnexp.config.compose import session
+        from bnexp.cli.flags import own_entries
+        from bnexp.config.compose import Source, session
 
-        with session():
+        with session(Source(own_entries(None))):
             GlobalHydra.instance().hydra.shell_completion("train", ["query=bash"])
     return 0

@@ -115,11 +115,11 @@ def rerun(arguments: list[str]) -> int:
 
 def resume(arguments: list[str]) -> int:
     """``bnexp resume RUN``: continue an interrupted run, in its folder, from its last checkpoint."""
-    if not arguments:
+    words = parse_line("resume", arguments).words  # a run's own config is complete, --config-dir changes nothing
+    if not words:
         raise UserError("resume: which run? Give the folder of an interrupted one: bnexp resume outputs/DATE/RUN")
-    flags = [word for word in arguments if word.startswith("-")]
-    folder = home_path(arguments[0])
-    cfg = moved(folder, flags or arguments[1:], "resume")
+    folder = home_path(words[0])
+    cfg = moved(folder, words[1:], "resume")
     if ended := go_on(cfg, folder):
         raise UserError(f"{folder}: this run is {ended}, nothing is left to do; bnexp rerun repeats it")
     return 0

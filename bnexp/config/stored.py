@@ -45,9 +45,8 @@ def stored_config(folder: Path) -> DictConfig:
 
 def moved(folder: Path, words: Sequence[str], command: str) -> DictConfig:
     """The stored config with other settings of the place (data.root, device, threads, ...) or another ``allow``."""
-    able, flags = [*PLACES, "allow"], [word for word in words if word.startswith("-")]
-    parsed = [] if flags else parse_words(words)
-    if odd := flags or [each.input_line for each in parsed if each.key_or_group not in able or each.is_delete()]:
+    able, parsed = [*PLACES, "allow"], parse_words(words)
+    if odd := [each.input_line for each in parsed if each.key_or_group not in able or each.is_delete()]:
         raise UserError(
             f"{odd[0]}: {command} keeps the settings of the run and takes only {', '.join(able)}, each as name=value; "
             "bnexp rerun trains with other settings, in a new folder"

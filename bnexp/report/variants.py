@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bnexp.errors import UserError
 from bnexp.report.records import Problem, RunRecord
-from bnexp.store.settings import NUMBERS, as_typed, decides, numbers, short_name
+from bnexp.store.settings import NUMBERS, as_typed, decides, names_code, numbers, short_name
 from bnexp.store.untrusted import printable
 
 VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
@@ -146,11 +146,14 @@ def _labels(parts: list[dict], names: list[dict]) -> list[str]:
     ends = Counter(last_part(key) for key in {key for part in parts for key in part})
     labels: list[str] = []
     for part, groups in zip(parts, names, strict=True):
+        code = {key: short_name(str(value)) for key, value in part.items() if names_code(key)}
+        own = {key.partition(".")[0] for key in code}  # groups that the name of their code stands for
         words = [
-            str(value) if key in groups else f"{last_part(key) if ends[last_part(key)] == 1 else key}={as_typed(value)}"
-            for key, value in part.items()
-        ]
-        label = printable(" ".join(words) or groups.get("norm", "all runs"), LONGEST_LABEL)
+            code[key] if key in code else str(value) if key in groups
+            else f"{last_part(key) if ends[last_part(key)] == 1 else key}={as_typed(value)}"
+            for key, value in part.items() if key not in own
+        ]  # fmt: skip
+        label = printable(" ".join(dict.fromkeys(words)) or groups.get("norm", "all runs"), LONGEST_LABEL)
         while label in labels:
             label += "'"
         labels.append(label)

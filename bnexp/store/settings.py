@@ -106,6 +106,12 @@ def short_name(target: str) -> str:
     return module if target.startswith("bnexp.") and name[:1].isupper() else name.lower()
 
 
+def names_code(key: str) -> bool:
+    """Whether the value of this setting names a class or function: ``norm._target_``, ``norm.path``."""
+    group, _, option = key.lstrip("+").rpartition(".")
+    return option in ("_target_", "path") and group in DECIDES
+
+
 def as_typed(value: Any) -> str:
     """A setting's value as one would type it: ``null`` and ``true``, not ``None`` and ``True``."""
     return printable(value if isinstance(value, str) else json.dumps(value, default=str))

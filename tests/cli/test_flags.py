@@ -57,6 +57,35 @@ def test_compare_summary_and_study_take_it(mine, bnexp, capsys, tmp_path):
     assert bnexp("study", "own.yaml", "--config-dir", mine, "quiet=true", "out=studied") == 0
 
 
+def test_bnexp_yaml_here_names_the_folder_of_entries(mine, bnexp, capsys, tmp_path):
+    (tmp_path / "bnexp.yaml").write_text(f"config_dir: {mine}\n")
+    assert bnexp("train", *TINY, "norm=loose", "out=run") == 0
+    assert bnexp("resume", "run", "--config-dir", mine) == 2 and "nothing is left to do" in capsys.readouterr().err
+    assert bnexp("train", "--config-dir", ".", *TINY, "norm=loose", "out=other") == 2, "the flag wins"
+    for line in (["compare", "norm=loose,none"], ["train", "-m", "norm=loose,none"], ["rerun", "run"], ["summary"]):
+        settings = ["model=mlp", "norm=loose"] if line == ["summary"] else [*TINY, f"out={line[0]}"]
+        assert bnexp(*line, *(settings if line != ["rerun", "run"] else ["norm=loose", "seed=3"])) == 0
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("config_dir: nowhere", "bnexp.yaml: config_dir: nowhere: no such folder"),
+        ("config_dir: [a]", "bnexp.yaml: holds config_dir; one line is expected, config_dir: FOLDER"),
+        ("norm: loose", "bnexp.yaml: holds norm; one line is expected"),
+        ("config_dir: own conf\nseed: 1", "bnexp.yaml: holds config_dir, seed; one line is expected"),
+        ("", "bnexp.yaml: cannot be read"),
+        ("{", "bnexp.yaml: cannot be read"),
+        ("config_dir: 12", "bnexp.yaml: config_dir: 12: no such folder"),
+    ],
+)
+def test_a_bnexp_yaml_that_names_no_folder_is_refused(text, told, mine, bnexp, capsys, tmp_path):
+    (tmp_path / "bnexp.yaml").write_text(text)
+    assert bnexp("train", *TINY, "out=run") == 2
+    err = capsys.readouterr().err
+    assert told in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -68,6 +97,8 @@ def test_compare_summary_and_study_take_it(mine, bnexp, capsys, tmp_path):
         (["compare", "--cfg", "job", "norm=none,library"], "--cfg and --info show one config"),
         (["study", "mnist_lab", "--info", "defaults"], "--cfg and --info show one config"),
         (["rerun", "run", "--cfg", "job"], "--cfg and --info show one config"),
+        (["resume", "run", "--cfg", "job"], "--cfg and --info show one config"),
+        (["resume", "run", "-m"], "resume: unrecognized arguments: -m"),
         (["compare", "-m", "norm=none,library"], "several values need no flag"),
         (["train", "--resolve"], "belong to --cfg"),
         (["train", "--cfg", "nothing"], "--cfg"),

@@ -88,6 +88,8 @@ def table(text: str) -> str:
         (["optimizer.lr=0.1,0.10,0.100"], "lr0.1 lr0.1-1 lr0.1-2"),
         (["+model.x=a_2,'a 2',a_2-1,'a,2'"], "xa_2 xa_2-1 xa_2-1-1 xa_2-2"),
         (["norm=none,scratch", "norm=none", "seed=0", "seed=1,2"], "s1 s2"),
+        (["norm._target_=own.norms.MyNorm,bnexp.norms.none.Shift"], "mynorm none"),
+        (["+norm.path=own.norms.MyNorm,own.norms.Other"], "mynorm other"),
         (["norm=none"], "run"),
     ],
 )  # fmt: skip

@@ -226,6 +226,15 @@ def test_names_come_from_the_overrides_or_else_from_the_target(tmp_path):
     assert labels(tmp_path)[3] == "none adam"
 
 
+def test_code_of_ones_own_is_named_by_its_class(tmp_path):
+    for n, path in enumerate(("own.norms.MyNorm", "own.Other"), start=1):
+        norm = {"norm": {"_target_": path, "path": path}}
+        write_run(tmp_path / str(n), config=norm, overrides=["norm=own", f"norm.path={path}"], started=n)
+    assert labels(tmp_path) == ["mynorm", "other"]
+    write_run(tmp_path / "3", "library", started=3)
+    assert labels(tmp_path) == ["mynorm", "other", "library"]
+
+
 def test_seed_and_housekeeping_do_not_make_a_variant(tmp_path):
     write_run(tmp_path / "1", seed=0, config={"threads": "auto", "quiet": False, "log_every": 50})
     write_run(tmp_path / "2", seed=1, config={"threads": "1", "quiet": True, "log_every": 10})

@@ -22,6 +22,7 @@ from bnexp.config.choices import GROUPS
 from bnexp.config.compose import composed, typed, values_of
 from bnexp.config.explain import check_words, is_hydras, parse_words
 from bnexp.errors import UserError
+from bnexp.store.settings import names_code, short_name
 
 MOST_JOBS, LONGEST_NAME = 10_000, 150  # bytes of a folder's name
 
@@ -130,6 +131,8 @@ def _name(values: dict[str, str]) -> str:
     parts = []
     for key, value in values.items():
         prefix = "" if key.lstrip("+") in GROUPS else "s" if key == "seed" else key.rpartition(".")[2]
+        if names_code(key):
+            prefix, value = "", short_name(value)
         parts.append(prefix + re.sub(r"[^\w.+-]+", "_", value).strip("_"))
     name = "-".join(parts).strip(".") or "run"
     if len(name.encode()) > LONGEST_NAME:  # two long names may differ only in the part that is cut off
