@@ -24,7 +24,6 @@ SPLIT_NAMES = {
     "valid": ("valid", "val", "validation"),
     "test": ("test", "testing"),
 }  # in any case
-PART_HINT = re.compile("train|test|val|dev|fold|split|part|hold")  # in names of folders that hold the same classes
 SPLIT_HINTS = {  # in names such as training_set, train2017 and seg_test
     split: re.compile(rf"(?<![a-z])({'|'.join(names)})(set|data|images)?(?![a-z])")
     for split, names in SPLIT_NAMES.items()
@@ -150,7 +149,8 @@ def find_splits(root: Path) -> dict[str, Path]:
             splits[split] = folder
     if splits and "train" not in splits:
         folder = next(iter(splits.values()))
-        raise UserError(f"data.root={root}: holds {folder.name}/ and no train/; {LAYOUT}")
+        beside = f" beside {others[0].name}/" if others else ""
+        raise UserError(f"data.root={root}: holds {folder.name}/{beside} and no train/; {LAYOUT}")
     if splits and others:
         raise UserError(
             f"{others[0]}: beside {splits['train'].name}/ only valid/ (val, validation) and test/ (testing) are read; "
@@ -159,12 +159,11 @@ def find_splits(root: Path) -> dict[str, Path]:
     if not splits and "train" in hints and len(hints) > 1:
         found, names = (" and ".join(f"{name}/" for name in each) for each in ((f.name for f in hints.values()), hints))
         raise UserError(f"data.root={root}: {found} seem to be splits, not classes; rename them to {names}")
-    is_likely = any(PART_HINT.search(folder.name.casefold()) for folder in others)
-    inner = [each.name for each in _folders_in(others[0])] if len(others) > 1 and is_likely and not splits else []
+    inner = [each.name for each in _folders_in(others[0])] if len(others) > 1 and not splits else []
     if len(same := [name for name in inner if all((folder / name).is_dir() for folder in others)]) > 1:
         raise UserError(
-            f"data.root={root}: {others[0].name}/ and {others[1].name}/ both hold {same[0]}/ and {same[1]}/, so they "
-            "seem to be splits, not classes; rename them to train and test, or move a class's images out of its folders"
+            f"data.root={root}: {others[0].name}/ and {others[1].name}/ both hold {same[0]}/ and {same[1]}/, as splits "
+            "do; rename them to train and test or, if they are classes, move them into train/"
         )
     return splits
 

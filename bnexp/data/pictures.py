@@ -13,7 +13,7 @@ from bnexp.errors import UserError, unread
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which starts a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")  # and I;16 in its byte orders
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+BITS, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
 
 
 def read_picture(path: Path, channels: int, size: int) -> Tensor:
@@ -30,6 +30,7 @@ def read_picture(path: Path, channels: int, size: int) -> Tensor:
         with Image.open(path, formats=PICTURE_FORMATS) as file:
             file.draft(None, (size, size))  # lets a JPEG decode to a smaller size, much faster
             white, zero_is_white = _white_level(file)
+            is_cut = not _is_grey(file.mode) and _depth(file, path) > 8  # of colours Pillow decodes the upper 8 bits
             colour = _transparent_colour(file, path)
             picture = ImageOps.exif_transpose(file)
         if picture.mode == "P" and _num_colours(picture) <= picture.getextrema()[1]:
@@ -41,8 +42,8 @@ def read_picture(path: Path, channels: int, size: int) -> Tensor:
         if white:
             picture = _scale_samples(picture, white, zero_is_white)
         flat = _on_white(picture).convert("L" if channels == 1 else "RGB")
-        if _is_even(flat) and not _is_even(picture):
-            raise ValueError(f"all its pixels become one colour, {flat.getpixel((0, 0))}")
+        if _is_even(flat) and (is_cut or not _is_even(picture)):
+            raise ValueError(f"all its pixels become one colour, {flat.getpixel((0, 0))}{', of 8 bits' * is_cut}")
         # A side is never scaled to nothing, as ImageOps.pad would.
         width, height = (max(1, round(side / max(flat.size) * size)) for side in flat.size)
         square = Image.new(flat.mode, (size, size))
@@ -60,13 +61,18 @@ def has_colour(path: Path) -> bool:
     try:
         with no_bombs(), Image.open(path, formats=PICTURE_FORMATS) as file:
             if file.mode in ("P", "PA") or file.format == "WEBP":
-                red, green, blue = _on_white(file).convert("RGB").split()
-                return not red.tobytes() == green.tobytes() == blue.tobytes()
+                samples = np.asarray(_on_white(file).convert("RGB")).astype(np.int16)
+                rounding = file.format == "WEBP"  # one level, where a lossy one has luma and chroma
+                return bool(np.ptp(samples, axis=2).max() > rounding)
             if file.format == "PNG":
                 return _png_header(path)[1] not in (0, 4)  # Pillow has grey with alpha of 16 bits as RGBA
-            return file.mode not in GREY_MODES and not file.mode.startswith("I;16")
+            return not _is_grey(file.mode)
     except Exception as error:
         raise _undecodable(path, error) from None
+
+
+def _is_grey(mode: str) -> bool:
+    return mode in GREY_MODES or mode.startswith("I;16")
 
 
 @contextmanager
@@ -83,13 +89,18 @@ def no_bombs() -> Iterator[None]:
 def _white_level(file) -> tuple[int, bool]:
     """The sample value of white, 0 if Pillow has scaled the samples to 8 bits; and whether it is black, and 0 white."""
     deep = file.mode == "F" or file.mode.startswith("I")
-    if file.format == "JPEG2000" and _is_signed_jpeg2000(Path(file.filename)):
-        raise ValueError("its samples are signed; save it with unsigned ones")
+    if file.format == "JPEG2000":
+        depth, is_signed = _jpeg2000_samples(Path(file.filename))
+        if is_signed or depth < 8:
+            what, other = ("signed", "unsigned ones") if is_signed else (f"of {depth} bits", "8")
+            raise ValueError(f"its samples are {what}; save it with {other}")
     if file.format != "TIFF":
         return (1 if file.mode == "F" else 65535) if deep else 0, False
     tags = file.tag_v2
     if PHOTOMETRIC not in tags:
         raise ValueError("it does not say whether 0 is black or white")
+    if tags.get(PLANAR) == 2 and tags[BITS][0] > 8:
+        raise ValueError("it stores 16-bit channels one after the other, which Pillow misreads; save it with 8 bits")
     signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
     if not deep and not signed:
         return 0, False
@@ -148,10 +159,18 @@ def _png_header(path: Path) -> tuple[int, int]:
     return header[24], header[25]
 
 
-def _is_signed_jpeg2000(path: Path) -> bool:
-    """Whether the first component of a JPEG 2000 file has signed samples (ISO 15444-1, A.5.1: Ssiz)."""
+def _depth(file, path: Path) -> int:
+    """Bits per sample of a PNG or TIFF file; 8 for other formats."""
+    if file.format == "PNG":
+        return _png_header(path)[0]
+    return file.tag_v2.get(BITS, (8,))[0] if file.format == "TIFF" else 8
+
+
+def _jpeg2000_samples(path: Path) -> tuple[int, bool]:
+    """Bits per sample of a JPEG 2000 file's first component, and whether they are signed (ISO 15444-1, A.5.1: Ssiz)."""
     content = path.read_bytes()
-    return bool(content[content.index(b"\xff\x4f\xff\x51") + 42] & 0x80)
+    size = content[content.index(b"\xff\x4f\xff\x51") + 42]
+    return (size & 0x7F) + 1, bool(size & 0x80)
 
 
 def _num_colours(picture) -> int:

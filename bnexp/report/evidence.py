@@ -82,12 +82,22 @@ def judge_variants(variants: Mapping[str, Variant], base: Variant, against: Mapp
                 word = "undecided"
             elif not _survives(variants[label], base, difference.difference, metric):
                 word += " where both finish"
-        if all(run.has_failed for run in (*variants[label].all_runs, *base.all_runs)):
-            word = "nothing was learned"
+        if against[label].design != "other data":
+            word = _all_fail(variants[label], base, difference.n) or word
         power = inference.detectable(difference.error, difference.freedom, level) if difference.error else None
         seen = Evidence(word, *difference.interval(1 - level), p, p_flips, p_inside, power)
         evidence[label] = replace(seen, **_seed_by_seed(against[label].values(metric).values(), metric))
     return evidence
+
+
+def _all_fail(variant: Variant, base: Variant, num_pairs: int) -> str:
+    """The word for sides of which every run failed; empty if there is none, or if a difference says more."""
+    own, other = (all(run.has_failed for run in side.all_runs) for side in (variant, base))
+    if own and other:
+        return "nothing was learned"
+    if num_pairs or not (own or other):
+        return ""
+    return "fails in every seed" if own else "baseline fails in every seed"
 
 
 def _word(difference: stats.Difference, p: float | None, p_inside: float | None, metric: Metric) -> str:

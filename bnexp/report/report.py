@@ -22,8 +22,10 @@ from bnexp.store.untrusted import printable, read, read_json
 
 REPORT_FORMATS = ("json", "csv", "markdown")
 SPEED_COLUMNS = ("target", "reached", "base_reached", "sooner", "later", "bound")
+FAILURE_COLUMNS = ("low", "high", "p")
 CSV_COLUMNS = (
-    "variant", "baseline", "metric", "n", "mean", "low", "high", "sd", "num_diverged", "num_failed", "num_pairs",
+    "variant", "baseline", "metric", "n", "mean", "low", "high", "sd", "num_diverged", "num_failed",
+    *(f"failures_{each}" for each in FAILURE_COLUMNS), "num_pairs",
     "difference", "difference_low", "difference_high", "p", "design", "evidence",
     *(f"evidence_{each.name}" for each in fields(Evidence) if each.name != "word"), *SPEED_COLUMNS,
 )  # fmt: skip
@@ -108,7 +110,8 @@ def comparison_json(comparison: Comparison) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One line per variant and metric, and one with the metric ``speedup``, whose ratio is in the column mean.
+    """One line per variant and metric, one with the metric ``speedup``, whose ratio is in the column mean, and one with
+    ``tuning/K`` for the expected best of K values.
 
     ``evidence`` and ``evidence_...`` are filled in the line of the primary metric.
     """
@@ -118,6 +121,7 @@ def comparison_csv(comparison: Comparison) -> str:
     for variant in comparison_content(comparison)["variants"]:
         shared = {"variant": variant["label"], "baseline": comparison.baseline.label}
         shared |= {"num_diverged": variant["num_diverged"], "num_failed": variant["failures"]["k"]}
+        shared |= {f"failures_{key}": variant["failures"][key] for key in FAILURE_COLUMNS}
         design = "paired" if variant["paired"] else "unpaired" if variant["unpaired"] else None
         for key, mean in variant["metrics"].items():
             row = shared | {"metric": key} | mean
@@ -132,6 +136,8 @@ def comparison_csv(comparison: Comparison) -> str:
         if (speed := variant["speedup"]) and speed["n"]:
             row = shared | {"metric": "speedup", "mean": speed["ratio"]}
             writer.writerow(row | {key: speed[key] for key in ("n", "low", "high", "p", "evidence", *SPEED_COLUMNS)})
+        for num_values, mean in enumerate(variant["tuning"], start=1):
+            writer.writerow(shared | {"metric": f"tuning/{num_values}"} | mean)
     return file.getvalue()
 
 

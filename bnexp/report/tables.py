@@ -17,7 +17,7 @@ from bnexp.report.differences import Against
 from bnexp.report.records import METRICS, Metric, Problem, RunRecord, read_runs
 from bnexp.report.sentences import show_p
 from bnexp.report.steps import SpeedUp
-from bnexp.report.variants import Variant, into_variants
+from bnexp.report.variants import Variant, into_variants, last_part
 from bnexp.report.verdict import Comparison
 from bnexp.store.untrusted import printable
 
@@ -41,6 +41,7 @@ SPEED_CAPTION = (
     "sooner; >= or <=: a bound, where a target is reached at the first reading or not at all; p: by the sign test, "
     "where there is no interval"
 )
+TUNING_CAPTION = "k: how many values are tried, drawn at random from those that were run (Dodge et al. 2019)"
 SWEPT = [metric for metric in METRICS if metric.at is None and metric.key != "loss/train/final"]  # columns of a sweep
 # Curves of a split; the first that a run has: evaluated on the whole set, or averaged over the steps of the epoch.
 EPOCH_SPLITS = {"training": ("train_eval", "train"), "validation": ("valid",), "test": ("test",)}
@@ -80,7 +81,7 @@ def _printed_table(content: TableContent, width: int, breaks: str) -> Table:
 
 def comparison_tables(comparison: Comparison) -> list[TableContent]:
     """The tables that have rows; a row with nothing but a first cell is the heading of a metric."""
-    tables = (_primary_table(comparison), _other_table(comparison), _speed_table(comparison))
+    tables = [_primary_table(comparison), _other_table(comparison), _speed_table(comparison), _tuning_table(comparison)]
     return [table for table in tables if table[2]]
 
 
@@ -147,6 +148,22 @@ def _speed_table(comparison: Comparison) -> TableContent:
     head = ["", "target", "reached in", f"by {base} in", "speed-up", "p", "evidence"]
     caption = TARGET_CAPTION.format(base) * (comparison.question.target is None) + SPEED_CAPTION.format(base)
     return f"Steps to a validation accuracy, against {base}", head, rows, caption
+
+
+def _tuning_table(comparison: Comparison) -> TableContent:
+    metric, key = comparison.question.metric, last_part(comparison.question.best_over or "")
+    curves = {variant.label: tried.curve for variant in comparison.variants if (tried := comparison.tried(variant))}
+    num_values = max(map(len, curves.values()), default=0)
+    rows = [
+        [label, *(mean_cell(metric, mean) for mean in curve), *["-"] * (num_values - len(curve))]
+        for label, curve in curves.items() if num_values
+    ]  # fmt: skip
+    return (
+        f"{metric.heading}, expected best of k values of {key}",
+        ["", *map(str, range(1, num_values + 1))],
+        rows,
+        TUNING_CAPTION,
+    )
 
 
 def remarks(comparison: Comparison) -> list[str]:

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from bnexp.config.schema import Train
+from bnexp.report.question import MARGIN
+from bnexp.report.records import PRIMARY
+
 CONF = Path(__file__).resolve().parents[2] / "conf"
 ENTRIES = sorted(path for path in CONF.rglob("*.yaml") if path.parent != CONF)
 # What the caller supplies, not the config: the model's and the norm's place in the network, a tensor's home.
@@ -122,3 +126,7 @@ def test_a_disagreement_is_found_and_named(options, complaint):
         raise NotImplementedError
 
     assert differences(options, function, supplied={"given"}) == ([complaint] if complaint else [])
+
+
+def test_a_report_without_configs_asks_what_the_schema_says():
+    assert (Train.primary, Train.margin, Train.target) == (PRIMARY.key, MARGIN, None)

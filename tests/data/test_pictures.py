@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.TiffImagePlugin import OPEN_INFO
 
-from bnexp.data.pictures import has_colour, read_picture
+from bnexp.data.pictures import _white_level, has_colour, read_picture
 from bnexp.errors import UserError
 
 LAB = 8  # of TIFF's photometric interpretations
@@ -338,6 +338,42 @@ def test_a_jpeg2000_of_any_depth_is_a_ramp_and_a_signed_one_is_refused(tmp_path,
     path.write_bytes(j2k(quantized(depth, signed=True)[0], depth, signed=True))
     with pytest.raises(UserError, match=rf"^{path}: .*\(its samples are signed; save it with unsigned ones\)"):
         read_grey(path)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 7])
+def test_a_jpeg2000_of_fewer_than_8_bits_is_refused(tmp_path, depth):
+    (tmp_path / "a.j2k").write_bytes(j2k(np.zeros((16, 16), int), depth, signed=False))
+    with pytest.raises(UserError, match=rf"its samples are of {depth} bits; save it with 8"):
+        read_grey(tmp_path / "a.j2k")
+
+
+def test_colours_of_16_bits_that_differ_below_the_upper_8_are_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png(np.stack([RAMP * 257] * 3, axis=2), 16, 2))
+    assert abs(read_grey(path) - RAMP).max() <= 1
+    path.write_bytes(png(np.stack([RAMP] * 3, axis=2), 16, 2))
+    with pytest.raises(UserError, match="all its pixels become one colour, 0, of 8 bits"):
+        read_grey(path)
+
+
+def test_16_bit_channels_in_planes_are_refused(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "TIFF", tiffinfo={284: 2})
+    content = file.getvalue()
+    (tmp_path / "a.tif").write_bytes(content)
+    with Image.open(tmp_path / "a.tif") as picture:
+        picture.tag_v2[258], picture.tag_v2[284] = (16, 16, 16), 2
+        with pytest.raises(ValueError, match="one after the other"):
+            _white_level(picture)
+
+
+@pytest.mark.parametrize("quality", [1, 50, 80])
+def test_a_grey_webp_with_losses_is_grey(tmp_path, quality):
+    path = tmp_path / "a.webp"
+    Image.fromarray(RAMP.astype(np.uint8)).save(path, quality=quality)
+    assert not has_colour(path)
+    Image.new("RGB", (16, 16), (90, 100, 110)).save(path, quality=quality)
+    assert has_colour(path)
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])

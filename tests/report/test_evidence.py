@@ -182,6 +182,25 @@ def test_a_run_at_chance_has_failed_and_two_of_them_learned_nothing(tmp_path):
     assert "the same" not in comparison.sentences[0]
 
 
+@pytest.mark.parametrize("lost, word", [("library", "fails in every seed"), ("none", "baseline fails in every seed")])
+def test_a_side_that_diverges_in_every_seed_is_named(lost, word, tmp_path):
+    for seed, norm in itertools.product(range(3), ("none", "library")):
+        more = {"status": "diverged", "readings": {}} if norm == lost else {"readings": curves()}
+        write_run(tmp_path / f"{norm}{seed}", norm, seed, **more)
+    comparison = compared(tmp_path)
+    assert comparison.evidence["library"].word == word
+    assert f"{lost} fails in 3 of 3 seeds" in comparison.sentences[0]
+
+
+def test_runs_on_other_images_have_not_learned_nothing(tmp_path):
+    for seed, norm in itertools.product(range(3), ("none", "library")):
+        more = {"config": {"data": {"_target_": f"bnexp.data.{norm}.Data"}}, "status": "diverged", "readings": {}}
+        write_run(tmp_path / f"{norm}{seed}", norm, seed, **more)
+    comparison = compared(tmp_path)
+    (evidence,) = comparison.evidence.values()
+    assert "saw different images" in comparison.sentences[0] and evidence.word == "undecided"
+
+
 def test_tuning_with_unequal_numbers_of_values_withholds_the_verdict(tmp_path):
     for norm, rates in (("none", (0.1,)), ("library", (0.1, 0.5))):
         for rate, seed in itertools.product(rates, range(3)):
@@ -270,6 +289,12 @@ def test_with_all_steps_known_the_ratio_has_an_interval(tmp_path):
         "It reaches 90.0% validation accuracy 2.2 times sooner (95% interval 1.2 to 3.9)"
         in compared(tmp_path).sentences[0]
     )
+
+
+def test_faster_follows_the_ratio_and_not_the_count_of_seeds(tmp_path):
+    base, fast, slow = ([0.1] * n + [0.9] * (25 - n) for n in (19, 4, 20))
+    speed, _ = raced(tmp_path, [base] * 10, [fast] * 5 + [slow] * 5)
+    assert (speed.sooner, speed.later, speed.evidence) == (5, 5, "faster") and speed.low > 1
 
 
 def test_a_target_that_is_met_at_the_first_reading_gives_a_bound(tmp_path):

@@ -63,6 +63,8 @@ def test_json_and_csv(comparison):
             if line:
                 counts = line.pop("num_diverged"), line.pop("num_failed")
                 assert counts == (variant["num_diverged"], variant["failures"]["k"])
+                rates = [line.pop(f"failures_{each}", None) for each in ("low", "high", "p")]
+                assert rates == [variant["failures"][each] for each in ("low", "high", "p")]
             told = {column: each for column, each in told.items() if isinstance(each, int | float)}
             assert line == told, (variant["label"], key)
             num_compared += len(told)

@@ -1,5 +1,7 @@
 """Tuning: which seeds choose and which are judged, and what a number of tried values is expected to give."""
 
+import csv
+import io
 import itertools
 import json
 import statistics
@@ -11,6 +13,7 @@ from test_report import compared, curves, printed, write_run
 from bnexp.errors import UserError
 from bnexp.report.figures.tuning import draw_tuning
 from bnexp.report.question import Question
+from bnexp.report.report import comparison_csv
 from bnexp.report.tuning import expected_best
 
 
@@ -118,7 +121,14 @@ def test_the_figure_draws_the_numbers_of_the_json_and_leaves_with_them(tmp_path)
     assert (out / "tuning.svg").is_file() and "](tuning.png)" in (out / "comparison.md").read_text()
     comparison = compared(runs, best_over="lr")
     figure = draw_tuning(list(map(comparison.tried, comparison.variants)), comparison.question)
+    lines = [*csv.DictReader(io.StringIO(comparison_csv(comparison)))]
+    table = (out / "comparison.md").read_text().partition("expected best of k")[2].splitlines()
     for line, variant in zip(figure.axes[0].lines, content["variants"], strict=True):
+        named = [row for row in lines if (row["variant"], row["metric"][:7]) == (variant["label"], "tuning/")]
+        assert [float(row["mean"]) for row in named] == [each["mean"] for each in variant["tuning"]]
+        cells = next(row for row in table if row.startswith(f"| {variant['label']} |")).split("|")[2:-1]
+        shown = [f"{100 * each['mean']:.2f}" for each in variant["tuning"]]
+        assert [cell.split()[0] for cell in cells if cell.strip() != "-"] == shown
         assert list(line.get_ydata()) == [each["mean"] for each in variant["tuning"]]
         assert list(line.get_xdata()) == list(range(1, len(variant["tuning"]) + 1))
     names = [text.get_text() for text in figure.legends[0].get_texts()]
