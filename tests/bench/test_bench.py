@@ -338,7 +338,7 @@ def test_times_of_any_size_fit_into_a_line(microseconds, cell, monkeypatch, caps
 # ---- the command ----
 
 
-@pytest.mark.parametrize("first_word", [(), ("norms",)], ids=["bench", "bench norms"])
+@pytest.mark.parametrize("first_word", [(), pytest.param(("norms",), marks=pytest.mark.long)])
 def test_the_quick_set_runs_end_to_end_and_is_written_down(bnexp, first_word, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**16)
     monkeypatch.setattr(timing, "MAX_INTERPRETED", 2**10)  # the shapes here take the interpreter seconds

@@ -41,7 +41,7 @@ def warm(tmp_path):
         yield process
 
 
-@pytest.mark.parametrize("num_kills", [6, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_kills", [4, pytest.param(60, marks=pytest.mark.long)])
 def test_a_sweep_killed_anywhere_ends_as_if_undisturbed_and_does_no_job_twice(num_kills, warm, tmp_path, undisturbed):
     began = time.perf_counter()
     assert warm(["train", "-m", *SWEEP, f"out={tmp_path / 'whole'}"]) == 0
