@@ -213,6 +213,8 @@ class Options:
     resident: bool | str = True
 
     def __post_init__(self):
+        words = {"true": True, "false": False}  # the command line reads a text, as the default is one
+        object.__setattr__(self, "resident", words.get(self.resident, self.resident))
         if self.resident not in ("auto", True, False):
             raise UserError(
                 f"data.resident={self.resident}: choose true (all images on the device), false (read from a file in "

@@ -59,7 +59,9 @@ class Pairs:
         train = self._splits["train"]
         tried = [self._pair("train", i)[0] for i in range(0, len(train), -(-len(train) // NUM_TRIED))]
         channels = channels or (3 if any(map(is_colour, tried)) else 1)
-        size = check_size(size, min(LARGEST, max(getattr(tried[0], "size", None) or tried[0].shape[:2])))
+        size = check_size(
+            size, min(LARGEST, max(tried[0].shape[:2] if isinstance(tried[0], np.ndarray) else tried[0].size))
+        )
         self.in_shape = (channels, size, size)
 
     def load(self) -> Dataset:
