@@ -31,6 +31,14 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """Decoded images go to a folder of this session; matplotlib keeps its list of fonts."""
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("MPLCONFIGDIR", os.path.join(usual, "matplotlib"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _signals_are_heard():
     """Signals that the tests were started to ignore, in the background or under nohup, are heard by what they start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,6 +20,7 @@ from bnexp.train.device import memory_explained
 from bnexp.train.draws import Draws
 from bnexp.train.loop import Plan
 from bnexp.train.own import naming
+from bnexp.train.progress import counted
 from bnexp.train.run import Run
 
 MOST_FACTORS = 100_000  # steps of a schedule of the user's own that are tried before the run
@@ -90,7 +91,10 @@ def load_dataset(cfg: DictConfig, source: Any) -> Dataset:
     with naming(target if parts.is_own(cfg.data) else ""):
         if "split" in cfg.vary:
             source.split_seed = cfg.seed
-        dataset = source.load()
+        with counted(f"data={source.name}: decoding images", quiet=cfg.quiet) as show:
+            if not parts.is_own(cfg.data):
+                source.show = show
+            dataset = source.load()
     parts.check_kind(target, dataset, Dataset, "load()")
     for name in ("in_shape", "class_names"):
         here, there = tuple(getattr(source, name)), tuple(getattr(dataset, name))

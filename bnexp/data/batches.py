@@ -5,6 +5,7 @@ holds, and a resumed run sees the batches that it would have seen.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -68,14 +69,23 @@ class Batches:
     def next(self) -> tuple[Tensor, Tensor]:
         """The images float32 (B, *in_shape) and labels int64 (B,) of the next batch."""
         start, end = self.advance()
-        if self._num_ahead <= self.batch_size:
-            return self.gather(self.order[start:end])
-        if start >= self._ahead_end:
+        if not self._ahead_start <= start < self._ahead_end:
+            if self._stored is None or start != self._ahead_end:  # an epoch begins, or a fold took steps in between
+                self._stored = self._read_from(start)
             self._ahead_start, self._ahead_end = start, min(start + self._num_ahead, self.num_images)
-            self._ahead = self.gather(self.order[start : self._ahead_end])
+            self._ahead = self._finish(next(self._stored), self.order[start : self._ahead_end])
         images, labels = self._ahead
+        if end == self._ahead_end:
+            self._ahead = None  # the memory is free for the next batches
         batch = slice(start - self._ahead_start, end - self._ahead_start)
         return images[batch], labels[batch]
+
+    def _read_from(self, start: int) -> Iterator[Tensor]:
+        """Yield the stored images of the epoch from ``start`` on, as many at a time as are prepared together."""
+        order, size = self.order if self.dataset.is_resident else self.order.cpu(), self._num_ahead
+        return self.dataset.train.images_in(
+            order[i : min(i + size, self.num_images)] for i in range(start, self.num_images, size)
+        )
 
     def advance(self) -> tuple[int, int]:
         """Move to the next batch, in a new epoch if this one is over; returns its start and end in ``order``."""
@@ -87,9 +97,11 @@ class Batches:
 
     def gather(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """The training images at the indices ``picked`` (B,), augmented and prepared, and their labels."""
-        train = self.dataset.train
-        images = augment(train.images.index_select(0, picked), self.dataset.augment, self.generator)
-        return self.dataset.prepare(images), train.labels.index_select(0, picked)
+        return self._finish(self.dataset.train.images_at(picked), picked)
+
+    def _finish(self, images: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+        images = augment(images, self.dataset.augment, self.generator)
+        return self.dataset.prepare(images), self.dataset.train.labels.index_select(0, picked)
 
     def _count_ahead(self) -> int:
         """How many images are gathered at a time: on a CPU as many whole batches as fit into AHEAD_BYTES.
@@ -98,7 +110,7 @@ class Batches:
         """
         if self.dataset.device.type != "cpu" or self.dataset.augment != "none":
             return self.batch_size
-        return AHEAD_BYTES // (4 * math.prod(self.dataset.in_shape)) // self.batch_size * self.batch_size
+        return max(1, AHEAD_BYTES // (4 * math.prod(self.dataset.in_shape)) // self.batch_size) * self.batch_size
 
     def _start_epoch(self):
         self._epoch_state = self._orders.get_state()
@@ -107,7 +119,8 @@ class Batches:
         if k is not None:
             order = order_by_classes(order, train.labels, self._counts, self.batch_size, k, self._orders)
         self.order = order
-        self._position = self._ahead_end = 0
+        self._position = self._ahead_start = self._ahead_end = 0
+        self._stored = None
 
     def state_dict(self) -> dict:
         """Tensors and numbers from which the stream continues bit for bit, in the middle of an epoch too.

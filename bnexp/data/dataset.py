@@ -1,19 +1,22 @@
-"""The images that a run trains, validates and tests on, as tensors on its device.
+"""The images that a run trains, validates and tests on: tensors on its device, or read when a batch needs them.
 
 A source (digits, mnist, cifar10, folder) reads its files and gives whole splits to :func:`assemble`. Every dataset
-holds uint8 images on the model's device, which become floats batch by batch.
+has uint8 images, which become floats on the model's device, batch by batch.
 """
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from bnexp.data.stored import Stored, block_of, free_memory
 from bnexp.errors import UserError, home_path
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
@@ -22,21 +25,38 @@ SPLIT_SEED = 20150211  # runs of all seeds share one split, unless vary=[seed,sp
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 (N, C, H, W) and labels int64 (N,); N = 0 if a dataset has no such split."""
+    """Images uint8 (N, C, H, W) and labels int64 (N,); N = 0 if a dataset has no such split.
 
-    images: Tensor
+    :meth:`images_at` and :meth:`images_in` give images as tensors on the device of the labels, wherever they are.
+    """
+
+    images: Tensor | Stored
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+    def images_at(self, indices: slice | Tensor) -> Tensor:
+        """The images at ``indices``, a slice or int64 (B,)."""
+        is_plain = isinstance(self.images, Stored) or isinstance(indices, slice)
+        return self.images[indices] if is_plain else self.images.index_select(0, indices)
+
+    def images_in(self, chunks: Iterable[slice | Tensor]) -> Iterator[Tensor]:
+        """Yield the images of every chunk of indices. Images that are not resident are read ahead."""
+        is_stored = isinstance(self.images, Stored)
+        return self.images.read_ahead(chunks) if is_stored else map(self.images_at, chunks)
+
+    def to(self, device, resident: bool = True) -> "Split":
+        """The split on ``device``; its images stay where they are, and are read from there, unless ``resident``."""
+        images = self.images.to(device) if resident else Stored.of(self.images, device)
+        return Split(images, self.labels.to(device))
 
     def take(self, indices: Tensor) -> "Split":
         """The images at ``indices``, in the order in which they are stored."""
         indices = indices.sort().values
-        return Split(self.images.index_select(0, indices), self.labels.index_select(0, indices))
+        is_stored = isinstance(self.images, Stored)
+        images = self.images.take(indices) if is_stored else self.images.index_select(0, indices)
+        return Split(images, self.labels.index_select(0, indices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +80,7 @@ class Dataset:
     about: str = ""  # one line on what was found, if a person has put the files together
     origin: str = ""
     place: str = "data.root"  # where its files are, in words
+    resident: bool | str = True  # on the device, or not (False), or "auto": there if half the free memory holds it
 
     def __post_init__(self):
         # (u/255 - mean)/std = u*scale + offset, shaped (C, 1, 1) to meet (N, C, H, W)
@@ -70,9 +91,24 @@ class Dataset:
         object.__setattr__(self, "device", self.train.images.device)
 
     def to(self, device) -> "Dataset":
-        """The same dataset with every tensor on ``device``."""
-        splits = {name: getattr(self, name).to(device) for name in ("train", "valid", "test")}
-        return replace(self, **splits, mean=self.mean.to(device), std=self.std.to(device))
+        """The same dataset on ``device``, with its images there or read when they are used, by ``resident``."""
+        device, splits = torch.device(device), [self.train, self.valid, self.test]
+        far = [each.images for each in splits if isinstance(each.images, Stored) or each.images.device != device]
+        to_move = sum(images.numel() for images in far)
+        fits = 2 * to_move <= free_memory(device) if self.resident == "auto" and to_move else self.resident
+        train, valid, test = (each.to(device, fits) if len(each) else each.to(device) for each in splits)
+        return self.like(train=train, valid=valid, test=test, mean=self.mean.to(device), std=self.std.to(device))
+
+    def like(self, **changes: Any) -> "Dataset":
+        """The dataset with ``changes`` that leave its images as they are, so that its fingerprint stays known."""
+        other = replace(self, **changes)
+        other.__dict__.update({key: value for key, value in vars(self).items() if key == "fingerprint"})
+        return other
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the training images are a tensor on the device."""
+        return isinstance(self.train.images, Tensor)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,10 +127,12 @@ class Dataset:
         channels, num_classes = self.in_shape[0], len(self.class_names)
         for name in ("train", "valid", "test"):
             split = getattr(self, name)
-            if not isinstance(split, Split) or not all(isinstance(each, Tensor) for each in vars(split).values()):
+            if not isinstance(split, Split) or not all(
+                isinstance(each, Tensor | Stored) for each in vars(split).values()
+            ):
                 return f"{name} is no bnexp.data.dataset.Split of two tensors"
             images, labels = split.images, split.labels
-            if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != channels:
+            if images.dtype != torch.uint8 or len(images.shape) != 4 or images.shape[1] != channels:
                 shape = tuple(images.shape)
                 return f"the {name} images are {images.dtype} {shape}; they must be uint8 (N, {channels}, H, W)"
             if len(images) and 0 in images.shape:
@@ -102,7 +140,7 @@ class Dataset:
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 shape = tuple(labels.shape)
                 return f"the {name} labels are {labels.dtype} {shape}; they must be int64 ({len(images)},)"
-            if unlike := unusual(images) or unusual(labels):
+            if unlike := unusual(labels) or (isinstance(images, Tensor) and unusual(images)):
                 return f"the {name} images or labels {unlike}"
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
                 return f"the {name} labels go from {labels.min()} to {labels.max()}; there are {num_classes} classes"
@@ -158,7 +196,8 @@ def fingerprint_of(class_names: tuple[str, ...], *splits: Split) -> str:
     for split in splits:
         for tensor in (split.images, split.labels):
             found.update(repr(tuple(tensor.shape)).encode())
-            found.update(tensor.cpu().contiguous().numpy())
+            for block in tensor.split(block_of(tensor.shape)):
+                found.update(block.cpu().contiguous().numpy())
     return found.hexdigest()[:12]
 
 
@@ -171,8 +210,16 @@ class Options:
     augment: str
     normalize: bool
     test: float | int = 0
+    resident: bool | str = True
 
     def __post_init__(self):
+        words = {"true": True, "false": False}  # the command line reads a text, as the default is one
+        object.__setattr__(self, "resident", words.get(self.resident, self.resident))
+        if self.resident not in ("auto", True, False):
+            raise UserError(
+                f"data.resident={self.resident}: choose true (all images on the device), false (read from a file in "
+                "the cache folder when a batch needs them) or auto (by the free memory)"
+            )
         for split, part in (("valid", self.valid), ("test", self.test)):
             upper = {int: float("inf"), float: 1}.get(type(part), 0)
             if not upper or not 0 <= part < upper:
@@ -243,7 +290,7 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
         test, train = set_aside(train, "test", options.test)
     seed = getattr(source, "split_seed", None)
     is_drawn = seed is not None and valid is None and options.valid
-    origin = fingerprint_of(source.class_names, train, test) if is_drawn else ""
+    origin = noted("origin", source, fingerprint_of, train, test) if is_drawn else ""
     if valid is None:
         valid, train = set_aside(train, "valid", options.valid, seed or 0)
     if options.limit is not None:
@@ -251,22 +298,37 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
             split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
             for split in (train, valid, test)
         )
-    mean, std = channel_moments(train.images)
-    return Dataset(
-        source.name, train, valid, test, source.class_names, source.in_shape, mean, std,
+    mean, std = noted("moments", source, lambda *_: [each.tolist() for each in channel_moments(train.images)], train)
+    dataset = Dataset(
+        source.name, train, valid, test, source.class_names, source.in_shape,
+        torch.tensor(mean), torch.tensor(std), resident=options.resident,
         augment=options.augment, normalize=options.normalize, origin=origin,
         place=f"data.root={source.root}" if hasattr(source, "root") else "data.root",
     )  # fmt: skip
+    if not dataset.is_resident:
+        dataset.__dict__["fingerprint"] = noted("fingerprint", source, fingerprint_of, train, valid, test)
+    return dataset.to("cpu")
 
 
-def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
+def noted(name: str, source, compute: Callable[..., Any], *splits: Split) -> Any:
+    """``compute(class names, *splits)``; of stored images it is kept beside their file, by their places in it."""
+    if not isinstance(splits[0].images, Stored):
+        return compute(source.class_names, *splits)
+    places = hashlib.sha256(repr((name, source.class_names)).encode())
+    for split in splits:
+        places.update(split.images.places.numpy())
+        places.update(b"|")
+    return splits[0].images.rows.noted(places.hexdigest()[:20], lambda: compute(source.class_names, *splits))
+
+
+def channel_moments(images: Tensor | Stored) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of uint8 (N, C, H, W) over N, H, W, in units of [0, 1].
 
     Counts how often each of the 256 values occurs, which is exact and needs no float copy of the images. The smallest
     std is one grey level, 1/255, because images are divided by it.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
-    for chunk in images.split(4096):
+    for chunk in images.split(block_of(images.shape)):
         for channel in range(images.shape[1]):
             counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
     share = counts / counts.sum(1, keepdim=True)

@@ -16,8 +16,8 @@ TIMEOUT_S = 10  # per connection and per read, so that a machine without network
 DOWNLOAD_ERRORS = (RuntimeError, URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError)
 
 
-def download(source, missing: list[str], looked_for: str) -> None:
-    """Download a published data set and put its files ``missing`` into ``source.folder``.
+def download(source, missing: list[str] | None, looked_for: str) -> None:
+    """Download a published data set and put its files ``missing``, or all if None, into ``source.folder``.
 
     ``source`` has ``name``, ``root``, ``folder`` and ``fetch(root)``, which downloads the data set into ``root``. It
     gets a scratch folder, from which the files are moved when all are complete. So no interrupted download is taken
@@ -33,8 +33,11 @@ def download(source, missing: list[str], looked_for: str) -> None:
             print(f"data={source.name}: downloading into {folder}", file=sys.stderr, flush=True)
             source.fetch(Path(scratch))
             folder.mkdir(parents=True, exist_ok=True)
-            for name in missing:
-                os.replace(scratch / folder.relative_to(root) / name, folder / name)
+            whole = Path(scratch) / folder.relative_to(root)
+            everything = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+            for name in everything if missing is None else missing:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(whole / name, folder / name)
     except DOWNLOAD_ERRORS as error:
         raise UserError(
             f"data={source.name}: looked in {folder} for {looked_for}; not there, and downloading failed, "

@@ -7,14 +7,13 @@ any of its usual names; or ``root/<class>/*`` alone, of which test and validatio
 import re
 import unicodedata
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from bnexp.data.dataset import Dataset, Options, Split, assemble, check_size, find_root
-from bnexp.data.pictures import has_colour, no_bombs, read_picture
+from bnexp.data.dataset import Dataset, Options, check_size, find_root
+from bnexp.data.pairs import load_decoded, stats_of
+from bnexp.data.pictures import has_colour, read_picture
 from bnexp.errors import UserError, unread
 from bnexp.store.untrusted import check_name, printable
 
@@ -54,7 +53,7 @@ class Folder:
 
     def __init__(
         self, root: str | None = None, size=64, valid=0.1, limit=None, augment="none", normalize=True, channels=None,
-        test=None,
+        test=None, resident="auto",
     ):  # fmt: skip
         if root is None:
             raise UserError(f"data=folder: which folder? Name it with data.root=photos/; {LAYOUT}")
@@ -68,7 +67,7 @@ class Folder:
         self._is_flat = self._folders["train"] == self.root
         if test is None:
             test = 0.1 if self._is_flat else 0
-        self.options = Options(valid, limit, augment, normalize, test)
+        self.options = Options(valid, limit, augment, normalize, test, resident)
         self.class_names = tuple(dict.fromkeys(map(_class_name, _folders_in(self._folders["train"]))))
         for name in self.class_names:
             check_name(self._folders["train"] / name)
@@ -80,9 +79,17 @@ class Folder:
         self.in_shape = (channels, size, size)
 
     def load(self) -> Dataset:
-        splits = {split: self._read(files) for split, files in self._files.items()}
-        dataset = assemble(self, splits["train"], splits.get("test"), splits.get("valid"))
-        return replace(dataset, about=self._describe(dataset))
+        files = [file for each in self._files.values() for file in each]
+        channels, size, _ = self.in_shape
+
+        def decode(i: int) -> tuple[Tensor, int]:
+            path, label = files[i]
+            return read_picture(path, channels, size), label
+
+        counts = {split: len(each) for split, each in self._files.items()}
+        settings, stats = ("folder", str(self.root.resolve())), stats_of([path for path, _ in files], self.root)
+        dataset = load_decoded(self, settings, [counts, self.class_names, stats], counts, decode)
+        return dataset.like(about=self._describe(dataset))
 
     def _describe(self, dataset: Dataset) -> str:
         """One line on the files and what became of them: classes, splits and their origin, colour and size."""
@@ -120,15 +127,6 @@ class Folder:
         if not found:
             raise UserError(f"{folder}: no class folders in it; add some or remove it")
         return found
-
-    def _read(self, files: list[tuple[Path, int]]) -> Split:
-        images = torch.empty(len(files), *self.in_shape, dtype=torch.uint8)
-        channels, size, _ = self.in_shape
-        with no_bombs(), ThreadPoolExecutor() as pool:  # decoding releases Python's lock
-            decoded = pool.map(lambda file: read_picture(file[0], channels, size), files)
-            for i, image in enumerate(decoded):
-                images[i] = image
-        return Split(images, torch.tensor([label for _, label in files], dtype=torch.int64))
 
 
 def find_splits(root: Path) -> dict[str, Path]:

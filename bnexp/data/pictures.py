@@ -24,33 +24,48 @@ def read_picture(path: Path, channels: int, size: int) -> Tensor:
     from 0 to 1. Raises :class:`UserError` naming the file if it cannot be decoded, has values outside of that range,
     or becomes one colour although its samples differ.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as file:
-            file.draft(None, (size, size))  # lets a JPEG decode to a smaller size, much faster
-            white, zero_is_white = _white_level(file)
-            is_cut = not _is_grey(file.mode) and _depth(file, path) > 8  # of colours Pillow decodes the upper 8 bits
-            colour = _transparent_colour(file, path)
-            picture = ImageOps.exif_transpose(file)
-        if picture.mode == "P" and _num_colours(picture) <= picture.getextrema()[1]:
-            raise ValueError("its pixels have colours that its palette lacks")
-        if picture.mode == "LAB":
-            picture = picture.convert("RGB")  # Pillow converts no LAB to L
-        if colour is not None:
-            picture.info["transparency"] = colour
-        if white:
-            picture = _scale_samples(picture, white, zero_is_white)
-        flat = _on_white(picture).convert("L" if channels == 1 else "RGB")
-        if _is_even(flat) and (is_cut or not _is_even(picture)):
-            raise ValueError(f"all its pixels become one colour, {flat.getpixel((0, 0))}{', of 8 bits' * is_cut}")
-        # A side is never scaled to nothing, as ImageOps.pad would.
-        width, height = (max(1, round(side / max(flat.size) * size)) for side in flat.size)
-        square = Image.new(flat.mode, (size, size))
-        corner = (round((size - width) / 2), round((size - height) / 2))
-        square.paste(flat.resize((width, height), Image.Resampling.BILINEAR), corner)
+            return square_of(file, channels, size, path)
     except Exception as error:  # decoders fail in many ways
         raise _undecodable(path, error) from None
+
+
+def square_of(file, channels: int, size: int, path: Path | None = None) -> Tensor:
+    """:func:`read_picture` of a picture of Pillow, opened from ``path`` if that is given, or an array uint8 (H, W, C).
+
+    Raises ValueError if it cannot be understood.
+    """
+    from PIL import Image, ImageOps
+
+    if not isinstance(file, Image.Image):
+        file = np.asarray(file)
+        if file.dtype != np.uint8 or file.ndim not in (2, 3):
+            raise ValueError(f"an array of {file.dtype} {file.shape}, where uint8 (H, W) or (H, W, channels) is known")
+        file = Image.fromarray(file.squeeze(2) if file.shape[2:] == (1,) else file)
+    file.draft(None, (size, size))  # lets a JPEG decode to a smaller size, much faster
+    white, zero_is_white = _white_level(file)
+    is_cut = not _is_grey(file.mode) and _depth(file, path) > 8  # of colours Pillow decodes the upper 8 bits
+    colour = _transparent_colour(file, path) if path else None
+    picture = ImageOps.exif_transpose(file)
+    if picture.mode == "P" and _num_colours(picture) <= picture.getextrema()[1]:
+        raise ValueError("its pixels have colours that its palette lacks")
+    if picture.mode == "LAB":
+        picture = picture.convert("RGB")  # Pillow converts no LAB to L
+    if colour is not None:
+        picture.info["transparency"] = colour
+    if white:
+        picture = _scale_samples(picture, white, zero_is_white)
+    flat = _on_white(picture).convert("L" if channels == 1 else "RGB")
+    if _is_even(flat) and (is_cut or not _is_even(picture)):
+        raise ValueError(f"all its pixels become one colour, {flat.getpixel((0, 0))}{', of 8 bits' * is_cut}")
+    # A side is never scaled to nothing, as ImageOps.pad would.
+    width, height = (max(1, round(side / max(flat.size) * size)) for side in flat.size)
+    square = Image.new(flat.mode, (size, size))
+    corner = (round((size - width) / 2), round((size - height) / 2))
+    square.paste(flat.resize((width, height), Image.Resampling.BILINEAR), corner)
     return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, channels).permute(2, 0, 1)
 
 
@@ -159,9 +174,9 @@ def _png_header(path: Path) -> tuple[int, int]:
     return header[24], header[25]
 
 
-def _depth(file, path: Path) -> int:
+def _depth(file, path: Path | None) -> int:
     """Bits per sample of a PNG or TIFF file; 8 for other formats."""
-    if file.format == "PNG":
+    if file.format == "PNG" and path:
         return _png_header(path)[0]
     return file.tag_v2.get(BITS, (8,))[0] if file.format == "TIFF" else 8
 

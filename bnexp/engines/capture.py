@@ -25,8 +25,11 @@ def warn_uncaptured(reason: str) -> None:
     print(f"bnexp: warning: engine=graph: {reason}; going step by step as engine=eager does", file=sys.stderr)
 
 
-def find_obstacle(optimizer: Optimizer) -> str | None:
-    """Why the steps of ``optimizer`` cannot be captured; None if no reason is known."""
+def find_obstacle(run: Run) -> str | None:
+    """Why the steps of ``run`` cannot be captured; None if no reason is known."""
+    if not run.dataset.is_resident:
+        return "the images are not on the device, and a captured step reads nothing else (data.resident=true puts them)"
+    optimizer = run.optimizer
     if all(group.get("fused") for group in optimizer.param_groups):
         return None
     name = type(optimizer).__name__

@@ -29,7 +29,7 @@ def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
     """Return the step of :class:`Captured`; if it cannot be captured, the eager step, with a warning on stderr."""
     if type(warmup_steps) is not int or warmup_steps < 1:
         raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
-    reason = find_obstacle(run.optimizer)
+    reason = find_obstacle(run)
     if run.scaler.is_enabled():
         reason = "the loss scaler of precision=fp16 waits for the device at every step; precision=bf16 needs none"
     if reason:

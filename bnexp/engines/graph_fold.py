@@ -18,7 +18,7 @@ class CapturedStack(Stack):
     def __init__(self, runs: Sequence[Run], warmup_steps: int = 3, graphs: CudaGraphs | None = None) -> None:
         super().__init__(runs)
         self.replayed = None
-        if reason := find_obstacle(self.runs[0].optimizer):
+        if reason := find_obstacle(self.runs[0]):
             warn_uncaptured(reason)
             return
         learned = [*self.parameters.values(), *(p for run in self.runs for p in run.parameters)]

@@ -45,6 +45,6 @@ def count_confusions(run: Run, split: Split, model: nn.Module) -> Tensor:
     num_classes = len(run.dataset.class_names)
     counts = torch.zeros(num_classes**2, dtype=torch.int64, device=run.device)
     for places in run.chunks(split, model):
-        predicted = run.forward(run.dataset.prepare(split.images[places]), model).argmax(1)
+        predicted = run.forward(run.dataset.prepare(split.images_at(places)), model).argmax(1)
         counts += torch.bincount(split.labels[places] * num_classes + predicted, minlength=num_classes**2)
     return counts.view(num_classes, num_classes).cpu()

@@ -81,14 +81,14 @@ def look_at_images(run: Run, split: Split, indices: Sequence[int], layers: Seque
     every = torch.arange(len(split), device=run.device)
     for picked in (every[chunk] for chunk in run.chunks(split, model)):
         if places := [place for place, index in enumerate(picked.tolist()) if index in indices]:
-            logits, outputs = outputs_of(run, model, split.images[picked], places, layers)
+            logits, outputs = outputs_of(run, model, split.images_at(picked), places, layers)
             for i, index in enumerate(picked[places].tolist()):
                 seen[index] = logits[i].softmax(0), {name: outputs[name][i].float().cpu() for name in layers}
     predictions, shapes = [], []
     for index in indices:
         shares, outputs = seen[index]
         predictions.append((index, classes[split.labels[index]], classes[shares.argmax()], *shares.tolist()))
-        yield Image(f"image-{index}", split.images[index].cpu().permute(1, 2, 0).squeeze(2))
+        yield Image(f"image-{index}", split.images_at(slice(index, index + 1))[0].cpu().permute(1, 2, 0).squeeze(2))
         for name, output in outputs.items():
             if has_maps(output.shape):
                 liveliest = output.flatten(1).std(1).nan_to_num(-1).argmax()

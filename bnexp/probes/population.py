@@ -93,7 +93,7 @@ def shadow(run: Run) -> nn.Module:
 def some_of(split: Split, num_images: int) -> Split:
     """``num_images`` images in a random order that is always the same, so that no order of the files decides which."""
     order = shuffled(len(split), split.labels.device)[:num_images]
-    return Split(split.images[order], split.labels[order])
+    return Split(split.images_at(order), split.labels[order])
 
 
 def some_images(run: Run, num_images: int, *, of: str = "valid") -> Split:

@@ -135,7 +135,7 @@ def score_by_batch(run: Run, split: Split, model: nn.Module, batches: Tensor) ->
         norm.train()
     kept, logits = [(buffer, buffer.clone()) for buffer in model.buffers()], []
     for picked in batches:
-        logits.append(run.forward(run.dataset.prepare(split.images[picked]), model))
+        logits.append(run.forward(run.dataset.prepare(split.images_at(picked)), model))
         for buffer, before in kept:
             buffer.copy_(before)
     labels = split.labels[batches.flatten()[: len(split)]]

@@ -29,6 +29,7 @@ DECIDES = {
     # Engines and kinds of device round differently. Of a device only the kind is part of the variant, see select().
     "engine": NUMBERS, "device": NUMBERS | PLACE,
     "data.root": NUMBERS | PLACE,  # another folder can hold other images, or the same ones in another place
+    "data.resident": PLACE,
     "batch_size": NUMBERS, "epochs": NUMBERS, "steps": NUMBERS, "drop_last": NUMBERS, "classes_per_batch": NUMBERS,
     "precision": NUMBERS, "channels_last": NUMBERS,
     "eval_every": NUMBERS,  # the best of several readings depends on how many there are

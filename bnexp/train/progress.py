@@ -1,6 +1,7 @@
 """Progress on stdout: of one run, and of the runs of a comparison."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 
 from rich.console import Console
@@ -137,6 +138,26 @@ def progress_line(loop: Loop) -> str:
         if f"loss/{split}" in latest:
             parts.append(f"{split} {latest[f'loss/{split}']:.4f} {latest[f'accuracy/{split}']:.2%}")
     return "  ".join(parts)
+
+
+@contextmanager
+def counted(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield ``show(done, total)``, which draws a bar on a terminal, and elsewhere prints a line when all is done."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), transient=True)
+    task, began = bar.add_task(title), perf_counter()
+
+    def show(done: int, total: int) -> None:
+        if bar.console.is_terminal and not quiet:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+        elif done == total and not quiet:
+            print(f"{title}: {total:,} in {perf_counter() - began:.1f} s", flush=True)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def make_progress(name: str, *, quiet: bool, in_sweep: bool = False) -> NullProgress:

@@ -143,9 +143,10 @@ class Run:
         """The sum of the losses (nats) over ``split`` and the number of images classified right, on the device."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         hits = torch.zeros((), dtype=torch.int64, device=self.device)
-        for places in self.chunks(split, model):
+        chunks = self.chunks(split, model)
+        for places, images in zip(chunks, split.images_in(chunks), strict=True):
             labels = split.labels[places]
-            logits = self.forward(self.dataset.prepare(split.images[places]), model)
+            logits = self.forward(self.dataset.prepare(images), model)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             hits += (logits.argmax(1) == labels).sum()
         return loss, hits

@@ -58,7 +58,8 @@ def test_every_model_with_every_norm_maps_images_to_one_logit_per_class(model, n
     assert logits.std(0).min() > 0, "the logits depend on the image"
 
 
-@pytest.mark.parametrize("data", choices("data"))
+# Those of libraries have to open their files to know what they hold.
+@pytest.mark.parametrize("data", [each for each in choices("data") if each not in ("torchvision", "huggingface")])
 def test_every_source_says_what_it_holds_without_reading_it(data, tmp_path):
     (tmp_path / "train/cat").mkdir(parents=True)  # the folder source finds its classes by their folders
     (tmp_path / "train/dog").mkdir()

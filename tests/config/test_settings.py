@@ -351,7 +351,8 @@ def test_a_run_may_be_resumed_where_data_and_devices_are_others(train):
 
 
 @pytest.mark.parametrize("word, told", [
-    ("seed=1", "resume keeps the settings of the run and takes only device, data.root, threads, deterministic, allow"),
+    ("seed=1", "resume keeps the settings of the run and takes only device, data.root, data.resident, threads, "
+               "deterministic, allow"),
     ("out=y", "resume keeps the settings of the run"),
     ("~threads", "resume keeps the settings of the run"),
     ("allow=mymod", r"a list of texts, written allow=\[a,b\], is expected"),
