@@ -69,6 +69,7 @@ class Run:
         self.setup_seconds = 0.0  # in which the engine compiled or captured; not yet in a reading
         self.has_moved = False  # whether a step has moved the weights since the run was made or loaded
         self.tally = self.tally_of  # evaluates the run's own model; an engine may replace it by a faster function
+        self.fallback = ""  # why the engine does not compile or capture as it was asked to; empty if it does
         self.take_step = engine(self) if engine else self.eager_step
 
     @property
