@@ -1,8 +1,8 @@
 """The stream of training batches: the order of the images and their augmentation, both drawn from one seed.
 
 The stream draws from two generators of its own, so that no norm, probe or engine can change what the next batch
-holds, and a resumed run sees the batches that it would have seen. The order is drawn on the CPU and is the same on every
-device. Augmentation is drawn on the device, because a captured step draws it too; a CPU and a GPU augment differently.
+holds, and a resumed run sees the batches that it would have seen. The order is drawn on the CPU, the same for every
+device. Augmentation is drawn on the device, inside captured steps; a CPU and a GPU augment differently.
 """
 
 import math

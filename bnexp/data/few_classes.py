@@ -39,8 +39,8 @@ def order_by_classes(
 ) -> Tensor:
     """``order`` (N,), the images of an epoch, rearranged into batches of few classes; see :func:`deal`.
 
-    Everything lies on the CPU. ``labels`` (N,) are those of all images, ``counts`` the images per class. Full batches come in random order and the
-    short one last. The images inside a batch are shuffled.
+    Everything lies on the CPU. ``labels`` (N,) are those of all images, ``counts`` the images per class. Full batches
+    come in random order and the short one last. The images inside a batch are shuffled.
     """
     num_batches, num_last = divmod(len(order), batch_size)
     sizes = [num_last] * (num_last > 0) + [batch_size] * num_batches  # the short one first: all classes are left

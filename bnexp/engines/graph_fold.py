@@ -25,9 +25,9 @@ class CapturedStack(Stack):
             return
         learned = [*self.parameters.values(), *(p for run in self.runs for p in run.parameters)]
         moved = [*self.parameters.values(), *self.buffers.values()]
-        self.replayed = Replayed(
-            self.runs, self.device_step, self.joint.optimizer, learned, moved, graphs or CudaGraphs(self.runs[0].device), warmup_steps
-        )
+        graphs = graphs or CudaGraphs(self.runs[0].device)
+        joint = self.joint.optimizer
+        self.replayed = Replayed(self.runs, self.device_step, joint, learned, moved, graphs, warmup_steps)
 
     def take(self) -> list[tuple[Tensor, ...]]:
         if self.replayed is None:

@@ -205,6 +205,7 @@ def test_a_state_that_is_loaded_after_the_capture_is_gone_on_from():
     advance(whole, 9)
     assert different(state(whole), state(run)) == []
 
+
 def test_a_graph_without_a_gpu_is_refused_before_any_work(bnexp, capsys, tmp_path):
     assert bnexp("train", "engine=graph", "device=cpu", "out=run") == 2
     assert "engine=graph: a CUDA graph needs a GPU, and this is device=cpu" in capsys.readouterr().err
