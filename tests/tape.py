@@ -41,18 +41,23 @@ class Recording(Refusing):
 
 
 class Tape:
-    """What :class:`bnexp.engines.capture.CudaGraphs` is on a GPU. ``num_captures`` counts."""
+    """What :class:`bnexp.engines.capture.CudaGraphs` is on a GPU.
 
-    def __init__(self):
-        self.num_captures = 0
+    ``num_captures`` counts. A capture of ``refuses`` (``steps`` or ``evaluation``) raises once it has recorded.
+    """
+
+    def __init__(self, refuses=""):
+        self.num_captures, self.refuses = 0, refuses
 
     @contextmanager
     def warming_up(self):
         with Refusing():
             yield
 
-    def capture(self, function, generators):
-        self.num_captures += 1
+    def capture(self, function, generators, what="steps"):
         with Recording() as recording:
             function()
+        if what == self.refuses:
+            raise RuntimeError("CUDA error: operation failed\nand more lines")
+        self.num_captures += 1
         return recording.replay

@@ -3,7 +3,8 @@
 Every case of a set is measured for BN+ReLU and for BN+add+ReLU. Outputs, gradients and buffers are compared with
 float64 first. Then forward, backward and both are timed, all implementations in turns in one process, beside
 elementwise kernels that move the same bytes. Buffers of four times the last-level cache rotate, so that no input
-is read from a cache.
+is read from a cache. On a GPU the calls on all buffers are replayed as one CUDA graph, because a single call is often
+shorter than its launch; the calls one by one, by the clock of the host, have rows of their own (``eager calls``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from rich.table import Table
 from bnexp.bench.cases import PHASES, REFERENCE, SETS, SITES
 from bnexp.bench.results import describe_measurement, make_results_folder, provenance, results_table, write_results
 from bnexp.bench.settings import BenchSettings
-from bnexp.bench.timing import implementations_on, measure_case
+from bnexp.bench.timing import chosen, implementations_on, measure_case
 from bnexp.store.files import finite
 
 
@@ -33,9 +34,9 @@ def run_benchmark(
     interruption is written too.
     """
     console = Console()
+    implementations = chosen(implementations_on(norms, device), settings.contestants)
     folder = make_results_folder(settings.out)
     about = describe_measurement(console, settings, device, command)
-    implementations = implementations_on(norms, device)
     rows: list[dict] = []
     is_complete = False
     try:

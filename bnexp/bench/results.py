@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -86,11 +85,10 @@ def device_model(device: "torch.device") -> str:
     """The model of a GPU, or of a CPU with the number of torch's threads."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
-    match = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{match[1] if match else 'CPU'}, {threads} thread{'s' * (threads > 1)}"
+    from bnexp.train.device import device_name
+
+    threads = torch.get_num_threads()
+    return device_name(device) + f", {threads} thread{'s' * (threads > 1)}" * (device.type == "cpu")
 
 
 def results_table(title: str, *columns: str) -> Table:

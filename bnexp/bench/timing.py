@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from bnexp.bench.cases import PHASES, REFERENCE, SITES, Case
 from bnexp.bench.parity import CHUNK, Inputs, State, copy_inputs, differences_from_float64, make_inputs, parity_failure
 from bnexp.bench.settings import BenchSettings
+from bnexp.engines.capture import CudaGraphs
 from bnexp.errors import UserError, first_line
 from bnexp.norms.base import contract_of
 
 MAX_BUFFERS = 512  # small inputs would need thousands to fill a cache, and launches dominate their time anyway
+REPLAYS = 10  # of each phase in a turn
+EAGER_CALLS = ", eager calls"
 MAX_INTERPRETED = 2**18  # number of values that Triton's interpreter computes in seconds
 
 
@@ -63,6 +66,14 @@ def implementations_on(norms: Mapping[str, Callable], device: torch.device) -> l
     return entries
 
 
+def chosen(entries: Sequence[Implementation], names: Sequence[str]) -> list[Implementation]:
+    """The ``entries`` with these names, or all without names; :class:`UserError` for a name that none has."""
+    known = [entry.name for entry in entries]
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"contestants={unknown[0]}: not measured on this device; choose among {', '.join(known)}")
+    return [entry for entry in entries if not names or entry.name in names]
+
+
 def measure_case(
     implementations: Sequence[Implementation], case: Case, site: str, settings: BenchSettings, device: torch.device
 ) -> list[dict]:
@@ -85,15 +96,20 @@ def measure_case(
     reason = memory_shortage(bytes_needed(case, dtype, num_buffers(inputs)), device) if case.numel else "no values"
     if not reason:
         try:
-            seconds = time_steps(steps, [copy_inputs(inputs) for _ in range(num_buffers(inputs))], settings.rounds)
+            ring = [copy_inputs(inputs) for _ in range(num_buffers(inputs))]
+            seconds = time_steps(steps, ring, settings.rounds, CudaGraphs(device) if device.type == "cuda" else None)
             rows = {REFERENCE: blank | {"implementation": REFERENCE, "tier": ""}} | rows
+            eager = [name for name in rows if name + EAGER_CALLS in seconds]
+            rows |= {(key := name + EAGER_CALLS): rows[name] | {"implementation": key} for name in eager}
         except RuntimeError as error:  # out of memory, most likely
             reason = first_line(error)
-    for name in rows.keys() & steps.keys():
-        if reason:
+    if reason:
+        for name in rows.keys() & steps.keys():
             rows[name]["status"] = f"parity passed, not timed: {reason}"
-        else:
-            rows[name] |= {"status": "timed"} | summarize_seconds(seconds[name], seconds[REFERENCE])
+    else:
+        for name in rows.keys() & seconds.keys():
+            other = REFERENCE + EAGER_CALLS * name.endswith(EAGER_CALLS)
+            rows[name] |= {"status": "timed"} | summarize_seconds(seconds[name], seconds[other])
     return list(rows.values())
 
 
@@ -164,14 +180,19 @@ def copy_steps(add: bool) -> Steps:
     return Steps(forward, backward, torch.no_grad)
 
 
-def time_steps(steps: dict[str, Steps], ring: Sequence[Inputs], rounds: int) -> dict[str, dict[str, list[float]]]:
+def time_steps(
+    steps: dict[str, Steps], ring: Sequence[Inputs], rounds: int, graphs: CudaGraphs | None = None
+) -> dict[str, dict[str, list[float]]]:
     """Seconds of every call, by name and phase, from ``rounds`` turns each in rotating order after a warm-up.
 
-    In a turn, forward is called on all buffers of the ring, then backward on all, then both on each.
+    In a turn, forward is called on all buffers of the ring, then backward on all, then both on each. With ``graphs``
+    these calls have the name with ``EAGER_CALLS``, and the name itself has a call's seconds in replays of all calls.
     """
     device, items = ring[0].x.device, [(inputs,) for inputs in ring]
     names = list(steps)
-    seconds = {name: {phase: [] for phase in PHASES} for name in names}
+    replays = {name: capture_phases(steps[name], ring, graphs) for name in names} if graphs else {}
+    called = {name: name + EAGER_CALLS * bool(graphs) for name in names}
+    seconds = {name: {phase: [] for phase in PHASES} for name in [*called.values(), *replays]}
     for turn in range(-1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with steps[name].context():
@@ -179,31 +200,60 @@ def time_steps(steps: dict[str, Steps], ring: Sequence[Inputs], rounds: int) -> 
                 backward = time_calls(steps[name].backward, zip(outputs, ring, strict=True), device)[0]
                 del outputs
                 both = time_calls(steps[name].both, items, device)[0]
+            replayed = [time_replays(replay, len(ring), device) for replay in replays.get(name, ())]
             if turn >= 0:
-                for phase, new in zip(PHASES, (forward, backward, both), strict=True):
-                    seconds[name][phase] += new
+                for i, phase in enumerate(PHASES):
+                    seconds[called[name]][phase] += (forward, backward, both)[i]
+                    if replayed:
+                        seconds[name][phase] += replayed[i]
     return seconds
 
 
+def capture_phases(steps: Steps, ring: Sequence[Inputs], graphs: CudaGraphs) -> list[Callable[[], None]]:
+    """A replay of each phase on all buffers of the ring; forward has to be replayed before backward."""
+    outputs, kept = [], []  # kept while capturing, so that no two calls write to the same memory
+    with steps.context():
+        with graphs.warming_up():
+            steps.both(ring[0])
+        forward = graphs.capture(lambda: outputs.extend(map(steps.forward, ring)), [], "bench")
+        backward = graphs.capture(lambda: kept.extend(map(steps.backward, outputs, ring)), [], "bench")
+        outputs.clear()
+        kept.clear()
+        return [forward, backward, graphs.capture(lambda: kept.extend(map(steps.both, ring)), [], "bench")]
+
+
 def time_calls(function: Callable, arguments: Iterable[tuple], device: torch.device) -> tuple[list[float], list]:
-    """Seconds of every ``function(*each)``, and its results, kept so that no two calls write to the same memory."""
+    """Seconds of every ``function(*each)``, and its results, kept so that no two calls write to the same memory.
+
+    On a GPU there is one number, the seconds of all calls divided by their number, until the device is done.
+    """
     seconds, results = [], []
-    if device.type != "cuda":
-        for each in arguments:
-            began = perf_counter()
-            results.append(function(*each))
-            seconds.append(perf_counter() - began)
-        return seconds, results
-    events = []
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        began = perf_counter()
+        results = [function(*each) for each in arguments]
+        torch.cuda.synchronize(device)
+        return [(perf_counter() - began) / max(1, len(results))], results
     for each in arguments:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        began = perf_counter()
         results.append(function(*each))
+        seconds.append(perf_counter() - began)
+    return seconds, results
+
+
+def time_replays(replay: Callable[[], None], num_calls: int, device: torch.device) -> list[float]:
+    """Seconds of a call, by the device's clock, in each of ``REPLAYS`` replays of ``num_calls`` calls."""
+    if device.type != "cuda":
+        began = perf_counter()
+        replay()
+        return [(perf_counter() - began) / num_calls]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPLAYS)]
+    for begin, end in events:
+        begin.record()
+        replay()
         end.record()
-        events.append((begin, end))
     torch.cuda.synchronize(device)
-    return [begin.elapsed_time(end) / 1e3 for begin, end in events], results
+    return [begin.elapsed_time(end) / 1e3 / num_calls for begin, end in events]
 
 
 def summarize_seconds(seconds: Mapping[str, list[float]], reference: Mapping[str, list[float]]) -> dict[str, float]:

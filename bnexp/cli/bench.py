@@ -20,6 +20,7 @@ Compares every implementation of batch norm with float64, then times those that 
   layout=nchw     {layout} (channels_last)
   device=auto     auto, cpu, cuda or cuda:N
   rounds=3        timed turns of every implementation, each through all rotating buffers
+  contestants=... names of implementations, with commas between them; all by default
   out=DIR         for bench.csv and bench.json; a new folder under outputs/ by default"""
 
 
@@ -58,7 +59,7 @@ def read_settings(words: Sequence[str]) -> BenchSettings:
     Raises :class:`UserError` for an unknown or repeated setting and for a value that it cannot have.
     """
     names = [field.name for field in fields(BenchSettings)]
-    settings: dict[str, str | int] = {}
+    settings: dict[str, str | int | list[str]] = {}
     for word in words:
         key, _, value = word.partition("=")
         allowed = BENCH_CHOICES.get(key, (value,))
@@ -72,7 +73,9 @@ def read_settings(words: Sequence[str]) -> BenchSettings:
             raise UserError(f"{word}: {value} is not known{nearest(value, allowed)}; choose {', '.join(allowed)}")
         if "${" in value:
             raise UserError(f"{word}: ${{...}} is not looked up in settings of bench; write the value itself")
-        settings[key] = read_count(word, value) if key == "rounds" else value
+        settings[key] = value.split(",") if key == "contestants" else value
+        if key == "rounds":
+            settings[key] = read_count(word, value)
     if "out" in settings:
         settings["out"] = str(home_path(settings["out"], "out="))
     return BenchSettings(**settings)

@@ -16,7 +16,7 @@ from bnexp.data.dataset import Dataset
 from bnexp.errors import UserError
 from bnexp.optim import place_learning_rates
 from bnexp.probes.layers import list_layers
-from bnexp.train.device import memory_explained
+from bnexp.train.device import allow_tf32, memory_explained
 from bnexp.train.draws import Draws
 from bnexp.train.loop import Plan
 from bnexp.train.own import naming
@@ -36,6 +36,7 @@ def build(cfg: DictConfig, datasets: dict[str, Dataset] | None = None) -> Run:
     model = parts.make_model(cfg, source)
     threads = count_threads(cfg, model, source.in_shape, device)
     torch.set_num_threads(threads)
+    allow_tf32(cfg.precision == "tf32")
     datasets = {} if datasets is None else datasets
     key = data_key(cfg, device)
     layout = torch.channels_last if cfg.channels_last else torch.preserve_format

@@ -54,6 +54,8 @@ def check(cfg: DictConfig, *, free: bool = True, runs: bool = True, many: bool =
             f"bnexp train -m seed=0,1 replicas={cfg.replicas} say, or use compare"
         )
     device = parts.find_device(cfg.device)
+    if cfg.precision == "tf32" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError(f"precision=tf32: device={device} has no TF32 products, newer GPUs have; use precision=fp32")
     for group in GROUPS:
         if OmegaConf.is_missing(cfg, group):
             raise UserError(f"{group}: has to be given, nothing runs without it")

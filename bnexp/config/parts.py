@@ -65,11 +65,6 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def device_name(device: torch.device) -> str:
-    """``cpu``, or ``cuda:0 (NVIDIA H100)``."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
 def part(cfg: DictConfig, group: str, without: Collection[str] = ()) -> Callable[..., Any]:
     """The target of the group's entry with its options filled in, but those ``without``, as a partial."""
     return filled_in(group, cfg[group], cfg.allow, without)

@@ -37,7 +37,7 @@ class Train:
     classes_per_batch: int | None = None  # the number of classes in a batch; all by default
 
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    precision: str = "fp32"  # fp32, bf16 or fp16 (autocast; norm statistics stay in float32)
+    precision: str = "fp32"  # fp32, tf32 (products by a GPU's TF32), bf16 or fp16 (autocast; statistics in float32)
     channels_last: bool = False  # memory format of images and convolutions
     threads: str = "auto"  # CPU threads: auto (as many as the model keeps busy) or a number
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from bnexp.config import build, parts
+from bnexp.config import build
 from bnexp.config.advice import advice, signal_advice
 from bnexp.config.compose import group_name, hparams
 from bnexp.config.stored import remember_place
@@ -20,6 +20,7 @@ from bnexp.store.files import not_written, write_new
 from bnexp.store.run_folder import CONFIG, METRICS, Status
 from bnexp.store.untrusted import read_lines
 from bnexp.store.writer import Writer
+from bnexp.train.device import computed_with
 from bnexp.train.recorder import Recorder, merit
 from bnexp.train.run import Run
 
@@ -46,9 +47,12 @@ def open_recorder(cfg: DictConfig, run: Run, overrides: Sequence[str], folder: P
         with fitting(folder / checkpoint.NAME):
             run.load_state_dict(state)
     remember_place(folder, cfg)  # which the checkpoint has accepted
-    status = Status(folder, parts.device_name(run.device), list(overrides), goes_on=state is not None)
+    computed = computed_with(run.device, run.precision)
+    status = Status(folder, str(run.device), list(overrides), goes_on=state is not None, computed=computed)
     writer = Writer(folder, step=run.num_steps)
-    writer.describe(OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg), group_name(cfg))
+    writer.describe(
+        OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg) | computed, f"{group_name(cfg)}-{run.device.type}"
+    )
     best = -math.inf
     if cfg.keep == "best":
         with suppress(ValueError):  # readings that no run wrote set no best

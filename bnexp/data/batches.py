@@ -1,7 +1,8 @@
 """The stream of training batches: the order of the images and their augmentation, both drawn from one seed.
 
 The stream draws from two generators of its own, so that no norm, probe or engine can change what the next batch
-holds, and a resumed run sees the batches that it would have seen.
+holds, and a resumed run sees the batches that it would have seen. The order is drawn on the CPU, the same for every
+device. Augmentation is drawn on the device, inside captured steps; a CPU and a GPU augment differently.
 """
 
 import math
@@ -55,13 +56,14 @@ class Batches:
         self.batch_size = batch_size
         self.classes_per_batch = classes_per_batch
         if classes_per_batch is not None:
-            self._counts = torch.bincount(dataset.train.labels).tolist()
+            self._labels = dataset.train.labels.cpu()
+            self._counts = torch.bincount(self._labels).tolist()
             check_classes(classes_per_batch, self._counts, batch_size)
         self.steps_per_epoch = num_images // batch_size if drop_last else -(-num_images // batch_size)
         self.num_images = self.steps_per_epoch * batch_size if drop_last else num_images
         # Two generators, so that the order depends neither on the augmentation nor on drop_last.
-        self._orders = torch.Generator(dataset.device).manual_seed(seed)
-        augment_seed = torch.randint(2**31, (), generator=self._orders, device=dataset.device)
+        self._orders = torch.Generator().manual_seed(seed)
+        augment_seed = torch.randint(2**31, (), generator=self._orders)
         self.generator = torch.Generator(dataset.device).manual_seed(int(augment_seed))
         self._num_ahead = self._count_ahead()
         self._start_epoch()
@@ -115,10 +117,10 @@ class Batches:
     def _start_epoch(self):
         self._epoch_state = self._orders.get_state()
         train, k = self.dataset.train, self.classes_per_batch
-        order = torch.randperm(len(train), generator=self._orders, device=self.dataset.device)
+        order = torch.randperm(len(train), generator=self._orders)
         if k is not None:
-            order = order_by_classes(order, train.labels, self._counts, self.batch_size, k, self._orders)
-        self.order = order
+            order = order_by_classes(order, self._labels, self._counts, self.batch_size, k, self._orders)
+        self.order = order.to(self.dataset.device, non_blocking=True)
         self._position = self._ahead_start = self._ahead_end = 0
         self._stored = None
 
@@ -152,7 +154,7 @@ class Batches:
             )
         if state["device"] != device:
             raise UserError(
-                f"the checkpoint drew its batches on {state['device']}, {device} would draw others; "
+                f"the checkpoint was computed on {state['device']}, {device} rounds and augments differently; "
                 f"continue with device={state['device']}"
             )
         classes = state.get("classes_per_batch")
@@ -162,8 +164,9 @@ class Batches:
                 f"classes_per_batch={given}: the checkpoint drew its batches with {had}; "
                 f"continue with classes_per_batch={had}"
             )
-        self._orders.set_state(state["order"])
-        self.generator.set_state(state["augment"])
+        # A checkpoint is loaded onto the run's device; a generator takes its state from the CPU, whatever it draws on.
+        self._orders.set_state(state["order"].cpu())
+        self.generator.set_state(state["augment"].cpu())
         self._start_epoch()
         self._position = state["position"]
 

@@ -39,13 +39,12 @@ def order_by_classes(
 ) -> Tensor:
     """``order`` (N,), the images of an epoch, rearranged into batches of few classes; see :func:`deal`.
 
-    ``labels`` (N,) are those of all images, ``counts`` the images per class. Full batches come in random order and the
-    short one last. The images inside a batch are shuffled.
+    Everything lies on the CPU. ``labels`` (N,) are those of all images, ``counts`` the images per class. Full batches
+    come in random order and the short one last. The images inside a batch are shuffled.
     """
     num_batches, num_last = divmod(len(order), batch_size)
     sizes = [num_last] * (num_last > 0) + [batch_size] * num_batches  # the short one first: all classes are left
-    # Dealt on the host in a few milliseconds. The host waits for the device here and nowhere else in an epoch.
-    uniform = torch.rand(len(sizes), len(counts), generator=generator, device=order.device).tolist()
+    uniform = torch.rand(len(sizes), len(counts), generator=generator).tolist()
     start_of = [sum(counts[:c]) for c in range(len(counts))]  # of a class in by_class: its next image
     starts, lengths = [], []
     for parts in deal(counts, sizes, k, uniform):
@@ -53,15 +52,15 @@ def order_by_classes(
             starts.append(start_of[c])
             lengths.append(count)
             start_of[c] += count
-    starts, lengths = (torch.tensor(numbers, device=order.device) for numbers in (starts, lengths))
+    starts, lengths = (torch.tensor(numbers) for numbers in (starts, lengths))
     shifts = (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths, output_size=len(order))
     by_class = order[labels[order].argsort(stable=True)]
-    dealt = by_class[torch.arange(len(order), device=order.device) + shifts]
+    dealt = by_class[torch.arange(len(order)) + shifts]
     last, full = dealt[:num_last], dealt[num_last:].view(num_batches, batch_size)
     # Shuffled inside a batch too, because ghost norms split a batch in order.
-    full = full[torch.randperm(num_batches, generator=generator, device=order.device)]
-    places = torch.rand(full.shape, generator=generator, device=order.device).argsort(stable=True, dim=1)
-    last = last[torch.randperm(num_last, generator=generator, device=order.device)]
+    full = full[torch.randperm(num_batches, generator=generator)]
+    places = torch.rand(full.shape, generator=generator).argsort(stable=True, dim=1)
+    last = last[torch.randperm(num_last, generator=generator)]
     return torch.cat([full.gather(1, places).flatten(), last])
 
 

@@ -15,14 +15,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bnexp.errors import first_line
 from bnexp.train.device import forked_rng
 from bnexp.train.run import Run
 
 
 @cache
 def warn_uncaptured(reason: str) -> None:
-    """Warn on stderr, once for each reason, that steps are not captured."""
-    print(f"bnexp: warning: engine=graph: {reason}; going step by step as engine=eager does", file=sys.stderr)
+    """Warn on stderr, once for each reason, that steps or the evaluation are not captured."""
+    print(f"bnexp: warning: engine=graph: {reason}; going on as engine=eager does", file=sys.stderr)
+
+
+def go_eagerly(runs: Sequence[Run], reason: str) -> None:
+    """Set the ``fallback`` of ``runs`` to ``reason``, and warn."""
+    for run in runs:
+        run.fallback = reason
+    warn_uncaptured(reason)
 
 
 def find_obstacle(run: Run) -> str | None:
@@ -51,31 +59,74 @@ class Counter:
 
 
 class CudaGraphs:
-    """Captures by CUDA. Tests on a CPU use a stand-in."""
+    """Captures by CUDA on ``device``. Tests on a CPU use a stand-in."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """Run the block on a side stream, as captures do. Inside, waiting for the device is an error."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        before = torch.cuda.get_sync_debug_mode()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream), warnings.catch_warnings():
+        with torch.cuda.device(self.device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the debug mode is a prototype
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            before = torch.cuda.get_sync_debug_mode()
+            stream.wait_stream(current)
             torch.cuda.set_sync_debug_mode("error")
             try:
-                yield
+                with torch.cuda.stream(stream):
+                    yield
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        current.wait_stream(stream)
+                current.wait_stream(stream)  # after an error too: its changes are undone on the current stream
 
-    def capture(self, function: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record ``function()`` and return a function that replays it; every replay advances ``generators``."""
+    def capture(
+        self, function: Callable[[], None], generators: Sequence[torch.Generator], what: str = "steps"
+    ) -> Callable[[], None]:
+        """Record ``function()`` and return a function that replays it; every replay advances ``generators``.
+
+        ``what`` is ``steps`` or ``evaluation``, see :func:`shared_memory`. After an error the stream is the one before,
+        and the generators have their states of before: CUDA itself leaves them unusable.
+        """
         graph = torch.cuda.CUDAGraph()
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            function()
+        with torch.cuda.device(self.device):
+            drawn_from = [*generators, torch.cuda.default_generators[torch.cuda.current_device()]]
+            current, states = torch.cuda.current_stream(), [each.get_state() for each in drawn_from]
+            for generator in generators:
+                graph.register_generator_state(generator)
+            try:
+                # thread_local: what another thread asks of CUDA does not end the capture
+                with torch.cuda.graph(graph, **shared_memory(what, self.device), capture_error_mode="thread_local"):
+                    function()
+            except BaseException:
+                shared_memory.cache_clear()
+                torch.cuda.set_stream(current)
+                for generator, state in zip(drawn_from, states, strict=True):
+                    fresh = torch.Generator(self.device)
+                    fresh.set_state(state)
+                    generator.graphsafe_set_state(fresh.graphsafe_get_state())
+                raise
         return graph.replay
+
+
+@cache
+def shared_memory(what: str, device: torch.device) -> dict[str, Any]:
+    """The memory pool of all graphs of one kind, ``steps`` or ``evaluation``, and the stream on which they allocate.
+
+    A graph may overwrite what an earlier graph of the pool has freed, and what a later one has kept. Kept are only the
+    gradients of a step, until the next step; evaluation comes before that, and therefore has a pool of its own.
+    """
+    return {"pool": torch.cuda.graph_pool_handle(), "stream": torch.cuda.Stream(device)}
+
+
+@contextmanager
+def convolutions_tried(is_tried: bool) -> Iterator[None]:
+    """Inside, cuDNN times its algorithms for each new shape and keeps the fastest, which need not repeat its bits."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, is_tried
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 class Replayed:
@@ -85,7 +136,8 @@ class Replayed:
     ``picked`` (runs, B). It must use nothing from the host. It uses ``optimizer``, leaves gradients in the tensors
     ``learned``, and changes the tensors ``moved`` beside the optimizer's.
 
-    The first step of a process is not captured, because it makes the optimizer's state. Before the capture, at the
+    The first step of a process is not captured, because it makes the optimizer's state; with a loss scaler the first
+    that moves the weights. Before the capture, at the
     second step, ``warmup_steps`` steps make what torch makes lazily (workspaces, algorithm choices, autograd's
     buffers); then everything that they changed is restored. A short last batch has a graph of its own.
 
@@ -131,13 +183,14 @@ class Replayed:
         self.start.put(start)
         self.at.put(self.runs[0].num_steps)
         if not self.has_stepped or (size not in self.replays and not self.capture(size)):
-            result = self.device_step(size)
+            with convolutions_tried(not self.runs[0].deterministic):
+                result = self.device_step(size)
         else:
             replay, gradients, result = self.replays[size]
             for p, gradient in gradients:
                 p.grad = gradient  # the tensor that this graph writes; probes read it
             replay()
-        self.has_stepped = True
+        self.has_stepped = all(run.has_moved or not run.scaler.is_enabled() for run in self.runs)
         self.start.known += size
         self.at.known += 1
         return result
@@ -160,7 +213,7 @@ class Replayed:
         results: list[Any] = []
         try:
             for _ in range(self.warmup_steps):
-                with self.undone(), self.graphs.warming_up():
+                with self.undone(), convolutions_tried(not self.runs[0].deterministic), self.graphs.warming_up():
                     self.device_step(size)
             for group in switched:
                 group["capturable"] = True  # torch asks for it; the fused kernel is the same
@@ -170,7 +223,8 @@ class Replayed:
                 replay = self.graphs.capture(lambda: results.append(self.device_step(size)), self.generators)
         except RuntimeError as error:
             self.has_failed = True
-            warn_uncaptured(f"the step cannot be captured ({str(error).strip().splitlines()[0]})")
+            self.replays.clear()  # their generators are no longer those of the runs
+            go_eagerly(self.runs, f"the step cannot be captured ({first_line(error)})")
             return False
         finally:
             for group in switched:

@@ -95,6 +95,7 @@ def compiled(run: Run) -> Callable[[], None]:
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
                 if is_last:
+                    run.fallback = reason
                     break
                 # Pieces belong to code that all models share, for which torch counts compilations in the process.
                 torch._dynamo.config.recompile_limit = MOST_MODELS

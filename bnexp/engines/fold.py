@@ -104,7 +104,9 @@ class Stack:
         """
         for p in self.parameters.values():
             p.grad = None
-        loss, logits = torch.vmap(self.loss)(self.parameters, self.buffers, images, labels)
+        logits = torch.vmap(self.logits)(self.parameters, self.buffers, images)
+        # Not under vmap, which makes of its backward a scatter that CUDA cannot both capture and repeat bit for bit.
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(1)
         loss.sum().backward()  # no run's loss depends on another's weights
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         for name, gradient in gradients.items():
@@ -120,10 +122,9 @@ class Stack:
                     run.optimizer.step()
         return loss.detach(), logits.detach(), found
 
-    def loss(self, parameters: dict, buffers: dict, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`Run.loss` with these parameters and buffers of one run; updates the buffers."""
-        logits = self.runs[0].forward(images, lambda x: functional_call(self.model, parameters | buffers, (x,)))
-        return F.cross_entropy(logits, labels), logits
+    def logits(self, parameters: dict, buffers: dict, images: Tensor) -> Tensor:
+        """:meth:`Run.forward` with these parameters and buffers of one run; updates the buffers."""
+        return self.runs[0].forward(images, lambda x: functional_call(self.model, parameters | buffers, (x,)))
 
     def release(self) -> None:
         """Give every run its own tensors back."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bnexp.data.dataset import Split
 from bnexp.engines.base import with_traits
-from bnexp.engines.capture import Counter, CudaGraphs, Replayed, find_obstacle, warn_uncaptured
+from bnexp.engines.capture import Counter, CudaGraphs, Replayed, convolutions_tried, find_obstacle, go_eagerly
 from bnexp.engines.graph_fold import CapturedStack
-from bnexp.errors import UserError
+from bnexp.errors import UserError, first_line
 from bnexp.train.meter import Meter
 from bnexp.train.run import Run
 
@@ -29,13 +29,10 @@ def captured(run: Run, *, warmup_steps: int = 3) -> Callable[[], None]:
     """Return the step of :class:`Captured`; if it cannot be captured, the eager step, with a warning on stderr."""
     if type(warmup_steps) is not int or warmup_steps < 1:
         raise UserError(f"engine.warmup_steps={warmup_steps}: steps before the capture; give a whole number, 1 or more")
-    reason = find_obstacle(run)
-    if run.scaler.is_enabled():
-        reason = "the loss scaler of precision=fp16 waits for the device at every step; precision=bf16 needs none"
-    if reason:
-        warn_uncaptured(reason)
+    if reason := find_obstacle(run):
+        go_eagerly([run], reason)
         return run.eager_step
-    return Captured(run, CudaGraphs(), warmup_steps).step
+    return Captured(run, CudaGraphs(run.device), warmup_steps).step
 
 
 class StaticMeter(Meter):
@@ -85,19 +82,26 @@ class Captured:
         self.run, self.graphs, self.warmup_steps = run, graphs, warmup_steps
         self.meter = StaticMeter(run.device)
         self.replayed: Replayed | None = None
-        self.tallies: dict[int, tuple[Split, Callable[[], None], list[Tensor]]] = {}
+        self.tallies: dict[int, tuple[Split, Callable[[], None], list[Tensor]] | None] = {}
+        run.optimizer.register_load_state_dict_post_hook(self.forget)
 
     def step(self) -> None:
         if self.replayed is None:
             self.replayed = self.prepare()
         self.meter.count(self.replayed.take())
 
+    def forget(self, _: object = None) -> None:
+        """Drop the graphs of steps: they read the optimizer's old state and learning rates."""
+        self.replayed = None
+
     def prepare(self) -> Replayed:
         """Replace the run's meter and evaluation by captured ones. Runs that are computed as one keep theirs."""
         run = self.run
         self.meter.load_state_dict(run.meter.state_dict())
         run.meter, run.tally = self.meter, self.tally
-        own = [self.meter.next.tensor, *self.meter.buffers.values()]
+        run.scaler.scale(torch.zeros((), device=run.device))  # makes its tensors, if it is enabled
+        scaler = [each for each in vars(run.scaler).values() if isinstance(each, Tensor)]
+        own = [self.meter.next.tensor, *self.meter.buffers.values(), *scaler]
         moved = [*run.model.parameters(), *run.model.buffers(), *own]
         return Replayed([run], self.device_step, run.optimizer, run.parameters, moved, self.graphs, self.warmup_steps)
 
@@ -113,15 +117,23 @@ class Captured:
     def tally(self, split: Split, model: nn.Module) -> tuple[Tensor, Tensor]:
         """:meth:`Run.tally_of` for the run's own ``model`` in evaluation mode, by one graph for each split."""
         run = self.run
-        if self.replayed.has_failed:
+        if id(split) not in self.tallies and not run.fallback:
+            self.tallies[id(split)] = self.capture_tally(split, model)
+        if not (captured := self.tallies.get(id(split))):
             return run.tally_of(split, model)
-        if id(split) not in self.tallies:
-            sums: list[Tensor] = []
-            run.chunks(split, model)  # puts the order of the images on the device, which a capture cannot do
-            with self.graphs.warming_up():
-                run.tally_of(split, model)
-            replay = self.graphs.capture(lambda: sums.extend(run.tally_of(split, model)), [])
-            self.tallies[id(split)] = split, replay, sums
-        _, replay, sums = self.tallies[id(split)]
+        _, replay, sums = captured
         replay()
         return sums[0], sums[1]
+
+    def capture_tally(self, split: Split, model: nn.Module) -> tuple[Split, Callable[[], None], list[Tensor]] | None:
+        """``split``, the replay of its evaluation, and the tensors of the sums; None, with a warning, if that fails."""
+        run, sums = self.run, []
+        run.chunks(split, model)  # puts the order of the images on the device, which a capture cannot do
+        try:
+            with convolutions_tried(not run.deterministic), self.graphs.warming_up():
+                run.tally_of(split, model)
+            replay = self.graphs.capture(lambda: sums.extend(run.tally_of(split, model)), [], "evaluation")
+        except RuntimeError as error:
+            go_eagerly([run], f"evaluation cannot be captured ({first_line(error)})")
+            return None
+        return split, replay, sums

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bnexp.engines.capture import CudaGraphs, Replayed, find_obstacle, warn_uncaptured
+from bnexp.engines.capture import CudaGraphs, Replayed, find_obstacle, go_eagerly
 from bnexp.engines.fold import Stack, gather
 from bnexp.train.run import Run
 
@@ -18,14 +18,16 @@ class CapturedStack(Stack):
     def __init__(self, runs: Sequence[Run], warmup_steps: int = 3, graphs: CudaGraphs | None = None) -> None:
         super().__init__(runs)
         self.replayed = None
-        if reason := find_obstacle(self.runs[0]):
-            warn_uncaptured(reason)
+        kind = type(self.runs[0].optimizer)
+        reason = None if self.joint else f"each run has its own {kind.__name__}, a class of {kind.__module__}"
+        if reason := find_obstacle(self.runs[0]) or reason:
+            go_eagerly(self.runs, reason)
             return
         learned = [*self.parameters.values(), *(p for run in self.runs for p in run.parameters)]
         moved = [*self.parameters.values(), *self.buffers.values()]
-        self.replayed = Replayed(
-            self.runs, self.device_step, self.joint.optimizer, learned, moved, graphs or CudaGraphs(), warmup_steps
-        )
+        graphs = graphs or CudaGraphs(self.runs[0].device)
+        joint = self.joint.optimizer
+        self.replayed = Replayed(self.runs, self.device_step, joint, learned, moved, graphs, warmup_steps)
 
     def take(self) -> list[tuple[Tensor, ...]]:
         if self.replayed is None:

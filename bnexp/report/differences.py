@@ -72,7 +72,7 @@ def _made_by(variant: Variant) -> dict[str, str]:
     for run in variant.all_runs:
         given = run.config | run.status
         given |= given["versions"] if isinstance(given.get("versions"), dict) else {}
-        for key in ("torch", "bnexp", "git_commit", "threads", "deterministic"):
+        for key in ("torch", "bnexp", "git_commit", "threads", "deterministic", "device_type", "device_name"):
             if given.get(key) is not None:
                 found[key].add(as_typed(given[key]))
     return {key: " and ".join(sorted(values)) for key, values in found.items()}

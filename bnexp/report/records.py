@@ -92,6 +92,20 @@ class RunRecord:
         words = self.status.get("evaluation")
         return printable(words, 300).rstrip(".") if isinstance(words, str) else ""
 
+    @property
+    def device_type(self) -> str:
+        """The type of the device that computed the run, ``cpu`` or ``cuda``; empty if it is not known."""
+        found = re.match("cpu|cuda", str(self.status.get("device")))
+        return found[0] if found else ""
+
+    @property
+    def computed(self) -> str:
+        """``cuda (NVIDIA H100), matrix products in float32``; empty for runs of older versions."""
+        name, precision = (self.status.get(key) for key in ("device_name", "matmul_precision"))
+        if not isinstance(name, str) or not isinstance(precision, str):
+            return ""
+        return printable(f"{self.device_type} ({name}), matrix products in {precision}", 200)
+
     def curve(self, tag: str) -> dict[int, float]:
         """{step: value} of one tag, by ascending step; {} without readings."""
         return dict(zip(*self.curves.get(tag, ((), ())), strict=True))

@@ -98,7 +98,7 @@ def _primary_table(comparison: Comparison) -> TableContent:
         rows.append(cells if mean.n or comparison.against else [])
     base = comparison.baseline.label
     caption = f"{SEEDS_CAPTION}; {PRIMARY_CAPTION.format(base, base)}" + FLIPS_CAPTION * any_flips
-    caption += _unpaired_caption(comparison)
+    caption += _unpaired_caption(comparison) + _computed_caption(comparison)
     caption += DIVERGED_CAPTION.format("diverged") * any_diverged
     return f"{metric.heading}, against {base}", head, [row for row in rows if row], caption
 
@@ -137,6 +137,11 @@ def _other_table(comparison: Comparison) -> TableContent:
 def _unpaired_caption(comparison: Comparison) -> str:
     is_unpaired = any(against.design == "unpaired" for against in comparison.against.values())
     return f"; {UNPAIRED} unpaired, p by Welch's t-test" * is_unpaired
+
+
+def _computed_caption(comparison: Comparison) -> str:
+    ways = {run.computed: None for variant in comparison.variants for run in variant.all_runs if run.computed}
+    return f"; computed on {'; and on '.join(ways)}" * bool(ways)
 
 
 def _speed_table(comparison: Comparison) -> TableContent:

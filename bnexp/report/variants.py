@@ -73,18 +73,26 @@ def varying(settings: Sequence[Mapping]) -> dict[str, tuple]:
     return {key: column for key, column in columns.items() if len(set(map(repr, column))) > 1}
 
 
+def settings_of(run: RunRecord) -> dict:
+    """The settings that make the variant; ``device=auto`` is the type of the device that was taken."""
+    flat = numbers(run.config)
+    return flat | ({"device": run.device_type} if "device" in flat and run.device_type else {})
+
+
 def batch_settings(run: RunRecord) -> dict:
     """The settings that decide which batches a run sees, given its seed. Only runs that share them can be paired."""
     settings = {key: value for key, value in numbers(run.config).items() if key.split(".")[0] in DECIDE_BATCHES}
     if settings.get("steps") is not None:
         settings.pop("epochs", None)  # it says nothing beside steps
-    # A CPU and a GPU draw other random numbers from one seed.
-    return settings | {"device": str(run.status.get("device")).split(":")[0]}
+    # The order of the images is drawn on the CPU, but in older versions, whose status says less, on the device.
+    # Augmentation is drawn on the device: from one seed, a CPU and a GPU draw other numbers.
+    is_drawn_on_cpu = run.data.get("augment") == "none" and "matmul_precision" in run.status
+    return settings | {"device": "cpu" if is_drawn_on_cpu else run.device_type}
 
 
 def identity(run: RunRecord, ignore: str | None = None) -> str:
     """A text that is the same for two runs if and only if they are of one variant, whatever their ``ignore``."""
-    flat = {key: value for key, value in numbers(run.config).items() if key != ignore}
+    flat = {key: value for key, value in settings_of(run).items() if key != ignore}
     return json.dumps(flat, sort_keys=True, default=str)
 
 
@@ -104,7 +112,7 @@ def into_variants(records: Sequence[RunRecord], ignore: str | None = None) -> tu
         seeds[repr(run.seed)] = run
     runs = [sorted(seeds.values(), key=seed_order) for seeds in groups.values()]
     names = [group_names(each[0]) for each in runs]
-    parts = _distinguish([numbers(each[0].config) for each in runs], names, ignore)
+    parts = _distinguish([settings_of(each[0]) for each in runs], names, ignore)
     variants = [
         Variant(label, part, [run for run in each if not run.diverged], [run for run in each if run.diverged])
         for label, part, each in zip(_given_or(_labels(parts, names), runs), parts, runs, strict=True)

@@ -1,17 +1,21 @@
 """What depends on the device: its memory, operations that it cannot repeat bit for bit, torch's own generators."""
 
 import os
+import platform
+import re
 import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from bnexp.errors import OutOfMemory
 
+MATMUL = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16", "fp16": "float16"}  # by the setting precision
 NOT_REPEATABLE = "does not have a deterministic implementation"  # in torch's warning, after the operation's name
 
 
@@ -27,7 +31,8 @@ def memory_explained(device: torch.device, what: str, batch_size: int) -> Iterat
 def explain_memory(error: Exception, device: torch.device, what: str, batch_size: int) -> Exception:
     """Return ``error``, or the :class:`OutOfMemory` for it if it is a failed allocation by ``what``."""
     is_on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if not is_on_host and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+    is_in_library = isinstance(error, RuntimeError) and re.search("CU(DNN|BLAS)_STATUS_ALLOC_FAILED", str(error))
+    if not is_on_host and not is_in_library and not isinstance(error, torch.OutOfMemoryError | MemoryError):
         return error
     text = f"{device} has no memory left for {what} with batch_size={batch_size}, at most {peak(device):.1f} GiB"
     text += " were in use; try a smaller batch_size, a smaller data.size or a smaller model"
@@ -41,6 +46,25 @@ def peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or the model of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return match[1] if match else platform.machine() or "CPU"
+
+
+def computed_with(device: torch.device, precision: str) -> dict[str, str]:
+    """The device's type and name, and the precision of matrix products and convolutions, for the run's record."""
+    return {"device_type": device.type, "device_name": device_name(device), "matmul_precision": MATMUL[precision]}
+
+
+def allow_tf32(is_allowed: bool) -> None:
+    """Set whether a GPU may round the factors of float32 products to TF32 (10 bits), in convolutions too."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def prefer_repeatable(is_preferred: bool) -> None:

@@ -12,7 +12,7 @@ from bnexp.errors import StorageError, UserError, first_line
 from bnexp.store.files import not_written
 from bnexp.store.readings import Reading, Scalar
 from bnexp.store.writer import try_out
-from bnexp.train.device import explain_memory, forked_rng, naming_exceptions, prefer_repeatable
+from bnexp.train.device import allow_tf32, explain_memory, forked_rng, naming_exceptions, prefer_repeatable
 from bnexp.train.interrupt import take_time
 from bnexp.train.meter import Measured
 from bnexp.train.own import FAILURES, PartFailed, culprit, naming
@@ -228,7 +228,8 @@ def timed(step: Callable[[], None], deterministic: bool) -> float:
 
 
 def configure_process(run: Run) -> None:
-    """Set torch's threads and determinism to those of ``run``, because another run may have stepped before."""
+    """Set torch's threads, determinism and precision to those of ``run``, because another run may have stepped."""
+    allow_tf32(run.precision == "tf32")
     if torch.get_num_threads() != run.threads:
         torch.set_num_threads(run.threads)
     if torch.are_deterministic_algorithms_enabled() != run.deterministic:

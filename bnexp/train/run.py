@@ -19,18 +19,18 @@ from bnexp.train.draws import Draws
 from bnexp.train.meter import Meter
 from bnexp.train.own import FAILURES
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION_BATCH = 512  # the most images that are evaluated together
 
 
 class Run:
     """A model, an optimizer and a stream of batches.
 
-    ``schedule(step, total_steps)`` returns the factor of the learning rate. ``precision`` is fp32, bf16 or fp16
-    (autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step, by default
-    :meth:`eager_step`. Only the batches draw random numbers, and parts of the user's own: ``own_parts`` are the labels
-    and names of these, ``draws`` is what they draw from. ``mixes_images`` says that an image's result in evaluation
-    depends on other images.
+    ``schedule(step, total_steps)`` returns the factor of the learning rate. ``precision`` is fp32, tf32, bf16 or
+    fp16 (the last two by autocast; fp16 also scales the loss). ``engine(run)`` returns the function that takes a step,
+    by default :meth:`eager_step`. Only the batches draw random numbers, and parts of the user's own: ``own_parts`` are
+    the labels and names of these, ``draws`` is what they draw from. ``mixes_images`` says that an image's result in
+    evaluation depends on other images.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Run:
         self.mixes_images, self.own_parts, self.draws = mixes_images, own_parts, draws or Draws()
         self.threads = threads
         self.deterministic = deterministic
+        self.precision = precision
         self.autocast_dtype = AUTOCAST[precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.meter = Meter()
@@ -69,6 +70,7 @@ class Run:
         self.setup_seconds = 0.0  # in which the engine compiled or captured; not yet in a reading
         self.has_moved = False  # whether a step has moved the weights since the run was made or loaded
         self.tally = self.tally_of  # evaluates the run's own model; an engine may replace it by a faster function
+        self.fallback = ""  # why the engine does not compile or capture as it was asked to; empty if it does
         self.take_step = engine(self) if engine else self.eager_step
 
     @property

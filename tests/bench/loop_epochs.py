@@ -21,6 +21,7 @@ from loop_rows import (
     FLOOR,
     FLOOR_AGAIN,
     FOLDED,
+    FUSED,
     OURS,
     SCRATCH,
     SILENT,
@@ -81,13 +82,21 @@ def our_loop(run: Run, plan: Plan, *, writes: bool = True) -> Turn:
                 ended = drive(Loop(run, plan, recorder), progress)
         if ended != "finished":
             raise RuntimeError(f"the run {ended}, its times mean nothing")
+        check_engine([run])
 
     return turn
 
 
+def check_engine(runs: Sequence[Run]) -> None:
+    """Raise RuntimeError if the engine of one of ``runs`` took eager steps, whose times are not its own."""
+    for run in runs:
+        if run.fallback:
+            raise RuntimeError(f"it took eager steps: {run.fallback}")
+
+
 def our_loop_with(make_run: MakeRun, case: LoopCase, what: str, engine: str) -> Turn:
     """Our loop of a case with one engine; raises what the engine raises where it cannot work."""
-    norm = "scratch" if what == SCRATCH else "library"
+    norm = {SCRATCH: "scratch", FUSED: "fused"}.get(what, "library")
     run, plan = make_run([*case.overrides, f"engine={engine}", f"norm={norm}"])
     return our_loop(training_only(run, case.num_steps), plan, writes=what != SILENT)
 
@@ -181,7 +190,7 @@ def epoch_rows(case: LoopCase, results: Mapping[Key, Sequence[Stopwatch]]) -> li
         rows += kept.values()
         rows += [ratio_row(row, floor) for key, row in kept.items() if key not in ((FLOOR, ""), (DATA, ""))]
         for (what, engine), row in kept.items():
-            if what == OURS:
+            if what in (OURS, FUSED):
                 others = ((FLOOR, ""), (TUTORIAL, ""), (TUTORIAL_APART, ""), (SCRATCH, engine))
                 rows += [ratio_row(kept[key], row) for key in others if key in kept]
     for (what, engine), watches in results.items():
@@ -266,6 +275,7 @@ def fold_rows(
                     step(group)
                 for run in group:
                     run.meter.read()
+        check_engine([run for group in groups for run in group])
         return watch.epoch(case.scale).clock
 
     contestants = {

@@ -4,12 +4,15 @@ import csv
 import json
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from tape import Tape
 
 from bnexp.bench import benchmark, timing
 from bnexp.bench.benchmark import geometric_means, run_benchmark, write_benchmark
@@ -257,6 +260,56 @@ def test_everybody_gets_as_many_turns_on_every_buffer_in_rotating_order():
     assert [name for name, *_ in turns] == ["b", "a", "a", "b", "b", "a"]
     first = [("b", "forward", i) for i in range(3)] + [("b", "backward", i) for i in range(3)]
     assert calls[:6] == first and calls[6:8] == [("b", "forward", 0), ("b", "backward", 0)]
+
+
+def test_a_replay_of_all_calls_is_timed_without_the_host_that_launches_them():
+    """A forward pass whose host takes 5 ms a call, and whose replay does not."""
+    inputs, state = make_inputs(Case((4, 3)), torch.float32, False, CPU)
+    module = library.BatchNorm(3, activation="relu")
+    plain = timing.norm_steps(module, module, False, nullcontext)
+    slow = plain._replace(forward=lambda inputs: time.sleep(0.005) or plain.forward(inputs))
+    ring = [inputs, inputs._replace(x=inputs.x.detach().clone().requires_grad_())]
+    seconds = time_steps({"slow": slow}, ring, 2, Tape())
+    assert list(seconds) == ["slow, eager calls", "slow"]
+    assert {key: len(values) for key, values in seconds["slow"].items()} == dict.fromkeys(PHASES, 2), "one a turn"
+    for phase in ("forward", "both"):
+        assert min(seconds["slow, eager calls"][phase]) > 0.005 > min(seconds["slow"][phase])
+    seen = []
+    seconds = time_steps(
+        {"a": plain._replace(forward=lambda inputs: seen.append(inputs) or plain.forward(inputs))}, ring, 1
+    )
+    assert list(seconds) == ["a"] and len(seen) == 2 * 2 * 2, "without graphs none is captured"
+
+
+def test_on_a_gpu_calls_one_by_one_have_a_row_of_their_own_beside_the_reference_of_theirs(monkeypatch):
+    def timed(steps, ring, rounds, graphs):
+        assert graphs is None  # on a CPU
+        values = {"": 1e-6, timing.EAGER_CALLS: 1e-5}
+        factors = dict(zip(steps, (1, 3), strict=True))
+        return {
+            name + more: {phase: [factors[name] * value * (2 if more else 1)] for phase in PHASES}
+            for name in steps for more, value in values.items()
+        }  # fmt: skip
+
+    monkeypatch.setattr(timing, "time_steps", timed)
+    rows = measure_case([Implementation("library", library.BatchNorm)], ODD, "BN+ReLU", BenchSettings(rounds=1), CPU)
+    found = {row["implementation"]: (round(row["forward_us"]), round(row["forward_ratio"])) for row in rows}
+    assert found == {
+        REFERENCE: (1, 1), "library": (3, 3), f"{REFERENCE}, eager calls": (20, 1), "library, eager calls": (60, 3)
+    }  # fmt: skip
+    assert {row["status"] for row in rows} == {"timed"}
+
+
+def test_only_the_contestants_that_are_named_are_measured(small, tmp_path):
+    norms = {"scratch": scratch.BatchNorm, "library": library.BatchNorm}
+    named = read_settings(["contestants=library,library again"]).contestants
+    folder = run_benchmark(norms, BenchSettings(out=str(tmp_path / "out"), rounds=1, contestants=named), CPU)
+    assert {row["implementation"] for row in rows_of(folder)} == {REFERENCE, "library", "library again"}
+    with pytest.raises(
+        UserError, match="contestants=fused: not measured on this device; choose among scratch, library"
+    ):
+        run_benchmark(norms, BenchSettings(out=str(tmp_path / "no"), contestants=["library", "fused"]), CPU)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("add", [False, True])

@@ -220,7 +220,7 @@ def test_goals_are_found_by_what_was_measured_and_where():
     assert found(what=loop_rows.TUTORIAL, over=OURS) == ">= 2.5"
     assert [found(what=loop_rows.SCRATCH, over=OURS, engine=e) for e in ("eager", "compile")] == ["<= 1.3", "<= 1.1"]
     assert found("cuda", engine="graph", over="", unit="s") == "<= 0.05"
-    assert found("cuda", engine="graph", over="", unit="s", model="resnet") == "<= 0.6"
+    assert found("cuda", loop_rows.FUSED, engine="graph", over="", unit="s", model="resnet") == "<= 0.6"
     assert found("cuda", FLOOR, OURS, engine="graph") == ">= 3"
     assert str(goal_of(Row("watching", "writer and progress", "share", [0.01], model="lenet"), "cpu")) == "<= 0.02"
     assert str(goal_of(Row("start", "ours", "x", [1.0], over="template"), "cpu")) == "<= 0.6"
@@ -306,6 +306,40 @@ def test_an_engine_that_fails_when_it_first_steps_is_skipped_with_its_reason(mak
     monkeypatch.setattr(loop_epochs, "our_loop_with", ours)
     rows, skipped = loop_epochs.measure_epochs(make, case, [("ours", "eager"), ("ours", "compile")], 1, CPU)
     assert rows == [("ours", "eager")] and skipped == {("ours", "compile"): "no compiler found"}
+
+
+def test_an_engine_that_took_eager_steps_is_skipped_with_its_reason(make, monkeypatch):
+    """Its times would stand under its name."""
+    case = LoopCase("mlp", 16, ("model=mlp", "batch_size=16"), 1, "", 1)
+    monkeypatch.setattr(loop_epochs, "hand_written_loops", lambda *given: {})
+    monkeypatch.setattr(loop_epochs, "epoch_rows", lambda case, results: list(results))
+
+    def made(overrides):
+        engine = next(word for word in overrides if word.startswith("engine="))
+        run, plan = make([word for word in overrides if word != engine])
+        run.fallback = "the step cannot be captured" if engine == "engine=graph" else ""
+        return run, plan
+
+    rows, skipped = loop_epochs.measure_epochs(made, case, [("ours", "eager"), ("ours", "graph")], 1, CPU)
+    assert rows == [("ours", "eager")]
+    assert skipped == {("ours", "graph"): "it took eager steps: the step cannot be captured"}
+    everywhere = iter([made(["engine=graph", *case.overrides]) for _ in range(4)])
+    with pytest.raises(RuntimeError, match="it took eager steps: the step cannot"):
+        fold_rows(lambda words: next(everywhere), case, 1, CPU, num_runs=2, engine="eager")
+
+
+def test_fused_norms_are_measured_on_a_gpu_and_judged_against_the_bare_floor():
+    settings = LoopSettings(["resnet"], [256], ["eager", "graph"])
+    wanted = {
+        kind: loop_session.Session(None, settings, torch.device(kind), None).wanted(
+            LoopCase("resnet", 256, (), 1, "", 1)
+        ) for kind in ("cpu", "cuda")
+    }  # fmt: skip
+    assert [each for each in wanted["cuda"] if each not in wanted["cpu"]] == [
+        (loop_rows.FUSED, "eager"), (loop_rows.FUSED, "graph")
+    ]  # fmt: skip
+    row = Row("epoch", FLOOR, "x", [1.1], over=loop_rows.FUSED, model="resnet", batch_size=256, engine="graph")
+    assert str(goal_of(row, "cuda")) == ">= 1.2" and goal_of(replace(row, over=OURS), "cuda") is None
 
 
 # ---- processes ----
@@ -462,6 +496,7 @@ def test_settings_are_answered_before_torch_is_imported():
     assert done.stdout == "2 False\n"
 
 
+@pytest.mark.long
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @forks

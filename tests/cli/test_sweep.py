@@ -1,19 +1,25 @@
 """``bnexp train -m``: which jobs a command line makes, that all of them get done, once, and how it ends."""
 
+import gc
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from bnexp.cli.main import main
+from bnexp.cli.sweep import worker
 from bnexp.cli.sweep.grid import Job, read_grid
-from bnexp.config.compose import session
+from bnexp.config.compose import composed, session
+from bnexp.store import settings
 from bnexp.store.run_folder import read_status
 from bnexp.train.run import Run
 
@@ -348,6 +354,37 @@ def test_a_launcher_runs_jobs_side_by_side_and_takes_up_what_was_interrupted(bne
     before = snapshot(Path("sweep"))
     assert bnexp("train", "-m", *sweep, f"hydra/launcher={launcher}", *options) == 0
     assert snapshot(Path("sweep")) == before
+
+
+def test_jobs_on_two_gpus_take_turns_and_stay_one_variant(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices, variants = [], []
+    for num in range(3):
+        cfg = composed([*SMALL, "device=auto", "threads=1"])
+        worker.share_machine(cfg, OmegaConf.create({"job": {"num": num}, "launcher": {}}))
+        devices.append(cfg.device)
+        variants.append(settings.numbers(OmegaConf.to_container(cfg)))
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    assert variants[0] == variants[1] == variants[2] and variants[0]["device"] == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_the_job_before_is_freed_before_the_next(device, monkeypatch):
+    """A run refers to itself, so that only Python's collector frees it; torch's allocator does not call that."""
+
+    class Itself:
+        def __init__(self):
+            self.own = self.__init__
+
+    monkeypatch.setattr(worker.parts, "find_device", lambda name: torch.device(device))
+    gc.disable()
+    try:
+        last = weakref.ref(Itself())
+        worker.cached_datasets(composed(SMALL))
+        assert (last() is None) == (device == "cuda")
+    finally:
+        gc.enable()
 
 
 def test_a_plus_before_a_key_changes_neither_what_it_is_nor_a_folders_name(bnexp):

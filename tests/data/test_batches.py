@@ -43,11 +43,11 @@ def assert_same(some, others):
         assert torch.equal(x, other_x)  # bit for bit
 
 
-def through_a_file(state):
+def through_a_file(state, device="cpu"):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=True, map_location=device)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 10, 50])
@@ -156,6 +156,41 @@ def test_a_state_does_not_change_while_the_stream_goes_on():
     expected = draw(batches, 20)
     batches.load_state_dict(state)
     assert_same(draw(batches, 20), expected)
+
+
+def test_a_state_that_was_loaded_onto_another_device_is_taken_back(monkeypatch):
+    """The meta device in place of a GPU; a copy from there would hold what was stored."""
+    batches = Batches(make_dataset(augment="flip"), 8, seed=4)
+    draw(batches, 3)
+    state = batches.state_dict()
+    away, expected = through_a_file(state, "meta"), draw(batches, 20)
+    stored = {id(away[name]): state[name] for name in ("order", "augment")}
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: stored.get(id(tensor), tensor))
+    fresh = Batches(make_dataset(augment="flip"), 8, seed=77)
+    fresh.load_state_dict(away)
+    assert_same(draw(fresh, 20), expected)
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_the_order_is_drawn_on_the_cpu_and_is_the_same_on_every_device(k, monkeypatch):
+    """Whatever does not say where it draws would draw on the meta device, which holds no numbers."""
+    dataset = make_dataset()
+    dataset = replace(dataset, train=Split(dataset.train.images, dataset.train.labels % 5))
+    here, copied = Batches(dataset, 10, seed=3, classes_per_batch=k), []
+    object.__setattr__(dataset, "device", torch.device("meta"))
+    whole = torch.Tensor.to
+
+    def to(tensor, device=None, *args, **options):
+        if str(device) == "meta" and options == {"non_blocking": True}:
+            copied.append(tensor)
+            return tensor
+        return whole(tensor, device, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu", make=torch.Generator: make(
+        "cpu" if str(device) == "meta" else device))  # fmt: skip
+    there = Batches(dataset, 10, seed=3, classes_per_batch=k)
+    assert len(copied) == 1 and torch.equal(copied[0], here.order) and torch.equal(there.order, here.order)
 
 
 def test_a_state_is_small():

@@ -1,5 +1,6 @@
 """Engines: another way to take the same steps. Captured ones are tried on a CPU by a stand-in for CUDA graphs."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -37,9 +38,9 @@ def make(*overrides):
     return run
 
 
-def capture(run, warmup_steps=2):
+def capture(run, warmup_steps=2, refuses=""):
     """Have the run step by replay, and return what does so."""
-    steps = Captured(run, Tape(), warmup_steps)
+    steps = Captured(run, Tape(refuses), warmup_steps)
     run.take_step = steps.step
     return steps
 
@@ -63,6 +64,7 @@ RUNS = [
     ("model=resnet", "norm=library", "optimizer=sgd", "model.blocks=[1]", "model.widths=[4]", "model.stem=cifar"),
     ("model=densenet", "norm=scratch", "optimizer=sgd", "model.blocks=[2]", "model.growth=4", "data.augment=flip"),
     ("model=mlp", "norm=library", "classes_per_batch=5", "precision=bf16"),
+    ("model=mlp", "norm=library", "precision=fp16", "optimizer=sgd", "optimizer.momentum=0.9"),
 ]  # fmt: skip
 
 
@@ -134,7 +136,8 @@ def test_a_step_that_asks_for_a_value_goes_on_uncaptured_and_says_why(capsys):
     advance(eager, 5)
     advance(run, 5)
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "cannot be captured (a value was asked for while capturing)" in told
+    assert told.count("\n") == 1 and "step cannot be captured (RuntimeError: a value was asked for" in told
+    assert "a value was asked for" in run.fallback
     assert steps.graphs.num_captures == 0
     run.tally_of = lambda split, model, tally=run.tally_of: counts.append(1) or tally(split, model)
     counts = []
@@ -148,7 +151,6 @@ def test_a_step_that_asks_for_a_value_goes_on_uncaptured_and_says_why(capsys):
     [
         (("optimizer=other", "optimizer._target_=torch.optim.RMSprop"), "this is RMSprop"),
         (("optimizer=adam", "optimizer.fused=false"), "optimizer.fused=true"),
-        (("precision=fp16",), "the loss scaler of precision=fp16"),
     ],
 )
 def test_what_is_known_not_to_be_capturable_is_told_and_goes_step_by_step(overrides, reason, capsys):
@@ -156,6 +158,52 @@ def test_what_is_known_not_to_be_capturable_is_told_and_goes_step_by_step(overri
     assert captured(run) == run.eager_step
     told = capsys.readouterr().err
     assert reason in told and told.startswith("bnexp: warning: engine=graph:") and told.count("\n") == 1
+    assert reason in run.fallback
+
+
+@pytest.mark.parametrize("refuses", ["steps", "evaluation"])
+def test_what_the_device_fails_to_capture_is_computed_without_and_said(refuses, capsys):
+    eager, run = (make("model=mlp", "data.augment=crop_flip") for _ in range(2))
+    steps = capture(run, refuses=refuses)
+    for _ in range(2):
+        advance(eager, 4)
+        advance(run, 4)
+        assert different(state(eager), state(run)) == []
+        assert eager.evaluate(eager.dataset.valid) == run.evaluate(run.dataset.valid)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "cannot be captured (RuntimeError: CUDA error: operation failed)" in told
+    assert run.fallback in told and run.fallback.startswith("evaluation" if refuses == "evaluation" else "the step")
+    assert steps.graphs.num_captures == (refuses == "evaluation"), "without its steps nothing is captured"
+
+
+def test_the_loss_scaler_is_captured_once_a_step_has_moved_the_weights(capsys):
+    """Its first scale, 65536, is too large in the first steps, and torch skips these."""
+    eager, run = (make("model=mlp", "precision=fp16", "optimizer=sgd", "optimizer.momentum=0.9") for _ in range(2))
+    for each in (eager, run):
+        weight = each.parameters[0]
+        weight.register_hook(lambda g, run=each: torch.full_like(g, torch.inf) if run.num_steps < 2 else g)
+    steps = capture(run)
+    advance(eager, 3)
+    advance(run, 3)
+    assert steps.graphs.num_captures == 0, "the third is the first that moves"
+    advance(eager, 5)
+    advance(run, 5)
+    assert different(state(eager), state(run)) == [] and run.scaler.get_scale() == 65536 / 4
+    assert steps.graphs.num_captures == 1 and not capsys.readouterr().err
+
+
+def test_a_state_that_is_loaded_after_the_capture_is_gone_on_from():
+    """A graph holds the addresses of the optimizer's state, which a loaded state replaces."""
+    overrides = ("model=mlp", "schedule=cosine", "data.augment=flip")
+    whole, run = make(*overrides), make(*overrides)
+    capture(run)
+    advance(run, 4)
+    kept = copy.deepcopy(run.state_dict())
+    advance(run, 4)
+    run.load_state_dict(kept)
+    advance(run, 5)
+    advance(whole, 9)
+    assert different(state(whole), state(run)) == []
 
 
 def test_a_graph_without_a_gpu_is_refused_before_any_work(bnexp, capsys, tmp_path):
@@ -167,7 +215,7 @@ def test_a_graph_without_a_gpu_is_refused_before_any_work(bnexp, capsys, tmp_pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("overrides", RUNS, ids=lambda each: "-".join(each[:3]))
-def test_on_a_gpu_replayed_steps_are_the_eager_ones_bit_for_bit(overrides):
+def test_on_a_gpu_replayed_steps_are_the_eager_ones_bit_for_bit(overrides, capsys):
     ghost = ("norm.virtual_batch=10",) if "norm=ghost" in overrides else ()
     both = [*overrides, *ghost, "device=cuda", "deterministic=true"]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -179,6 +227,9 @@ def test_on_a_gpu_replayed_steps_are_the_eager_ones_bit_for_bit(overrides):
         torch.use_deterministic_algorithms(False)
     assert different(state(eager), state(replayed)) == []
     assert eager.evaluate(eager.dataset.valid) == replayed.evaluate(replayed.dataset.valid)
+    steps = replayed.take_step.__self__
+    assert steps.replayed.replays and steps.tallies, "it was captured"
+    assert not replayed.fallback and "cannot be captured" not in capsys.readouterr().err
 
 
 def test_any_function_is_an_engine_that_runs_anywhere_and_is_not_folded():

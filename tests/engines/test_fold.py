@@ -13,6 +13,7 @@ from tape import Tape
 from test_loop import Synchronizations, different, flat
 from test_sweep import SMALL, numbers, statuses, table
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnexp.cli.sweep.grid import Job
 from bnexp.cli.sweep.lockstep import together
@@ -408,17 +409,54 @@ def test_a_fold_that_cannot_be_captured_says_why_once_and_goes_on(capsys):
     assert capsys.readouterr().err.count("engine=graph: only SGD, Adam and AdamW") == 1 and tape.num_captures == 0
 
 
+class OwnAdam(torch.optim.Adam):
+    """A class that may do anything, so that a fold steps each run's own."""
+
+
+def test_a_fold_with_an_optimizer_of_its_own_class_is_not_captured_and_says_so(capsys):
+    warn_uncaptured.cache_clear()
+    runs = members(*MLP, *ADAM, double=False)
+    for run in runs:
+        run.optimizer.__class__ = OwnAdam
+    as_one(Fold(partial(CapturedStack, graphs=Tape())), runs, 2)
+    told = capsys.readouterr().err
+    assert "each run has its own OwnAdam" in told and all(run.fallback in told and run.fallback for run in runs)
+
+
+class Names(TorchDispatchMode):
+    """Collects the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_operation_of_a_folded_step_scatters():
+    """CUDA cannot both capture scatter_add and repeat its bits."""
+    runs = members(*MLP, *ADAM, double=False)
+    with Names() as seen:
+        as_one(Fold(), runs, 2)
+    assert "aten.nll_loss_backward.default" in seen.names
+    assert not [name for name in seen.names if "scatter" in name]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("size", [MLP, LENET], ids=["mlp", "lenet"])
-def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size):
+def test_on_a_gpu_a_captured_fold_is_the_one_that_is_not_bit_for_bit(size, capsys):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        eager, replayed = (members(*size, *ADAM, "device=cuda", rates=(1, 2, 1), double=False) for _ in range(2))
+        deterministic = ("device=cuda", "deterministic=true")
+        eager, replayed = (members(*size, *ADAM, *deterministic, rates=(1, 2, 1), double=False) for _ in range(2))
         as_one(Fold(), eager, 9)
-        as_one(Fold(CapturedStack), replayed, 9)
+        as_one(captured := Fold(CapturedStack), replayed, 9)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert len(captured.stack.replayed.replays) == 2 and not capsys.readouterr().err, "it was captured"
     for one, two in zip(eager, replayed, strict=True):
         assert different(one.state_dict(), two.state_dict(), ignore=["seconds"]) == []
 

@@ -2,11 +2,10 @@
 
 import shutil
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
+from sanitizer import sanitize
 
 from bnexp.norms.kernels import batch_norm as bn
 
@@ -87,10 +86,29 @@ def test_more_than_two_to_the_31_elements():
         torch.testing.assert_close(y[part].float(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_compute_sanitizer_finds_nothing():
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        pytest.skip("compute-sanitizer is not installed")
+BEYOND = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def beyond(p):
+    tl.store(p + 1_000_000, 1.0)
+
+beyond[(1,)](torch.zeros(4, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.fixture
+def tool():
+    found = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    return found or pytest.skip("compute-sanitizer is not installed")
+
+
+def test_compute_sanitizer_finds_a_write_beyond_a_tensor(tool, tmp_path):
+    assert sanitize(tool, "memcheck", BEYOND, tmp_path).returncode == 9
+
+
+def test_compute_sanitizer_finds_nothing(tool, tmp_path):
     script = (
         "import torch; from bnexp.norms.fused import BatchNorm\n"
         "for shape in ((3, 17, 5, 7), (65, 6, 24, 24), (33, 257)):\n"
@@ -99,8 +117,7 @@ def test_compute_sanitizer_finds_nothing():
         "torch.cuda.synchronize()\n"
     )
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", script]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = sanitize(tool, check, script, tmp_path)
         assert done.returncode == 0, done.stdout[-2000:]
 
 

@@ -76,10 +76,10 @@ def oracle(x, dy, residual, weight, bias, mean, var, training, momentum, eps, ac
 
 def inputs(shape, dtype=torch.float32, last=False, affine=True, residual=True, seed=0):
     """x, dy, residual, weight, bias, running mean and variance; x has mean 1 and deviation 2."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(DEVICE).manual_seed(seed)  # on a GPU the shapes of networks would take minutes from a CPU
 
     def draw(*size):
-        return torch.randn(*size, generator=g)
+        return torch.randn(*size, generator=g, device=DEVICE)
 
     def like_x(t):
         if last and len(shape) > 2:

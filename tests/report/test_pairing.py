@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import yaml
 from scipy.stats import ttest_ind, ttest_rel
 from test_report import compared, curves, printed, write_run
 
@@ -81,10 +82,47 @@ def test_runs_on_other_batches_are_compared_unpaired_and_the_report_says_why(wri
     assert named in note and "not paired" in note
 
 
-def test_runs_on_a_cpu_and_on_a_gpu_draw_other_batches(write):
+def test_runs_of_older_versions_on_a_cpu_and_on_a_gpu_drew_other_batches(write):
     comparison = compared(write({}, device="cuda:0"))
     assert comparison.against["library"].design == "unpaired"
     assert any("device (cpu, cuda)" in note for note in comparison.notes)
+
+
+ON = {
+    "cpu": {"device": "cpu", "device_type": "cpu", "device_name": "EPYC", "matmul_precision": "float32"},
+    "cuda": {"device": "cuda:1", "device_type": "cuda", "device_name": "H100", "matmul_precision": "TF32"},
+}
+
+
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_runs_on_a_cpu_and_on_a_gpu_are_paired_unless_their_device_augments(write, augment):
+    folder = write({})
+    for name in ("a0", "a1", "a2", "b0", "b1", "b2"):
+        config = yaml.safe_load((folder / name / "config.yaml").read_text())
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(config | data(augment=augment)))
+        told(folder, (name,), **ON["cpu" if name[0] == "a" else "cuda"])
+    comparison = compared(folder)
+    assert comparison.against["library"].design == ("paired" if augment == "none" else "unpaired")
+    assert any("other batches (device (cpu, cuda))" in note for note in comparison.notes) == (augment != "none")
+    assert any("not computed alike (device_type (cpu, cuda), device_name (EPYC, H100))" in note
+               for note in comparison.notes)  # fmt: skip
+    shown = " ".join(printed(paths=[folder], width=300).split())
+    assert "computed on cpu (EPYC), matrix products in float32; and on cuda (H100), matrix products in TF32" in shown
+
+
+def test_the_device_of_a_variant_is_the_one_that_auto_became_whichever_of_its_kind(write):
+    folder = write({})
+    for path in folder.glob("b*/config.yaml"):
+        path.write_text(path.read_text().replace("norms.library.BatchNorm", "norms.none.Shift") + "device: auto\n")
+    for path in folder.glob("a*/config.yaml"):
+        path.write_text(path.read_text() + "device: auto\n")
+    told(folder, ("a0", "a1", "a2"), **ON["cpu"])
+    told(folder, ("b0",), **ON["cuda"])
+    told(folder, ("b1", "b2"), **ON["cuda"], overrides=[])
+    told(folder, ("b2",), device="cuda:0")
+    comparison = compared(folder)
+    found = [(variant.parts.get("device"), len(variant.runs)) for variant in comparison.variants]
+    assert found == [("cpu", 3), ("cuda", 3)] and not comparison.left_out
 
 
 def test_the_epochs_say_nothing_where_both_sides_have_their_steps(write):

@@ -6,18 +6,21 @@ import json
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_loop import different, lines_of, toy
 
-from bnexp.config import build
+from bnexp.config import build, check
 from bnexp.config.compose import composed
+from bnexp.errors import OutOfMemory, UserError
 from bnexp.store.run_folder import read_status
-from bnexp.store.writer import NullWriter
+from bnexp.store.writer import NullWriter, Writer
 from bnexp.train import device
 from bnexp.train.drive import drive
-from bnexp.train.loop import Loop, Plan
+from bnexp.train.loop import Loop, Plan, configure_process
 from bnexp.train.progress import NullProgress
 from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run, find_non_finite
@@ -70,6 +73,69 @@ def test_data_that_do_not_fit_are_told_before_training(bnexp, capsys, monkeypatc
     assert bnexp("train", "quiet=true", "out=run", *TINY) == 1
     assert "cpu has no memory left for the data and the model with batch_size=16" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("library", ["CUDNN", "CUBLAS"])
+def test_memory_that_a_library_of_the_gpu_cannot_have_is_told_as_memory(library):
+    error = RuntimeError(f"{library} error: {library}_STATUS_ALLOC_FAILED when calling create(handle)")
+    told = device.explain_memory(error, torch.device("cpu"), "MLP", 16)
+    assert isinstance(told, OutOfMemory) and "no memory left for MLP with batch_size=16" in str(told)
+    other = RuntimeError(f"{library}_STATUS_EXECUTION_FAILED")
+    assert device.explain_memory(other, torch.device("cpu"), "MLP", 16) is other
+
+
+# ---------------------------------------------------------------- what a run computes with
+
+
+@pytest.fixture
+def tf32():
+    """The two switches of TF32, on as torch has one of them, and back afterwards."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [each.allow_tf32 for each in switches]
+    device.allow_tf32(True)
+    yield lambda: [each.allow_tf32 for each in switches]
+    for each, value in zip(switches, before, strict=True):
+        each.allow_tf32 = value
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_products_and_convolutions_are_tf32_by_that_precision_only(precision, tf32):
+    run = SimpleNamespace(precision=precision, threads=torch.get_num_threads(), deterministic=False)
+    configure_process(run)
+    assert tf32() == [precision == "tf32"] * 2
+    device.allow_tf32(precision != "tf32")  # by a run that took a turn
+    configure_process(run)
+    assert tf32() == [precision == "tf32"] * 2
+
+
+def test_a_run_that_is_built_has_its_precision_before_any_loop(tf32):
+    build.build(composed([*TINY]))
+    assert tf32() == [False] * 2
+
+
+def test_tf32_is_refused_where_nothing_computes_with_it(bnexp, capsys, monkeypatch, tmp_path):
+    assert bnexp("train", "out=run", "precision=tf32", *TINY) == 2
+    assert "precision=tf32: device=cpu has no TF32 products" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability, is_refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        with pytest.raises(UserError, match="has no TF32") if is_refused else nullcontext():
+            check.check(composed([*TINY, "device=cuda", "precision=tf32"]))
+
+
+def test_what_a_run_computes_with_is_in_its_status_and_in_hparams(bnexp, monkeypatch, tmp_path):
+    described = []
+    monkeypatch.setattr(Writer, "describe", lambda self, *given: described.append(given))
+    assert bnexp("train", "quiet=true", "out=run", "precision=bf16", *TINY[:-1], "device=auto") == 0
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = {"device_type": kind, "matmul_precision": "bfloat16"}
+    ((_, hparams, group),) = described
+    status = read_status(tmp_path / "run")
+    for found in (hparams, status):
+        assert expected.items() <= found.items() and found["device_name"]
+    assert group.endswith(f"-{kind}"), "TensorBoard averages over a group"
 
 
 def test_other_errors_of_torch_stay_what_they_are():

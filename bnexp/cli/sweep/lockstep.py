@@ -111,7 +111,7 @@ def check_replicas(cfg: DictConfig) -> None:
             f"{given}: {cfg.engine._target_} computes the step of one run, and folded runs take a common one; "
             "use engine=eager or engine=graph, or leave out replicas"
         )
-    if cfg.precision != "fp32":
+    if cfg.precision not in ("fp32", "tf32"):
         reason = "torch.vmap hides the operations of a model from autocast"
         raise UserError(f"{given} and precision={cfg.precision}: {reason}; use precision=fp32, or leave out replicas")
     if cfg.channels_last:

@@ -112,7 +112,10 @@ def run_held(cfg: DictConfig, is_alone: bool) -> str:
 
 def cached_datasets(cfg: DictConfig) -> dict[str, Dataset]:
     """The dataset of the last job if this job has the same one, else an empty dictionary. Other datasets are freed."""
-    keys = {build.data_key(cfg, device) for device in (parts.find_device(cfg.device), torch.device("cpu"))}
+    device = parts.find_device(cfg.device)
+    if device.type == "cuda":
+        gc.collect()  # frees the last job's model and graphs, which refer to each other; torch's allocator does not
+    keys = {build.data_key(cfg, each) for each in (device, torch.device("cpu"))}
     for other in LAST.keys() - keys:
         del LAST[other]
     return LAST
