@@ -243,7 +243,7 @@ def test_the_seed_gives_the_same_batches_whatever_the_norm_and_the_model():
         (["model=mlp", "model.hidden=3"], ["model.hidden=3: a list of whole numbers is expected"]),
         (["model=mlp", "model.hidden=[3,a]"], ['model.hidden=[3, "a"]: a list of whole numbers is']),
         (["model=resnet", "model.stem=vgg"], ["vgg", "imagenet", "cifar"]),
-        (["model.activation=gelu"], ["gelu", "relu, sigmoid, tanh"]),
+        (["model.activation=elu"], ["elu", "relu, sigmoid, tanh"]),
         (["+norm.groups=4"], ["norm.groups=4", "eps"]),
         (["norm.eps=tiny"], ["norm.eps=tiny: a number is expected"]),
         (["norm.affine=null"], ["norm.affine=null: true or false is expected"]),

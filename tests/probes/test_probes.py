@@ -361,7 +361,7 @@ def test_one_unit_of_chosen_layers_can_be_looked_at():
     assert one["activation/norm2/p85"] == pytest.approx(float(torch.quantile(inputs, 0.85)), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("name", SATURATED)
 def test_saturated_is_where_the_slope_is_below_a_twentieth_of_the_steepest(name):
     x = torch.linspace(-9, 9, 3001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(ACTIVATIONS[name](x).sum(), x)
