@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_loop import built, different, state_of
+from test_models import MODELS
 from torch import nn
 
 from bnexp.config import check, parts
@@ -113,7 +114,7 @@ TOO_SLOW = [("lenet", "fused"), ("densenet", "fused")]
 
 
 @pytest.mark.parametrize("model, norm", [
-    (model, norm) for model in choices("model") for norm in choices("norm") if (model, norm) not in TOO_SLOW
+    (model, norm) for model in MODELS for norm in choices("norm") if (model, norm) not in TOO_SLOW
 ])  # fmt: skip
 def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     num_steps = 1 if norm == "fused" and model != "mlp" else 2
@@ -186,7 +187,7 @@ def test_a_run_says_how_long_it_was_looked_at():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("model", MODELS)
 def test_weights_that_are_no_numbers_are_looked_at_without_a_fault(model, bad):
     """pytest makes every warning an error."""
     run, plan = built(*variant(model, "library"), "steps=9", *probing())
