@@ -51,7 +51,7 @@ def check_allow(allow: Collection[str]) -> None:
 
 
 def find_target(group: str, path: str, allow: Collection[str], key: str = "_target_") -> Callable[..., Any]:
-    """The class or function that ``_target_``, or another ``key``, names; :class:`UserError` if a config may not name it."""
+    """The class or function that ``_target_``, or another ``key``, names; :class:`UserError` if it may not be named."""
     path, home = str(path), HOMES.get(group, f"bnexp.{group}")
     known = f"{home} or torch's {KINDS[group].__name__}s" if group in KINDS else home
     refused = UserError(f"{group}.{key}={path}: not a part that {group}= takes; name one of {known}")

@@ -38,7 +38,7 @@ def test_the_commands_of_the_readme(bnexp, mine, capsys, tmp_path, monkeypatch):
         assert bnexp(*shlex.split(command)[1:], *["data.limit=64", "steps=4"] * ("compare" in command)) == 0, command
     told = capsys.readouterr()
     assert "BatchNorm over N, H, W + add + relu" in told.out and "2 batch norms exchanged" in told.err
-    assert "group against library, over 3 paired seeds" in told.out
+    assert "group against library" in told.out and "none against library" in told.out
     status = json.loads((tmp_path / "mine-norms/library-s0/status.json").read_text())
     assert status["initial_weights"] == "own" and status["status"] == "finished"
     config = yaml.safe_load((tmp_path / "mine-norms/library-s0/config.yaml").read_text())

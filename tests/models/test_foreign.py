@@ -1,7 +1,9 @@
 """Networks from elsewhere: the exchange changes nothing but the norm, and says what it did."""
 
 import copy
+from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,9 +194,9 @@ def test_grey_images_are_expanded_to_the_channels_of_the_network():
 
 
 def test_too_small_images_are_refused_with_the_smallest_size_that_works():
-    with pytest.raises(UserError, match=r"32x32 images do not fit .*the smallest that work are 75x75 \(data.size=75\)"):
-        with torch.device("meta"):
-            foreign.torchvision(SMALL, 5, library.BatchNorm, name="inception_v3")
+    wrong = pytest.raises(UserError, match=r"32x32 images do not fit .* that work are 75x75 \(data.size=75\)")
+    with wrong, torch.device("meta"):
+        foreign.torchvision(SMALL, 5, library.BatchNorm, name="inception_v3")
 
 
 @pytest.mark.parametrize(
@@ -218,3 +220,38 @@ def test_an_activation_that_a_norm_does_not_take_stays_and_functions_are_fused()
             return self.fc(F.relu6(self.bn2(self.conv2(x))).mean((2, 3)))
 
     assert own(Other).conversion.sites == {"bn1": "", "bn2": "relu6"}
+
+
+TABLE = Path(__file__).parents[2] / "conf" / "model" / "README.md"
+
+
+def table():
+    """conf/model/README.md: what becomes of every classification network of torchvision, on torch's meta device."""
+    from torchvision import models
+
+    rows = []
+    for name in models.list_models(module=models):
+        try:
+            with torch.device("meta"):
+                found = foreign.torchvision((3, 224, 224), 1000, library.BatchNorm, name=name).conversion
+        except UserError as error:
+            assert "has no batch norm" in str(error), error
+            continue
+        kinds = ", ".join(f"{n} {kind or 'alone'}" for kind, n in Counter(found.sites.values()).most_common())
+        left = ", ".join(f"{n} {kind}" for kind, n in found.left.items()) or "-"
+        how = "walked" if found.note else "fused"
+        rows.append(f"| `{name}` | {how} | {len(found.sites)} | {kinds} | {len(found.biases)} | {left} |")
+    about = f"What becomes of the {len(rows)} networks of `torchvision.models` with batch norm, at 224x224"
+    head = ["| model.name= | is | norms | with what follows in the same call | biases left out | norms left |"]
+    return "\n".join(
+        [f"{about} (written by `python tests/models/test_foreign.py`).", "", *head, "| --- " * 6 + "|", *rows, ""]
+    )
+
+
+@long
+def test_the_table_of_torchvisions_networks_is_what_is_found():
+    assert TABLE.read_text() == table()
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table())

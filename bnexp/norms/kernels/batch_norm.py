@@ -152,7 +152,7 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _saved(y: Tensor, bits: Tensor | None, residual: Tensor | None, activation: str) -> Tensor | None:
-    """The tensor from which backward computes activation' after a residual: relu's bits, else the output of sigmoid and tanh.
+    """The tensor that gives activation' after a residual: relu's bits, the output of sigmoid and tanh.
 
     For the other activations the residual itself, because their output does not determine their derivative. None
     without a residual, where backward computes the output from x again, and for the identity.
