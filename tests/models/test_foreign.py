@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_models import NORMS, SMALL_BATCHES, load_entry
 from torch import nn
 
 from bnexp.errors import UserError
@@ -138,6 +139,16 @@ def test_another_norm_starts_from_the_same_weights(norm):
     assert type(other.bn1) is norm and (other.bn1.activation, other.bn2.activation) == ("relu", "relu")
     assert copy.deepcopy(other)(torch.rand(2, *SMALL)).shape == (2, 5)
     assert [layer.norm for layer in list_layers(other, SMALL) if layer.name == "relu"] == []  # fused away
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_can_be_the_exchange(name):
+    kind, options = load_entry("norm", name)
+    options = {k: v for k, v in (options | SMALL_BATCHES.get(name, {})).items() if k not in ("eps", "momentum")}
+    ours = own(Net, partial(kind, **options), in_shape=(3, 6, 6), args={"width": 2})
+    ours(torch.rand(4, 3, 6, 6)).square().sum().backward()
+    assert type(ours.bn2) is kind and ours.bn2.activation == "relu" and ours.conv1.weight.grad.isfinite().all()
+    assert ours.eval()(torch.rand(4, 3, 6, 6)).shape == (4, 5)
 
 
 @pytest.mark.parametrize("kind, why", [(Depends, "differ"), (Branches, "cannot be used|bool|control flow")])
