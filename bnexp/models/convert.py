@@ -95,19 +95,14 @@ def convert(
 
 def plan(model: nn.Module, images: Tensor, fuse: bool, label: str) -> tuple[dict, Callable | None, list[str], str]:
     """Fused calls, the forward that makes them, layers that lose their biases, and why nothing is fused."""
-    sites, forward, biases = {}, None, []
+    sites, forward, biases, note = {}, None, [], ""
     try:
         graph = Tracer().trace(model)
         biases = biased_layers(graph, model)
         sites, forward = rewritten(graph, model, images) if fuse else ({}, None)
     except Exception as error:  # what another's forward does when it is traced can fail in any way
-        return (
-            {},
-            None,
-            biases,
-            f"{label}: nothing is fused, batch norms were exchanged one by one ({first_line(error)})",
-        )
-    return sites, forward, biases, ""
+        note = f"{label}: nothing is fused, batch norms were exchanged one by one ({first_line(error)})"
+    return sites, forward, biases, note
 
 
 def spelled(module: nn.Module) -> Any:

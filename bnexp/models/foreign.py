@@ -33,8 +33,8 @@ def torchvision(
     args = {**AUXILIARY.get(name, {}), **args}
     if args.get("aux_logits"):
         raise UserError("model.args.aux_logits=true: its further logits in training are not trained on; leave it out")
-    model = models.get_model(name, weights=None, num_classes=num_classes, **args)
-    return finished(model, in_shape, norm, fuse, f"model.name={name}", args)
+    make = partial(models.get_model, name, weights=None, num_classes=num_classes, **args)
+    return finished(make, in_shape, norm, fuse, f"model.name={name}", str(args))
 
 
 def timm(
@@ -47,8 +47,8 @@ def timm(
     except ImportError:
         raise UserError("model=timm: timm is not installed; pip install 'bnexp[timm]'") from None
     check_name("timm", name, library.list_models(), args)
-    model = library.create_model(name, pretrained=False, num_classes=num_classes, **args)
-    return finished(model, in_shape, norm, fuse, f"model.name={name}", args)
+    make = partial(library.create_model, name, pretrained=False, num_classes=num_classes, **args)
+    return finished(make, in_shape, norm, fuse, f"model.name={name}", str(args))
 
 
 def own(
@@ -61,11 +61,9 @@ def own(
     """
     known = {"num_classes": num_classes, "in_shape": tuple(in_shape)}
     takes = inspect.signature(path).parameters
-    model = path(**{key: value for key, value in known.items() if key in takes} | {**args})
+    make = partial(path, **{key: value for key, value in known.items() if key in takes} | {**args})
     label = f"model.path={path.__module__}.{path.__qualname__}"
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{label}: returns an object of type {type(model).__name__}; return a torch.nn.Module")
-    return finished(model, in_shape, norm, fuse, label, (path, args))
+    return finished(make, in_shape, norm, fuse, label, (path, str(args)))
 
 
 def check_name(library: str, name: str | None, known: Sequence[str], args: Mapping[str, Any]) -> None:
@@ -78,10 +76,23 @@ def check_name(library: str, name: str | None, known: Sequence[str], args: Mappi
 
 
 def finished(
-    model: nn.Module, in_shape: Sequence[int], norm: Callable, fuse: bool, label: str, args: Any
+    make: Callable[[], nn.Module], in_shape: Sequence[int], norm: Callable, fuse: bool, label: str, args: Any
 ) -> nn.Module:  # fmt: skip
-    """``model`` for images of this shape, converted; it keeps its own initial weights."""
-    key = (label, str(args), tuple(in_shape), fuse)
+    """The model that ``make`` returns for images of this shape, converted; it keeps its own initial weights.
+
+    A constructor that computes with numbers, as RegNet's, fails on torch's meta device; it then builds on the CPU.
+    """
+    device = torch.get_default_device()
+    try:
+        model = make()
+    except (NotImplementedError, RuntimeError):
+        if device.type != "meta":
+            raise
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            model = make().to(device)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{label}: returns an object of type {type(model).__name__}; return a torch.nn.Module")
+    key = (label, args, tuple(in_shape), fuse)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         with torch.no_grad():
             model.eval()(torch.zeros(2, *in_shape))

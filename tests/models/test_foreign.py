@@ -165,6 +165,12 @@ def test_a_network_that_the_graph_does_not_repeat_is_walked(kind, why):
         assert torch.allclose(ours.eval()(x), theirs.eval()(x), atol=1e-6)  # biases before a norm round away
 
 
+def test_a_constructor_that_computes_with_numbers_is_checked_on_the_meta_device_too():
+    with torch.device("meta"):
+        model = foreign.torchvision(SMALL, 5, library.BatchNorm, name="regnet_y_400mf")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
 def test_without_fusing_every_batch_norm_is_exchanged_alone():
     ours = own(Net, fuse=False)
     assert ours.conversion.sites == {"bn1": "", "bn2": ""} and not ours.conversion.note
