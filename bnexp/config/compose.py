@@ -114,9 +114,9 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
 def leave_to_model(cfg: DictConfig, words: Sequence[str]) -> None:
     """Take the usual eps and momentum out of the norm's options, unless given, if the model brings its own."""
     given = {each.key_or_group for each in parse_words(words)}
-    if isinstance(cfg.model, DictConfig) and str(cfg.model.get("_target_")).startswith("bnexp.models.foreign."):
+    if str(OmegaConf.select(cfg, "model._target_")).startswith("bnexp.models.foreign."):
         for key, usual in (("eps", 1e-5), ("momentum", 0.1)):
-            if f"norm.{key}" not in given and cfg.norm.get(key) == usual:
+            if f"norm.{key}" not in given and OmegaConf.select(cfg, f"norm.{key}") == usual:
                 with open_dict(cfg):
                     del cfg.norm[key]
 
