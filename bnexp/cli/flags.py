@@ -62,6 +62,7 @@ def parse_line(command: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(command)
     parser.set_defaults(multirun=False)
     line = parser.parse_intermixed_args(list(arguments))
+    line.words = trusting(line.words)
     if (line.resolve or line.package) and not line.cfg:
         parser.error("--resolve and --package belong to --cfg job")
     if (line.cfg or line.info) and (makes_sweep or line.multirun or command in ("rerun", "resume")):
@@ -89,6 +90,14 @@ def own_entries(given: str | None) -> Path | None:
     if not folder.is_dir():
         raise UserError(f"{told}: no such folder; give one that holds norm/, model/, ... with yamls")
     return folder
+
+
+def trusting(words: Sequence[str]) -> list[str]:
+    """The words and, unless they say ``allow``, one that allows the packages that ``model.path=package.Net`` names."""
+    named = [value for word in words if word.startswith("model.path=") for value in word[11:].split(",")]
+    packages = dict.fromkeys(each.partition(".")[0] for each in named if each.isascii())
+    is_said = any(word.startswith("allow=") for word in words)
+    return [*words, *[f"allow=[{','.join(packages)}]"] * (bool(packages) and not is_said)]
 
 
 def was_shown(line: argparse.Namespace) -> bool:

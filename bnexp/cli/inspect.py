@@ -70,9 +70,15 @@ def summary_table(model: nn.Module, in_shape: Sequence[int], batch_size: int = 2
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for name, justify in {"layer": "left", "output": "right", "parameters": "right", "norm": "left"}.items():
         table.add_column(name, justify=justify, overflow="fold")
+    sites = getattr(getattr(model, "conversion", None), "sites", {})  # what a norm's call does besides
     for layer in layers:
         shape = show_shape(layer.out_shape) or "-"
-        table.add_row(layer.name or "(model)", shape, f"{layer.num_parameters:,}", layer.norm or "-")
+        table.add_row(
+            layer.name or "(model)",
+            shape,
+            f"{layer.num_parameters:,}",
+            " + ".join(filter(None, (layer.norm, sites.get(layer.name)))) or "-",
+        )
     table.add_section()
     totals = {
         "parameters": sum(layer.num_parameters for layer in layers),
@@ -84,6 +90,8 @@ def summary_table(model: nn.Module, in_shape: Sequence[int], batch_size: int = 2
         del totals["parameters"]
     for name, total in totals.items():
         table.add_row(name, "", f"{total:,}", "")
+    if conversion := getattr(model, "conversion", None):
+        table.caption, table.caption_justify = "\n".join(conversion.lines()), "left"
     return table
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -161,6 +162,7 @@ def watched_norm(cfg: DictConfig) -> Callable[..., nn.Module]:
         x = (*args, *kwargs.values())[0]
         check_result(cfg, "norm", output, x.shape, x.dtype)
 
+    @wraps(norm)
     def make(*args: Any, **kwargs: Any) -> nn.Module:
         module = norm(*args, **kwargs)
         module.register_forward_hook(see, with_kwargs=True)

@@ -102,12 +102,23 @@ def composed(words: Sequence[str], *, logs: bool = False) -> DictConfig:
             with open_dict(cfg):
                 del cfg["hydra"]
             OmegaConf.resolve(cfg)
+    leave_to_model(cfg, words)
     if cfg.get("out"):
         out = home_path(cfg.out, "out=")  # no folder is made that .. leaves again
         cfg.out = os.path.realpath(out) if ".." in out.parts else str(out)
     if (order := cfg.get("sweep_order", ORDERS[0])) not in ORDERS:
         raise UserError(f"sweep_order={order}: not known; choose {' or '.join(ORDERS)}")
     return cfg
+
+
+def leave_to_model(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Take the usual eps and momentum out of the norm's options, unless given, if the model brings its own."""
+    given = {each.key_or_group for each in parse_words(words)}
+    if str(OmegaConf.select(cfg, "model._target_")).startswith("bnexp.models.foreign."):
+        for key, usual in (("eps", 1e-5), ("momentum", 0.1)):
+            if f"norm.{key}" not in given and OmegaConf.select(cfg, f"norm.{key}") == usual:
+                with open_dict(cfg):
+                    del cfg.norm[key]
 
 
 def chosen_settings(words: Sequence[str]) -> list[str]:
@@ -132,6 +143,8 @@ def typed(override: Override) -> str:
     """The word of one override, with its value in quotes if it is a text that Hydra would read as a number."""
     key, equals, value = override.input_line.partition("=")
     is_other = equals and not override.is_sweep_override() and isinstance(override.value(), bool | int | float)
+    if f"{key}.".startswith("model.args."):
+        return f"++{override.input_line}"  # arguments of another's network: any name
     return f"{key}={quoted(value)}" if is_other and takes_text(override.key_or_group) else override.input_line
 
 

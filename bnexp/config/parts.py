@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Collection
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from bnexp.probes.layers import smallest_batch
 from bnexp.store.settings import as_typed
 from bnexp.train.own import PartFailed, naming
 from bnexp.train.probe import Probe
+
+FOREIGN = "bnexp.models.foreign."  # models of libraries and of the user's own, converted
+OWN_MODEL = f"{FOREIGN}own"
 
 
 def probes_of(cfg: DictConfig) -> list[Probe]:
@@ -78,19 +81,26 @@ def filled_in(
     target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
     if is_own(node):
-        target = naming(label or f"{group}._target_={node._target_}")(target)
+        target = naming(label or label_of(group, node))(target)
+    if str(node._target_) == OWN_MODEL:
+        if options["path"] is None:
+            raise UserError("model.path=null: names no network; give your class or function, model.path=mypackage.Net")
+        options["path"] = find_target(group, options["path"], allow, "path")
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
 
 def is_own(node: DictConfig) -> bool:
-    """Whether the entry ``node`` names a part of a package that the user trusts by ``allow=[...]``."""
-    return not node._target_.startswith(("bnexp.", "torch.", "torchvision."))
+    """Whether the entry ``node`` names a part of a package that the user trusts by ``allow=[...]``, or of a library."""
+    return node._target_.startswith(FOREIGN) or not node._target_.startswith(("bnexp.", "torch.", "torchvision."))
 
 
 def own_parts(cfg: DictConfig) -> dict[str, str]:
     """The user's own parts but probes: the name of the code by the label, ``model._target_=mypackage.Net``."""
-    found = {target_of(cfg, group): part(cfg, group).func for group in GROUPS if is_own(cfg[group])}
-    return {label: f"{target.__module__}.{target.__qualname__}" for label, target in found.items()}
+    found = {target_of(cfg, group): part(cfg, group) for group in GROUPS if is_own(cfg[group])}
+    codes = {label: each.keywords.get("path", each.func) for label, each in found.items()}
+    return {
+        label: f"{code.__module__}.{code.__qualname__}".removeprefix(FOREIGN) for label, code in codes.items()
+    }  # fmt: skip
 
 
 def is_foreign(cfg: DictConfig) -> bool:
@@ -121,7 +131,8 @@ def norm_part(cfg: DictConfig) -> Callable[..., nn.Module]:
     """
     norm = part(cfg, "norm")
     if is_own(cfg.norm):
-        return lambda *args, **options: check_kind(target_of(cfg, "norm"), norm(*args, **options), nn.Module)
+        checked = lambda *args, **options: check_kind(target_of(cfg, "norm"), norm(*args, **options), nn.Module)  # noqa: E731
+        return wraps(norm)(checked)
     is_second = getattr(norm.func, "normalizes", True) is False and cfg.model.get("bias") is True
     return partial(norm, bias=False) if is_second and "bias" not in cfg.norm else norm
 
@@ -134,7 +145,13 @@ def find_lazy(model: nn.Module) -> str | None:
 
 def target_of(cfg: DictConfig, group: str) -> str:
     """``model._target_=mypackage.Net``, as an error names a part."""
-    return f"{group}._target_={cfg[group]._target_}"
+    return label_of(group, cfg[group])
+
+
+def label_of(group: str, node: DictConfig) -> str:
+    """:func:`target_of` for an entry; ``model.name=resnet18`` of a library's, ``model.path=mypackage.Net``."""
+    keys = [key for key in ("path", "name") if key in node and node._target_.startswith(FOREIGN)]
+    return f"{group}.{keys[0]}={node[keys[0]]}" if keys else f"{group}._target_={node._target_}"
 
 
 def check_kind(target: str, result: Any, kind: Any, method: str = "it") -> Any:

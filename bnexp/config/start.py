@@ -33,6 +33,8 @@ def advise(cfg: DictConfig, run: Run) -> None:
         return
     lines = [run.dataset.about] if run.dataset.about else []
     found = advice(run.model, num_steps=run.total_steps, batch_size=cfg.batch_size) + signal_advice(run, cfg.seed)
+    if conversion := getattr(run.model, "conversion", None):
+        lines += conversion.lines()
     lines += [f"warning: {each}" for each in found]
     for line in lines:
         if line not in PRINTED:

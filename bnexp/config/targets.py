@@ -6,6 +6,7 @@ torch, torchvision's models, and packages that the person at the keyboard names 
 
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -34,7 +35,12 @@ CALLS = {  # the arguments that a target is called with, besides its options; th
 
 
 def check_allow(allow: Collection[str]) -> None:
-    """Raise :class:`UserError` for a name in ``allow=[...]`` that is no package here; imports none."""
+    """Raise :class:`UserError` for a name in ``allow=[...]`` that is no package here; imports none.
+
+    With ``allow`` the current folder is searched too, last.
+    """
+    if allow and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     for name in allow:
         try:
             is_here = name.isidentifier() and (name in sys.modules or importlib.util.find_spec(name) is not None)
@@ -44,15 +50,15 @@ def check_allow(allow: Collection[str]) -> None:
             raise UserError(f"allow=[{name}]: there is no package {name} here; install it, or leave it out")
 
 
-def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., Any]:
-    """The class or function that ``_target_`` names; :class:`UserError` if a config may not name it."""
+def find_target(group: str, path: str, allow: Collection[str], key: str = "_target_") -> Callable[..., Any]:
+    """The class or function that ``_target_``, or another ``key``, names; :class:`UserError` if it may not be named."""
     path, home = str(path), HOMES.get(group, f"bnexp.{group}")
     known = f"{home} or torch's {KINDS[group].__name__}s" if group in KINDS else home
-    refused = UserError(f"{group}._target_={path}: not a part that {group}= takes; name one of {known}")
+    refused = UserError(f"{group}.{key}={path}: not a part that {group}= takes; name one of {known}")
     package = path.partition(".")[0]
     if package not in ("bnexp", "torch", "torchvision", *allow):
         raise UserError(
-            f"{group}._target_={path}: configs may name classes of bnexp, torch and torchvision only; "
+            f"{group}.{key}={path}: configs may name classes of bnexp, torch and torchvision only; "
             f"if you trust {package}, add allow=[{package}]"
         )
     if package == "bnexp" and not path.startswith(home):
@@ -61,7 +67,7 @@ def find_target(group: str, path: str, allow: Collection[str]) -> Callable[..., 
     try:
         target = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # importing a module can fail in any way
-        raise UserError(f"{group}._target_={path}: cannot be found ({error})") from error
+        raise UserError(f"{group}.{key}={path}: cannot be found ({error})") from error
     lives = getattr(target, "__module__", None) or ""
     is_ours = (lives + ".").startswith(home + ".") and (group != "data" or isinstance(target, type))
     is_trusted = package in allow and lives.partition(".")[0] == package

@@ -19,7 +19,7 @@ GAINS = {"relu": math.sqrt(2), "tanh": 5 / 3, "sigmoid": 1.0, "identity": 1.0}  
 class Weights(NamedTuple):
     """How a model draws its weights: a rule of :func:`initialize`, the model's activation, a fixed deviation.
 
-    A model of bnexp has one as its attribute ``initial_weights``.
+    A model of bnexp has one as its attribute ``initial_weights``; a model from elsewhere keeps its ``own``.
     """
 
     init: str = "torch"
@@ -59,6 +59,8 @@ def initialize(model: nn.Module, generator: Generator) -> None:
     ``generator`` lives on the device of the parameters; on CPU the numbers are the same on every machine.
     """
     weights = getattr(model, "initial_weights", Weights())
+    if weights.init == "own":
+        return
     for module in model.modules():
         if not isinstance(module, (_ConvNd, nn.Linear)):
             continue

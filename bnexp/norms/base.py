@@ -7,12 +7,16 @@ and activate in one pass over memory.
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnexp.errors import UserError
 
-ACTIVATIONS = {"identity": None, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+ACTIVATIONS = {
+    "identity": None, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish, "gelu": F.gelu,
+}  # fmt: skip
 FLOAT32 = torch.finfo(torch.float32)
 
 

@@ -22,6 +22,10 @@ SATURATED = {
     "sigmoid": lambda x: x.abs() > 2 * EDGE,
     "tanh": lambda x: x.abs() > EDGE,
     "relu": lambda x: x <= 0,
+    "relu6": lambda x: (x <= 0) | (x >= 6),
+    "hardswish": lambda x: x < -1.275,  # derivative x / 3 + 1/2, at most 1.5
+    "silu": lambda x: x < -1.0591201596,  # largest derivatives 1.0998 and 1.1289, solved numerically
+    "gelu": lambda x: x < -0.6334566281,
 }
 
 
@@ -30,8 +34,8 @@ class Activations(Probe):
 
     For every layer: ``activation/<layer>``, a histogram with ``bins`` equal bins between the smallest and the largest
     value; the percentiles ``/p15``, ``/p50`` and ``/p85`` of Ioffe & Szegedy; and ``/saturation``, the share of inputs
-    at which sigmoid or tanh has a derivative below 5% of its largest value, or relu's input is 0 or below (after Glorot
-    & Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks", section 3).
+    at which the activation has a derivative below 5% of its largest value, for relu 0 or below (after Glorot & Bengio
+    2010, "Understanding the difficulty of training deep feedforward neural networks", section 3).
 
     ``layers`` are names of norms, by default all with an activation other than the identity. ``unit`` chooses one unit
     or channel of every layer, as Ioffe & Szegedy do, instead of all.

@@ -50,7 +50,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model, norm = (each if isinstance(each := config.get(key), Mapping) else {} for key in ("model", "norm"))
     found = dict(config)
-    if str(model.get("_target_")).startswith("bnexp.models."):
+    if str(model.get("_target_")).startswith("bnexp.models.") and "fuse" not in model:
         found["model"] = {"init": "torch", **model}
         if norm.get("_target_") == "bnexp.norms.none.Shift" and model.get("bias") and "init" not in model:
             found["norm"] = {"bias": True, **norm}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bnexp.models.initialize import Weights
 from bnexp.store import checkpoint
 from bnexp.store.readings import Reading
 from bnexp.store.run_folder import DONE, Status
@@ -91,6 +92,7 @@ class Recorder:
         if self.status is not None:
             where = {"step": run.num_steps, "epoch": run.epoch, "seconds": run.seconds}
             how = {"images": run.dataset.fingerprint, "majority": run.dataset.majority, "threads": run.threads}
+            how["initial_weights"] = getattr(run.model, "initial_weights", Weights()).rule
             how |= {"evaluation": run.evaluation} if run.evaluation else {}
             how |= {"origin": run.dataset.origin} if run.dataset.origin else {}
             self.status.update(**where, **how, non_finite_gradients=run.num_bad_gradients, **fields)

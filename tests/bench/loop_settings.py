@@ -20,7 +20,7 @@ ROUNDS = {"quick": 5, "full": 9}
 IMAGES = {"quick": {"cpu": 5_120, "cuda": 51_200}, "full": {"cpu": 51_200, "cuda": 51_200}}
 SLOWER = {"resnet": 40, "densenet": 40}  # a turn of these on a CPU takes so many times fewer images
 CHOICES = {
-    "models": choices("model"),
+    "models": [each for each in choices("model") if each not in ("torchvision", "timm", "own")],
     "engines": choices("engine"),
     "data": list(SOURCES),
     "parts": ["epochs", "start", "sweep"],

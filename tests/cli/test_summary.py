@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from rich.console import Console
+from test_models import MODELS
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,7 +64,7 @@ def test_the_rows_of_lenet():
 
 
 @pytest.mark.parametrize("norm", choices("norm"))
-@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("model", MODELS)
 def test_the_parameters_of_all_rows_add_up_to_those_of_the_model(model, norm):
     model, in_shape = meta(f"model={model}", f"norm={norm}")
     layers = list_layers(model, in_shape)

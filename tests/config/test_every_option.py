@@ -7,6 +7,7 @@ import math
 
 import pytest
 from omegaconf import OmegaConf
+from test_models import MODELS
 
 from bnexp.config import build, check
 from bnexp.config.choices import choices, conf_dir
@@ -60,7 +61,7 @@ def test_every_option_of_every_norm_trains_and_is_looked_at(overrides):
     assert run_of("model=mlp", "model.hidden=[6]", "threads=auto", *overrides).threads == 1
 
 
-@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("norm", ["norm.track_running_stats=false", "norm=ghost norm.virtual_batch=16"])
 def test_norms_that_need_a_batch_in_evaluation_or_whole_blocks_train_in_every_model(model, norm):
     run = run_of(f"model={model}", *NARROW.get(model, ()), *norm.split())

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_models import MODELS
 
 from bnexp.config.choices import choices
 from bnexp.store.run_folder import read_status
@@ -21,7 +22,7 @@ def losses_of(folder):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_learns_digits_with_every_norm(model, norm, train):
     overrides = ("steps=40", "log_every=5", "optimizer.lr=0.01", *SMALL.get(model, ()))
     folder = train(f"model={model}", f"norm={norm}", *overrides)

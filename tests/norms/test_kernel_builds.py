@@ -68,7 +68,9 @@ def launches(arch, which):
     import torch
     from triton.runtime.jit import JITFunction
 
+    from bnexp.norms.base import ACTIVATIONS
     from bnexp.norms.kernels import launch, tiling
+    from bnexp.norms.kernels.batch_norm import _saved
 
     tiling.num_sms = lambda device: 132
     case, found = None, []
@@ -86,7 +88,7 @@ def launches(arch, which):
         y, used_mean, rstd, bits = launch.launch_forward(
             x, r, weight, bias, mean, var, counter, training, momentum, 1e-5, activation, True
         )
-        saved = None if not residual or activation == "identity" else bits if activation == "relu" else y
+        saved = _saved(y, bits, r, activation)
         arguments = (y, x, weight, bias, used_mean, rstd, saved, activation)
         launch.launch_backward(*arguments, training)
         if halves:
@@ -96,7 +98,7 @@ def launches(arch, which):
     local, large = (256, 64, 8, 8), (128, 256, 56, 56)
     f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
     some = [(bf16, "identity", False), (bf16, "relu", True), (f32, "relu", False), (f32, "tanh", True)]
-    more = [(bf16, a, r) for a in ("identity", "relu", "sigmoid", "tanh") for r in (False, True)]
+    more = [(bf16, a, r) for a in ACTIVATIONS for r in (False, True)]
     more += [(f32, "relu", True), (f16, "relu", True), (f64, "relu", True), (f64, "tanh", True)]
     chosen = [(bf16, "relu", True), (f32, "relu", False)] + [(bf16, "identity", False), (f64, "tanh", True)] * (
         arch == 90

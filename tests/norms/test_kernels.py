@@ -7,6 +7,7 @@ with autograd, not ``F.batch_norm``, whose float32 statistics on a CPU are less 
 import pytest
 import torch
 
+from bnexp.norms.base import ACTIVATIONS
 from bnexp.norms.kernels import batch_norm as bn
 from bnexp.norms.kernels import tiling as planning
 from bnexp.norms.kernels.tiling import dense, tiling_for
@@ -17,6 +18,11 @@ if DEVICE == "cpu" and not bn.interpreted():
 # Half a unit in the last place is what rounding the output costs; float32 also rounds a few times on the way.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 NAMES = ("y", "dx", "dresidual", "dweight", "dbias", "running_mean", "running_var")
+
+
+# Those that foreign models bring are quick on a small shape (below), and long on all.
+BROUGHT = ("relu6", "silu", "hardswish", "gelu")
+EVERY = [pytest.param(each, marks=pytest.mark.long) if each in BROUGHT else each for each in ACTIVATIONS]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +73,7 @@ def oracle(x, dy, residual, weight, bias, mean, var, training, momentum, eps, ac
     z = z if weight is None else z * weight.view(column)
     z = z if bias is None else z + bias.view(column)
     z = z if residual is None else z + residual
-    y = z if activation == "identity" else getattr(torch, activation)(z)
+    y = z if activation == "identity" else ACTIVATIONS[activation](z)
     y.backward(dy)
     gradients = {id(t): t.grad for t in leaves}
     found = [gradients.get(id(t)) for t in (x, residual, weight, bias)]
@@ -141,7 +147,7 @@ def test_every_shape_in_both_layouts(shape, tier):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", EVERY)
 @pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d)[6:])
 def test_every_type_and_activation(dtype, activation, residual, tier):
     for last in (False, True) if dtype == torch.float32 else (residual,):  # layouts know nothing of types
@@ -149,7 +155,15 @@ def test_every_type_and_activation(dtype, activation, residual, tier):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", BROUGHT)
+def test_activations_of_foreign_models(activation, residual):
+    """Inputs reach beyond 6 and -3, where relu6 and hardswish have their corners."""
+    x, dy, r, weight, *rest = inputs((3, 2, 7), residual=residual)
+    check((x, dy, r, 4 * weight, *rest), activation=activation, training=residual)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", EVERY)
 def test_evaluation_normalizes_by_constants_and_so_do_its_gradients(activation, residual, tier):
     for last in (False, True):
         check(inputs((4, 9, 3, 5), last=last, residual=residual), training=False, activation=activation)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_loop import built, different, state_of
+from test_models import MODELS
 from torch import nn
 
 from bnexp.config import check, parts
@@ -113,7 +114,7 @@ TOO_SLOW = [("lenet", "fused"), ("densenet", "fused")]
 
 
 @pytest.mark.parametrize("model, norm", [
-    (model, norm) for model in choices("model") for norm in choices("norm") if (model, norm) not in TOO_SLOW
+    (model, norm) for model in MODELS for norm in choices("norm") if (model, norm) not in TOO_SLOW
 ])  # fmt: skip
 def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     num_steps = 1 if norm == "fused" and model != "mlp" else 2
@@ -186,7 +187,7 @@ def test_a_run_says_how_long_it_was_looked_at():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
-@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("model", MODELS)
 def test_weights_that_are_no_numbers_are_looked_at_without_a_fault(model, bad):
     """pytest makes every warning an error."""
     run, plan = built(*variant(model, "library"), "steps=9", *probing())
@@ -361,7 +362,7 @@ def test_one_unit_of_chosen_layers_can_be_looked_at():
     assert one["activation/norm2/p85"] == pytest.approx(float(torch.quantile(inputs, 0.85)), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("name", SATURATED)
 def test_saturated_is_where_the_slope_is_below_a_twentieth_of_the_steepest(name):
     x = torch.linspace(-9, 9, 3001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(ACTIVATIONS[name](x).sum(), x)

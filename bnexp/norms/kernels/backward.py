@@ -6,13 +6,14 @@ With g = dy * activation'(z), xhat = (x - mean) * rstd, M values per channel (Io
     dx = weight * rstd * (g - dbias / M - xhat * dweight / M)     with the batch's statistics
     dx = weight * rstd * g                                        with constant (running) statistics
 
-z is recomputed from x. After a residual, backward reads relu's bits or the output of sigmoid and tanh instead.
+z is recomputed from x. After a residual, backward reads relu's bits or the output of sigmoid and tanh instead; for the
+other activations it reads the residual.
 """
 
 import triton
 import triton.language as tl
 
-from bnexp.norms.kernels.blocks import activate, affine, channel_sum, channels, kernel, normalize, tile, unpack
+from bnexp.norms.kernels.blocks import activate, affine, channel_sum, channels, kernel, normalize, slope, tile, unpack
 
 
 @triton.jit
@@ -45,12 +46,17 @@ def _load_tile(
             b_y = activate(normalize(b_x, b_mean, b_scale, b_shift), ACTIVATION)
             keep = (b_y.to(b_dy.dtype).to(b_x.dtype) <= 0.0) == 0  # dy has the type that y was rounded to
         b_g = tl.where(keep, b_g, 0.0)
-    elif ACTIVATION != "identity":
+    elif ACTIVATION == "sigmoid" or ACTIVATION == "tanh":
         if p_saved is not None:
             b_y = tl.load(p_saved + offsets, mask=mask, other=0.0).to(b_x.dtype)
         else:
             b_y = activate(normalize(b_x, b_mean, b_scale, b_shift), ACTIVATION)
         b_g *= b_y * (1.0 - b_y) if ACTIVATION == "sigmoid" else 1.0 - b_y * b_y
+    elif ACTIVATION != "identity":
+        b_z = normalize(b_x, b_mean, b_scale, b_shift)
+        if p_saved is not None:
+            b_z += tl.load(p_saved + offsets, mask=mask, other=0.0).to(b_x.dtype)
+        b_g *= slope(b_z, ACTIVATION)
     return b_x, b_g, offsets, mask
 
 

@@ -152,13 +152,14 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _saved(y: Tensor, bits: Tensor | None, residual: Tensor | None, activation: str) -> Tensor | None:
-    """The tensor from which backward computes activation' after a residual: relu's bits, else the output.
+    """The tensor that gives activation' after a residual: relu's bits, the output of sigmoid and tanh.
 
-    None without a residual, where backward computes the output from x again, and for the identity.
+    For the other activations the residual itself, because their output does not determine their derivative. None
+    without a residual, where backward computes the output from x again, and for the identity.
     """
     if residual is None or activation == "identity":
         return None
-    return bits if activation == "relu" else y
+    return bits if activation == "relu" else y if activation in ("sigmoid", "tanh") else residual
 
 
 def batch_norm(

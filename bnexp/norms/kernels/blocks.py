@@ -107,7 +107,30 @@ def activate(b_z, ACTIVATION: tl.constexpr):
         b_e = tl.exp(-2.0 * tl.abs(b_z))
         b_t = (1.0 - b_e) / (1.0 + b_e)
         b_z = tl.where(b_z < 0.0, -b_t, b_t)
+    elif ACTIVATION == "relu6":
+        b_z = tl.where(b_z <= 0.0, 0.0, tl.where(b_z >= 6.0, 6.0, b_z))
+    elif ACTIVATION == "silu":
+        b_z = b_z / (1.0 + tl.exp(-b_z))
+    elif ACTIVATION == "hardswish":
+        b_z = tl.where(b_z <= -3.0, 0.0, tl.where(b_z >= 3.0, b_z, b_z * (b_z + 3.0) / 6.0))
+    elif ACTIVATION == "gelu":
+        b_z = b_z * 0.5 * (1.0 + tl.erf(b_z * 0.7071067811865476))
     return b_z
+
+
+@triton.jit
+def slope(b_z, ACTIVATION: tl.constexpr):
+    """The derivative at the activation's input z, for the activations whose output does not determine it."""
+    if ACTIVATION == "relu6":
+        b_d = tl.where((b_z <= 0.0) | (b_z >= 6.0), 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        b_s = 1.0 / (1.0 + tl.exp(-b_z))
+        b_d = b_s * (1.0 + b_z * (1.0 - b_s))
+    elif ACTIVATION == "hardswish":
+        b_d = tl.where(b_z <= -3.0, 0.0, tl.where(b_z >= 3.0, 1.0, b_z / 3.0 + 0.5))
+    else:  # gelu: P(z) + z p(z) of the standard normal distribution
+        b_d = 0.5 * (1.0 + tl.erf(b_z * 0.7071067811865476)) + b_z * 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
+    return b_d
 
 
 @triton.jit

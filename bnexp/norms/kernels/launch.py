@@ -77,7 +77,7 @@ def launch_forward(x, residual, weight, bias, running_mean, running_var, counter
 
 
 def _backward_tiling(x: Tensor, activation: str) -> Tiling:
-    p = tiling_for(x, heavy=activation in ("sigmoid", "tanh"))
+    p = tiling_for(x, heavy=activation not in ("identity", "relu", "relu6"))
     log.debug("backward %s: %s", tuple(x.shape), p)
     return p
 
