@@ -50,7 +50,8 @@ def open_recorder(cfg: DictConfig, run: Run, overrides: Sequence[str], folder: P
             run.load_state_dict(state)
     remember_place(folder, cfg)  # which the checkpoint has accepted
     computed = computed_with(run.device, run.precision)
-    status = Status(folder, str(run.device), list(overrides), goes_on=state is not None, computed=computed)
+    status = Status(folder, str(run.device), list(overrides), goes_on=state is not None)
+    status.update(**computed)
     writer = Writer(folder, step=run.num_steps)
     writer.describe(
         OmegaConf.to_yaml(cfg, resolve=True), hparams(cfg) | computed, f"{group_name(cfg)}-{run.device.type}"

@@ -14,12 +14,11 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from bnexp.errors import StorageError, UserError, unread
@@ -33,7 +32,6 @@ STATUS_EVERY = 1.0  # seconds between two writes of status.json that hold only n
 NO_LOCKS = (  # from flock on some network file systems
     errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.EPROTONOSUPPORT,
 )  # fmt: skip
-NOTHING = MappingProxyType({})
 DONE = ("finished", "diverged")  # a run with any other status can be resumed
 
 
@@ -235,18 +233,16 @@ class Status:
     """``status.json``: how far a run is and how it ended; its metrics hold the last value of every tag.
 
     A killed process leaves ``running`` behind. ``host`` and ``pid`` name the process, ``heartbeat`` is the time of its
-    last write. ``computed`` says on what device and in what precision.
+    last write.
     """
 
-    def __init__(
-        self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False, computed: Mapping = NOTHING
-    ) -> None:
+    def __init__(self, folder: Path, device: str, overrides: list[str], *, goes_on: bool = False) -> None:
         self.path = folder / STATUS
         first = {"step": 0, "epoch": 0.0, "seconds": 0.0, "metrics": {}, "started": time.time()}
         earlier = read_status(folder) if goes_on else {}
         self.content = {"status": "running"} | {key: earlier.get(key, value) for key, value in first.items()}
         self.content |= {"device": device, "versions": versions(), "git_commit": git_commit(), "overrides": overrides}
-        self.content |= {**computed, "host": socket.gethostname(), "pid": os.getpid()}
+        self.content |= {"host": socket.gethostname(), "pid": os.getpid()}
         self.written = 0.0
         self.update()
 
