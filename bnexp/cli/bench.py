@@ -44,7 +44,7 @@ def bench(arguments: list[str]) -> int:
     from bnexp.config.compose import composed
     from bnexp.norms.base import BatchNormBase
 
-    norms = {name: parts.part(composed([f"norm={name}"]), "norm") for name in choices("norm")}
+    norms = {name: parts.part(composed([f"norm={name}"]), "norm") for name in choices("norm") if name != "own"}
     batch_norms = {
         name: norm for name, norm in norms.items()
         if isinstance(norm.func, type) and issubclass(norm.func, BatchNormBase) and norm.func.implements_batch_norm

@@ -93,8 +93,9 @@ def own_entries(given: str | None) -> Path | None:
 
 
 def trusting(words: Sequence[str]) -> list[str]:
-    """The words and, unless they say ``allow``, one that allows the packages that ``model.path=package.Net`` names."""
-    named = [value for word in words if word.startswith("model.path=") for value in word[11:].split(",")]
+    """The words and, unless they say ``allow``, one that allows the packages of ``model.path=`` and ``norm.path=``."""
+    given = [word.partition("=")[2] for word in words if word.startswith(("model.path=", "norm.path="))]
+    named = [value for values in given for value in values.split(",")]
     packages = dict.fromkeys(each.partition(".")[0] for each in named if each.isascii())
     is_said = any(word.startswith("allow=") for word in words)
     return [*words, *[f"allow=[{','.join(packages)}]"] * (bool(packages) and not is_said)]

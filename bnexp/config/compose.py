@@ -28,8 +28,8 @@ from bnexp.config.explain import check_hydra, check_words, explained, parse_word
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
-from bnexp.store.settings import flatten, numbers, short_name
-from bnexp.store.untrusted import keep_texts
+from bnexp.store.settings import code_of, flatten, numbers, short_name
+from bnexp.store.untrusted import as_file_name, keep_texts
 
 ORDERS = ("product", "zip")  # of sweep_order
 ConfigStore.instance().store(name="schema", node=Train)
@@ -143,8 +143,8 @@ def typed(override: Override) -> str:
     """The word of one override, with its value in quotes if it is a text that Hydra would read as a number."""
     key, equals, value = override.input_line.partition("=")
     is_other = equals and not override.is_sweep_override() and isinstance(override.value(), bool | int | float)
-    if f"{key}.".startswith("model.args."):
-        return f"++{override.input_line}"  # arguments of another's network: any name
+    if f"{key}.".startswith(("model.args.", "norm.args.")):
+        return f"++{override.input_line}"  # arguments of code that is not ours: any name
     return f"{key}={quoted(value)}" if is_other and takes_text(override.key_or_group) else override.input_line
 
 
@@ -198,7 +198,7 @@ def run_name(cfg: DictConfig) -> str:
 
 
 def _label(cfg: DictConfig) -> str:
-    return f"{short_name(cfg.model._target_)}-{short_name(cfg.norm._target_)}"
+    return "-".join(as_file_name(short_name(code_of(each))) for each in (cfg.model, cfg.norm))
 
 
 def hparams(cfg: DictConfig) -> dict[str, bool | int | float | str]:

@@ -24,8 +24,8 @@ from bnexp.store.settings import as_typed
 from bnexp.train.own import PartFailed, naming
 from bnexp.train.probe import Probe
 
-FOREIGN = "bnexp.models.foreign."  # models of libraries and of the user's own, converted
-OWN_MODEL = f"{FOREIGN}own"
+FOREIGN = ("bnexp.models.foreign.", "bnexp.norms.own.")  # parts of libraries, and of the user's own by their path
+OWN = tuple(f"{home}own" for home in FOREIGN)
 
 
 def probes_of(cfg: DictConfig) -> list[Probe]:
@@ -82,9 +82,11 @@ def filled_in(
     options.pop("_partial_", None)
     if is_own(node):
         target = naming(label or label_of(group, node))(target)
-    if str(node._target_) == OWN_MODEL:
+    if node._target_ in OWN:
         if options["path"] is None:
-            raise UserError("model.path=null: names no network; give your class or function, model.path=mypackage.Net")
+            raise UserError(
+                f"{group}.path=null: names nothing; give your class or function, {group}.path=mypackage.Name"
+            )
         options["path"] = find_target(group, options["path"], allow, "path")
     return partial(target, **{key: value for key, value in options.items() if key not in without})
 
@@ -99,7 +101,7 @@ def own_parts(cfg: DictConfig) -> dict[str, str]:
     found = {target_of(cfg, group): part(cfg, group) for group in GROUPS if is_own(cfg[group])}
     codes = {label: each.keywords.get("path", each.func) for label, each in found.items()}
     return {
-        label: f"{code.__module__}.{code.__qualname__}".removeprefix(FOREIGN) for label, code in codes.items()
+        label: f"{code.__module__}.{code.__qualname__}".removeprefix(FOREIGN[0]) for label, code in codes.items()
     }  # fmt: skip
 
 

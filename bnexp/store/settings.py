@@ -108,9 +108,15 @@ def short_name(target: str) -> str:
 
 
 def names_code(key: str) -> bool:
-    """Whether the value of this setting names a class or function: ``norm._target_``, ``norm.path``."""
+    """Whether the value of this setting names what an entry stands for: ``norm.path``, ``model.name``."""
     group, _, option = key.lstrip("+").rpartition(".")
-    return option in ("_target_", "path") and group in DECIDES
+    return option in ("_target_", "path", "name") and group in DECIDES
+
+
+def code_of(options: Mapping) -> str:
+    """What an entry stands for: the code that its path or name names, by default its ``_target_``."""
+    given = options.get("path") or options.get("name") if "args" in options else None
+    return str(given or options["_target_"])
 
 
 def as_typed(value: Any) -> str:

@@ -7,14 +7,13 @@ import re
 import pytest
 import torch
 from rich.console import Console
-from test_models import MODELS
+from test_models import MODELS, NORMS
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnexp.cli.inspect import summary_table
 from bnexp.config import parts
-from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
 from bnexp.models.densenet import DenseNet
@@ -63,7 +62,7 @@ def test_the_rows_of_lenet():
     ]
 
 
-@pytest.mark.parametrize("norm", choices("norm"))
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_parameters_of_all_rows_add_up_to_those_of_the_model(model, norm):
     model, in_shape = meta(f"model={model}", f"norm={norm}")
@@ -133,7 +132,7 @@ def every_option(norm):
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-@pytest.mark.parametrize("overrides", [each for norm in choices("norm") for each in every_option(norm)], ids=" ".join)
+@pytest.mark.parametrize("overrides", [each for norm in NORMS for each in every_option(norm)], ids=" ".join)
 def test_layers_are_listed_with_every_option_of_every_norm(overrides, device):
     cfg = composed(["model=lenet", "data.size=16", *overrides])
     source = parts.part(cfg, "data")()

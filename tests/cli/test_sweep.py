@@ -95,7 +95,9 @@ def table(text: str) -> str:
         (["+model.x=a_2,'a 2',a_2-1,'a,2'"], "xa_2 xa_2-1 xa_2-1-1 xa_2-2"),
         (["norm=none,scratch", "norm=none", "seed=0", "seed=1,2"], "s1 s2"),
         (["norm._target_=own.norms.MyNorm,bnexp.norms.none.Shift"], "mynorm none"),
-        (["+norm.path=own.norms.MyNorm,own.norms.Other"], "mynorm other"),
+        (["norm=own", "norm.path=own.norms.MyNorm,own.norms.Other"], "mynorm other"),
+        (["norm=library,own", "norm.path=own.MyNorm", "seed=0,1"], "library-s0 library-s1 mynorm-s0 mynorm-s1"),
+        (["model=torchvision", "model.name=resnet18,densenet121"], "resnet18 densenet121"),
         (["norm=none"], "run"),
     ],
 )  # fmt: skip
@@ -110,6 +112,14 @@ def test_every_job_gets_the_fixed_overrides_and_its_own_values():
     assert [point.variant for point in made.points] == ["a1", "a2", "a1", "a2"]
     job = Job(*made.points[0], Path("it is/s0-a1"), None)
     assert job.arguments[-1] == "out='it is/s0-a1'"
+
+
+def test_an_option_that_names_code_is_for_the_entries_that_have_it():
+    made = grid("norm=library,own", "norm.path=own.MyNorm", "norm.args.eps=1")
+    assert [point.overrides for point in made.points] == [
+        ("norm=library",),
+        ("norm.path=own.MyNorm", "++norm.args.eps=1", "norm=own"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_models import MODELS
+from test_models import MODELS, NORMS
 from torch import nn
 
 from bnexp.config import build, check, parts
@@ -48,7 +48,7 @@ SHRUNK = {
 BLOCKS = {"ghost": ["norm.virtual_batch=2"]}  # which divide the small batches here
 
 
-@pytest.mark.parametrize("norm", choices("norm"))
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_with_every_norm_maps_images_to_one_logit_per_class(model, norm):
     cfg = checked(f"model={model}", f"norm={norm}", "data.size=16", *SHRUNK.get(model, ()), *BLOCKS.get(norm, ()))
@@ -210,7 +210,7 @@ def initial_state(norm, seed=3, model="resnet"):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_seed_gives_the_same_weights_whatever_the_norm(model):
-    states = [initial_state(norm, model=model) for norm in choices("norm")]
+    states = [initial_state(norm, model=model) for norm in NORMS]
     assert len(states) >= 3
     for other in states[1:]:
         assert list(other) == list(states[0])

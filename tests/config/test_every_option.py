@@ -7,10 +7,10 @@ import math
 
 import pytest
 from omegaconf import OmegaConf
-from test_models import MODELS
+from test_models import MODELS, NORMS
 
 from bnexp.config import build, check
-from bnexp.config.choices import choices, conf_dir
+from bnexp.config.choices import conf_dir
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
 from bnexp.norms.kernels.batch_norm import interpreted
@@ -29,7 +29,7 @@ OTHERS = {
 
 def variants():
     """(overrides) of every norm with its defaults, and with each option at another value."""
-    for name in choices("norm"):
+    for name in NORMS:
         if name == "fused" and not interpreted():
             continue
         entry = OmegaConf.to_container(OmegaConf.load(conf_dir() / "norm" / f"{name}.yaml"))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tape import Tape
 from test_loop import different
+from test_models import NORMS
 
 from bnexp.config import build
-from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.engines.base import traits_of
 from bnexp.engines.capture import warn_uncaptured
@@ -56,7 +56,7 @@ def state(run):
 
 
 RUNS = [
-    *(("model=mlp", f"norm={norm}", "optimizer=sgd", "optimizer.momentum=0.9") for norm in choices("norm")
+    *(("model=mlp", f"norm={norm}", "optimizer=sgd", "optimizer.momentum=0.9") for norm in NORMS
       if norm not in FUSED_ONLY),
     ("model=lenet", "norm=library", "optimizer=adam", "schedule=cosine", "data.augment=crop_flip"),
     ("model=lenet", "norm=scratch", "optimizer=adamw", "optimizer.weight_decay=0.1", "schedule=onecycle",

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from tape import Tape
 from test_loop import Synchronizations, different, flat
+from test_models import NORMS
 from test_sweep import SMALL, numbers, statuses, table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnexp.cli.sweep.grid import Job
 from bnexp.cli.sweep.lockstep import together
 from bnexp.config import build
-from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.engines import fold
 from bnexp.engines.capture import warn_uncaptured
@@ -43,7 +43,7 @@ OPTIONS = {
     "group": ("norm.groups=layer",),
     "renorm": ("norm.warmup_steps=1", "norm.r_steps=2", "norm.d_steps=2"),  # r and d move within these few steps
 }
-FOLDABLE = [norm for norm in choices("norm") if norm != "fused"]
+FOLDABLE = [norm for norm in NORMS if norm != "fused"]
 # The corners of a digit are black in every image. What such a pixel's weight adds is the same for all images and a norm
 # takes it out again, so its gradient is rounding alone; Adam would make full steps of it, but for this eps.
 ADAM = ("optimizer=adam", "optimizer.eps=1e-4")

@@ -18,7 +18,7 @@ from bnexp.norms.none import Shift
 
 CONF = Path(__file__).parents[2] / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if "\ninit:" in path.read_text())  # bnexp's own
-NORMS = sorted(path.stem for path in (CONF / "norm").glob("*.yaml"))
+NORMS = sorted(path.stem for path in (CONF / "norm").glob("*.yaml") if path.stem != "own")
 MNIST = (1, 28, 28)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_loop import built, different, state_of
 from test_models import MODELS
+from test_models import NORMS as EVERY_NORM
 from torch import nn
 
 from bnexp.config import check, parts
@@ -114,7 +115,7 @@ TOO_SLOW = [("lenet", "fused"), ("densenet", "fused")]
 
 
 @pytest.mark.parametrize("model, norm", [
-    (model, norm) for model in MODELS for norm in choices("norm") if (model, norm) not in TOO_SLOW
+    (model, norm) for model in MODELS for norm in EVERY_NORM if (model, norm) not in TOO_SLOW
 ])  # fmt: skip
 def test_with_all_probes_on_a_run_is_the_same_to_the_last_bit(model, norm):
     num_steps = 1 if norm == "fused" and model != "mlp" else 2

@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import RangeSweep
 from omegaconf import DictConfig
 
-from bnexp.config.choices import GROUPS
+from bnexp.config.choices import GROUPS, entries
 from bnexp.config.compose import composed, typed, values_of
 from bnexp.config.explain import check_words, is_hydras, parse_words
 from bnexp.errors import UserError
@@ -104,13 +104,32 @@ def read_grid(words: Sequence[str]) -> Grid:
         raise UserError(f"these lists make {count:,} runs together, more than {MOST_JOBS:,}; give fewer values")
     check_words(hydra)
     points: dict[str, Point] = {}
+    codes = {key.partition(".")[0]: value for key, value in (word.split("=", 1) for word in fixed if "=" in word)
+             if names_code(key)}  # fmt: skip
     for values in _combine(lists, order):
-        name = _name(values)
+        shown = {key: short_name(codes[key]) if concerns_code(key, value) and key in codes else value
+                 for key, value in values.items()}  # fmt: skip
+        name = _name(shown)
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(1)))
         name = next(each for each in names if each not in points)
-        variant = _name({key: value for key, value in values.items() if key != "seed"})
-        points[name] = Point(name, variant, (*fixed, *(f"{written[key]}={value}" for key, value in values.items())))
+        variant = _name({key: value for key, value in shown.items() if key != "seed"})
+        own = [word for word in fixed if concerns(word, values)]
+        points[name] = Point(name, variant, (*own, *(f"{written[key]}={value}" for key, value in values.items())))
     return Grid(tuple(lists), tuple(points.values()), out, tuple(hydra))
+
+
+def concerns(word: str, values: dict[str, str]) -> bool:
+    """Whether the word is for a job with these ``values``: ``norm.path=...`` is not for the job of ``norm=library``.
+
+    That is so for options that name the code of an entry, where several entries are given.
+    """
+    group, option, *_ = *word.lstrip("+").partition("=")[0].split("."), ""
+    return option not in ("path", "name", "args") or group not in values or concerns_code(group, values[group], option)
+
+
+def concerns_code(group: str, entry: str, option: str = "args") -> bool:
+    """Whether the entry of a group stands for code that another option names: ``norm=own``, ``model=torchvision``."""
+    return option in entries(group).get(entry, {}) if group in GROUPS else False
 
 
 def _combine(lists: dict[str, list[str]], order: str) -> list[dict[str, str]]:
