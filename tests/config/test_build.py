@@ -288,7 +288,7 @@ def test_a_wrong_option_is_an_error_that_names_it(overrides, words):
         (["seed=9223372036854775808"], "seed=9223372036854775808"),
         (["threads=0"], "threads=0"),
         (["threads=many"], "threads=many"),
-        (["precision=fp8"], "precision=fp8: not known; choose one of fp32, bf16, fp16"),
+        (["precision=fp8"], "precision=fp8: not known; choose one of fp32, tf32, bf16, fp16"),
         (["device=tpu"], "device=tpu"),
         (["device=cpu:0"], "device=cpu:0"),
         (["device=cuda:x"], "device=cuda:x"),
