@@ -68,6 +68,14 @@ def test_differences_and_ratios_are_paired_by_seed():
     assert judge(expect(over="b", above=0), runs).numbers == pytest.approx((1.8, 8 / 7))
 
 
+def test_another_curve_of_the_other_role_may_be_subtracted():
+    curves = {"accuracy/valid_recomputed": {10: 0.9}, "accuracy/valid_running": {10: 0.7}}
+    runs = {"a": [record(0, curves)], "b": [record(0, curves)]}
+    given = {"tag": "accuracy/valid_recomputed", "minus": "b", "above": 0}
+    assert judge(expect(**given), runs).numbers == (0.0,)
+    assert judge(expect(**given, minus_tag="accuracy/valid_running"), runs).numbers == pytest.approx((0.2,))
+
+
 def test_seeds_that_have_no_partner_are_no_evidence():
     finding = judge(expect(minus="b", above=0), {"a": accuracies(0.9, 0.8), "b": accuracies(0.5)})
     assert not finding.holds
@@ -153,6 +161,7 @@ def test_a_diverged_run_has_no_last_value_but_a_largest():
         ({"above": 0, "take": "middle"}, "take=middle is not known"),
         ({"above": 0, "seeds": "most"}, "seeds=most is not known"),
         ({"above": 0, "minus": "b", "over": "b"}, "exclude each other"),
+        ({"above": 0, "minus_tag": "loss/test"}, "say which role is subtracted"),
         ({}, "cannot fail"),
     ],
 )
