@@ -73,7 +73,7 @@ def test_texts_of_a_study_are_those_that_were_typed_and_its_values_are_words_of_
 
 
 @pytest.mark.parametrize("name", choices("study"))
-@pytest.mark.parametrize("form", ["", "quick=true", "full=true"])
+@pytest.mark.parametrize("form", ["", "quick=true", pytest.param("full=true", marks=pytest.mark.long)])
 def test_every_study_can_be_run_as_far_as_can_be_told_without_running_it(name, form, monkeypatch):
     monkeypatch.setenv("BNEXP_DATA", "/nonexistent")  # nothing here reads data
     study, overrides = choose(load(name), [form] if form else [])
