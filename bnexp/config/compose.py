@@ -75,7 +75,9 @@ class FileConfigSource(FileSource):
         result = super().load_config(config_path)
         if Path(self.path) == conf_dir():
             return result
-        group = config_path.rpartition("/")[0].replace("/", ".")
+        group, _, name = config_path.replace("/", ".").removesuffix(".yaml").rpartition(".")
+        if group == "probe" and not result.header.get("package"):
+            result.header["package"] = f"probe.{name}"  # several probes are chosen at once
         package = (result.header.get("package") or "_group_").replace("_group_", group).replace("_global_", "")
         content = OmegaConf.to_container(result.config)
         path = Path(self.path) / self._normalize_file_name(config_path)
