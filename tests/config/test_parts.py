@@ -417,6 +417,22 @@ class LooksBins(Looks):
     readings = [Histogram("a/b", (), ())]
 
 
+class LooksColumn(Looks):
+    readings = [Scalar("step", 99.0)]
+
+
+class LooksRun(Looks):
+    readings = [Histogram("loss/test", (0.0, 1.0), (1,))]
+
+
+class LooksTwice(Looks):
+    readings = [Scalar("a/b", 1.0), Scalar("a/b", 2.0)]
+
+
+class LooksBytes(Looks):
+    readings = [Scalar(b"a/b", 1.0)]
+
+
 class LooksFile(Looks):
     def look(self, run, before):
         yield Scalar("a/b", 1.0)
@@ -585,6 +601,10 @@ def ended(bnexp, capfd, group, name):
         ("probe", "LooksDict", "failed after step 4: TypeError: an object of type str is no reading"),
         ("probe", "LooksTensor", "failed after step 4: "),
         ("probe", "LooksBins", "failed after step 4: IndexError: "),
+        ("probe", "LooksColumn", "yields the tag step, which the run itself has"),
+        ("probe", "LooksRun", "yields the tag loss/test, which the run itself has"),
+        ("probe", "LooksTwice", "yields the tag a/b, which another reading of this step has"),
+        ("probe", "LooksBytes", "failed after step 4: TypeError: the tag b'a/b' is no text"),
         ("probe", "LooksFile", "failed after step 4: FileNotFoundError: "),
         ("probe", "LooksBefore", "failed after step 3: ValueError: before (HERE)"),
         ("probe", "LooksNever", "failed after step 3: ZeroDivisionError: division by zero (HERE)"),
