@@ -192,6 +192,11 @@ class NoForward(MLP):
     forward = nn.Module.forward
 
 
+class Elsewhere(MLP):
+    def forward(self, x):
+        return super().forward(x).to("meta")
+
+
 class SparseLogits(MLP):
     def forward(self, images):
         return super().forward(images).to_sparse()
@@ -634,6 +639,7 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
         ("model", "NoGradient", "no weight has a part in what forward returns"),
         ("norm", "Argumentless", "TypeError: Argumentless.reduces_over() takes 1 positional argument"),
         ("norm", "Undecided", "KeyError: 2 ("),
+        ("model", "Elsewhere", "its forward returns a tensor on meta, and cpu is expected"),
         ("model", "SparseLogits", "return one dense floating-point tensor"),
         ("model", "InPlace", "modified by an inplace operation"),
         ("model", "Uninitialized", "has no attribute '_"),
