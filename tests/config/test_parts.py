@@ -192,6 +192,14 @@ class NoForward(MLP):
     forward = nn.Module.forward
 
 
+class Parameterless(nn.Module):
+    def __init__(self, *args, **options):
+        super().__init__()
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+
+
 class Elsewhere(MLP):
     def forward(self, x):
         return super().forward(x).to("meta")
@@ -389,6 +397,11 @@ class LateOptimizer(torch.optim.SGD):
     def step(self, closure=None):
         self.calls += 1
         return super().step(closure if self.calls < 9 else closure())
+
+
+class Later(Good):
+    async def load(self):
+        return super().load()
 
 
 class NoFile(Good):
@@ -639,6 +652,8 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
         ("model", "NoGradient", "no weight has a part in what forward returns"),
         ("norm", "Argumentless", "TypeError: Argumentless.reduces_over() takes 1 positional argument"),
         ("norm", "Undecided", "KeyError: 2 ("),
+        ("model", "Parameterless", "has no parameter that takes a gradient"),
+        ("data", "Later", "load() returns an object of type coroutine"),
         ("model", "Elsewhere", "its forward returns a tensor on meta, and cpu is expected"),
         ("model", "SparseLogits", "return one dense floating-point tensor"),
         ("model", "InPlace", "modified by an inplace operation"),

@@ -282,7 +282,7 @@ def test_images_are_of_every_class_in_whatever_order_the_files_come(labels):
         (["activations.bins=0"], "probe.activations.bins=0: "),
         (["statistics.images=0"], "probe.statistics.images=0: "),
         (["landscape.images=1"], "probe.landscape.images=1: "),
-        (["confusion.images=1"], "probe.confusion.images=1: images that are classified; give a whole number, 2 or more"),
+        (["confusion.images=1"], "probe.confusion.images=1: images that are classified; give a whole number, 2 or"),
         (["landscape.steps=[1.0]"], "probe.landscape.steps=[1.0]: multiples of the learning rate; give two or more"),
         (["landscape.steps=[0,1]"], "probe.landscape.steps=[0, 1]: "),
         (["confusion.split=all"], "probe.confusion.split=all: no part of the data; choose one of train, valid, test"),
