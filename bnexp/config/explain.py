@@ -36,8 +36,7 @@ SYNONYMS = {  # what other programs call a setting; in lower case
     "norm": "bn batchnorm batch_norm normalization norm_layer",
     "data": "ds dataset", "optimizer": "opt optim", "schedule": "scheduler lr_scheduler", "device": "gpu gpus cuda cpu",
     "epochs": "num_epochs n_epochs max_epochs", "steps": "max_steps num_steps iterations iters",
-    "seed": "random_seed manual_seed", "threads": "workers num_workers cpus", "precision": "amp dtype fp16 bf16",
-    "out": "dir output output_dir logdir log_dir save_dir",
+    "threads": "workers num_workers cpus", "precision": "amp dtype", "out": "dir output output_dir logdir log_dir",
 }  # fmt: skip
 # Hydra's settings of what bnexp does itself; each ends with a dot, so that none is the beginning of another.
 FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir.", "hydra.job.chdir.", "hydra/output.")
@@ -278,9 +277,8 @@ def nearest_setting(key: str, known: Collection[str] = ()) -> str:
             if last in options:
                 return f" (did you mean {group}.{last}, with {group}={entry}?)"
     group = key.partition(".")[0]
-    options = [name for entry in entries(group).values() for name in entry]
-    inside = nearest(last, options, lambda name: f"{group}.{name}")
-    return inside or nearest(key, known) or nearest(last, ends, ends.__getitem__)
+    inside = {name: f"{group}.{name}" for entry in entries(group).values() for name in entry}
+    return nearest(last, inside, inside.__getitem__) or nearest(key, known) or nearest(last, ends, ends.__getitem__)
 
 
 def nearest_synonym(key: str) -> str:

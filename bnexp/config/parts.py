@@ -198,9 +198,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
         except PartFailed:
             raise
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            numbers = {
-                key: value for key, value in options.items() if type(value) in (int, float, tuple) or value is True
-            }
+            numbers = {k: v for k, v in options.items() if type(v) in (int, float, tuple) or v is True}
             names = {key: "learning rate" if key == "lr" else key.rstrip("s") for key in numbers}  # as torch says
             named = [key for key, name in names.items() if re.search(rf"\b{name}", str(error), re.IGNORECASE)]
             numbers = {key: numbers[key] for key in named or numbers}

@@ -75,6 +75,7 @@ def test_compare_summary_and_study_take_it(mine, bnexp, capsys, tmp_path):
         (["train", "--info", "all", "norm=foo"], "norm=foo: there is no such norm"),
         (["train", "--info", "norm=none,library"], "--info"),
         (["train", "--info", "searchpath", "a,b"], "a,b: not a setting"),
+        (["inspect", "run", "--config-dir", "x"], "--config-dir x (the config of a run is complete)"),
         (["train", "--no-such-flag"], "--no-such-flag"),
         (["train", "--experimental-rerun", "x"], "can hold code"),
         (["train", "hydra/sweeper=optuna"], "bnexp makes the jobs of a sweep itself"),
