@@ -67,6 +67,8 @@ def home_path(text: str, setting: str = "") -> Path:
     ``setting`` is what the user typed before ``text``. The path never begins with ``~``, so it can be read again.
     """
     path = Path(text)
+    if text.isspace():
+        raise UserError(f"{setting}'{text}': names no folder; give one")
     if not path.is_absolute() and "~" in path.parts[1:]:
         what = "~ is the home folder at the beginning only"
         raise UserError(f"{setting}{text}: {what}; leave out what is before it, or write the whole path")

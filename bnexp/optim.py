@@ -44,14 +44,12 @@ def make_optimizer(
 ) -> Optimizer:
     """Build ``optimizer`` over the model's two groups; ``base_lr`` of a group is its learning rate before the schedule.
 
-    :class:`UserError` for numbers that torch accepts but no training can use, and for a model without parameters.
+    :class:`UserError` for numbers that torch accepts but no training can use.
     """
     for name, decay in (("weight_decay", weight_decay), ("norm_weight_decay", norm_weight_decay)):
         if decay < 0:
             raise UserError(f"optimizer.{name}={decay}: a decay cannot be negative; give 0 or more")
     groups = parameter_groups(model, weight_decay, norm_weight_decay)
-    if not groups:
-        raise UserError("the model has no parameter that takes a gradient, so there is nothing to train")
     built = optimizer(groups)
     for name, most in UNCHECKED.items():
         value = built.defaults.get(name, 0)

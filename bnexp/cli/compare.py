@@ -9,6 +9,7 @@ from pathlib import Path
 from bnexp.cli.flags import parse_line
 from bnexp.cli.sweep.grid import Grid, Job, read_grid
 from bnexp.cli.sweep.jobs import BANDS, all_taken, folder_told, prepare
+from bnexp.cli.sweep.launch import refuse_launcher
 from bnexp.cli.sweep.lockstep import race
 from bnexp.config.compose import session
 from bnexp.config.explain import parse_words
@@ -31,6 +32,7 @@ def compare(arguments: Sequence[str]) -> int:
     line = parse_line("compare", [word for word in arguments if word not in named])
     with session(line.source):
         grid = read_grid(line.words)
+        refuse_launcher(grid.hydra)
         baseline = find_baseline(grid, named[-1].partition("=")[2] if named else None)
         folder, jobs = prepare(grid, "compare")
         jobs.sort(key=lambda job: job.variant != baseline)

@@ -10,4 +10,6 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are :class:`UserError`."""
 
     def error(self, message: str) -> NoReturn:
+        if "--config-" in message:
+            message += " (the config of a run is complete)"
         raise UserError(f"{self.prog.removeprefix('bnexp ')}: {message}; {self.prog} --help shows what it takes")

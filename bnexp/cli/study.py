@@ -17,7 +17,7 @@ from bnexp.cli.compare import conclude
 from bnexp.cli.flags import parse_line
 from bnexp.cli.sweep.grid import Grid, Job, Point, read_grid
 from bnexp.cli.sweep.jobs import all_taken, folder_told, prepare
-from bnexp.cli.sweep.launch import hydra_config, run_all
+from bnexp.cli.sweep.launch import hydra_config, refuse_launcher, run_all
 from bnexp.cli.sweep.lockstep import race
 from bnexp.config.choices import GROUPS, choices
 from bnexp.config.compose import session
@@ -48,7 +48,7 @@ def study(arguments: Sequence[str]) -> int:
     expectations = chosen.expectations()
     with session(line.source):
         grid, roles = make_grid(chosen, overrides)
-        hydra_config(grid.hydra)  # refuses a launcher that does not exist before any work
+        (refuse_launcher if in_lockstep else hydra_config)(grid.hydra)  # before any work
         folder, jobs = prepare(grid, f"study-{name}")
         with all_taken(jobs if in_lockstep else ()), folder_told(folder):
             quiet, began = jobs[0].cfg.quiet, time.monotonic()

@@ -258,7 +258,8 @@ def mixes_images(cfg: DictConfig, model: nn.Module, dataset: Dataset) -> bool:
     model.train()
     if is_said or not parts.is_foreign(cfg):
         return is_said
-    return depends_on_company(model, dataset.prepare(some_of(dataset.train, max(2, cfg.batch_size)).images))
+    with naming(", ".join(parts.own_parts(cfg))):
+        return depends_on_company(model, dataset.prepare(some_of(dataset.train, max(2, cfg.batch_size)).images))
 
 
 def check_batch(cfg: DictConfig, source: Any, model: nn.Module, size: int, num_images: int | None = None) -> None:

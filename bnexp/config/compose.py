@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnexp.config.choices import GROUPS, SHELVES, choices, conf_dir, entries
-from bnexp.config.explain import check_hydra, check_words, explained, parse_words, quoted
+from bnexp.config.explain import check_hydra, check_words, explained, is_readable, parse_words, quoted
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
@@ -142,20 +142,39 @@ def quote_texts(words: Sequence[str]) -> list[str]:
 
 
 def typed(override: Override) -> str:
-    """The word of one override, with its value in quotes if it is a text that Hydra would read as a number."""
+    """The word of one override, with texts in its value in quotes where Hydra would read a number."""
     key, equals, value = override.input_line.partition("=")
-    is_other = equals and not override.is_sweep_override() and isinstance(override.value(), bool | int | float)
     if f"{key}.".startswith(("model.args.", "norm.args.")):
         return f"++{override.input_line}"  # arguments of code that is not ours: any name
-    return f"{key}={quoted(value)}" if is_other and takes_text(override.key_or_group) else override.input_line
+    text = as_texts(value) if equals and not override.is_sweep_override() else value
+    return f"{key}={text}" if text != value and takes_text(override.key_or_group) else override.input_line
+
+
+def as_texts(value: str) -> str:
+    """``value`` in Hydra's grammar with every number, true or false, in a list too, as the text that was typed."""
+    (override,) = parse_words([f"a={value}"])
+    if isinstance(override.value(), list):
+        return f"[{','.join(map(as_texts, split(value.strip()[1:-1])))}]"
+    return quoted(value.strip()) if isinstance(override.value(), bool | int | float) else value
+
+
+def split(text: str) -> list[str]:
+    """The values between the commas of ``text`` outside quotes and brackets."""
+    values: list[str] = []
+    for each in text.split(",") if text.strip() else ():
+        if values and not is_readable(f"a={values[-1]}"):
+            values[-1] += f",{each}"
+        else:
+            values.append(each)
+    return values
 
 
 def values_of(override: Override) -> list[str]:
     """The values of a list ``key=a,b`` in Hydra's grammar; of a text setting, the texts that were typed."""
     values = list(override.sweep_string_iterator())
     key, _, text = override.input_line.partition("=")
-    texts = text.split(",")
-    if len(texts) != len(values) or not takes_text(override.key_or_group):
+    texts = split(text) if takes_text(override.key_or_group) else []
+    if len(texts) != len(values):
         return values
     return [word.partition("=")[2] for word in quote_texts([f"{key}={each}" for each in texts])]
 
@@ -170,11 +189,11 @@ def plain_value(override: Override) -> Any:
 
 def takes_text(key: str) -> bool:
     """Whether the setting with this dotted key is text, by the schema or by the values in the entries of its group."""
-    group, _, option = key.partition(".")
+    group, *entry, option = key.split(".") if "." in key else (key, "")  # probe.NAME.option names the entry
     if not option:
         return is_text(get_type_hints(Train).get(group, Any))
     for folder in (None, _source.folder):  # a user's own entry says nothing about an option of bnexp's
-        found = [options for options in entries(group, folder).values() if option in options]
+        found = [each for name, each in entries(group, folder).items() if option in each and entry in ([], [name])]
         if found and folder is None and any(isinstance(options[option], bool | int | float) for options in found):
             return False
         if found:

@@ -24,12 +24,20 @@ from omegaconf.errors import (
 
 from bnexp.config.choices import GROUPS, SHELVES, choices, defaults, entries
 from bnexp.config.schema import SETTINGS, Train, in_words
-from bnexp.errors import UserError, nearest
+from bnexp.errors import UserError, home_path, nearest
 from bnexp.store.settings import as_typed
 from bnexp.store.untrusted import check_name
 
-PLAIN = "/-\\+.$%*@?|:~_ "  # signs that Hydra reads without quotes
+PLAIN = "/-\\+.$%*@?|:_ "  # signs that Hydra reads without quotes
 TILDE = ("~", "./~")
+SYNONYMS = {  # what other programs call a setting; in lower case
+    "optimizer.lr": "lr learning_rate learningrate base_lr", "optimizer.weight_decay": "wd l2",
+    "batch_size": "bs bsz batch", "model": "net network arch architecture backbone",
+    "norm": "bn batchnorm batch_norm normalization norm_layer",
+    "data": "ds dataset", "optimizer": "opt optim", "schedule": "scheduler lr_scheduler", "device": "gpu gpus cuda cpu",
+    "epochs": "num_epochs n_epochs max_epochs", "steps": "max_steps num_steps iterations iters",
+    "threads": "workers num_workers cpus", "precision": "amp dtype", "out": "dir output output_dir logdir log_dir",
+}  # fmt: skip
 # Hydra's settings of what bnexp does itself; each ends with a dot, so that none is the beginning of another.
 FOLDERS = ("hydra.run.", "hydra.sweep.", "hydra.output_subdir.", "hydra.job.chdir.", "hydra/output.")
 JOBS = ("hydra.sweeper.", "hydra/sweeper.", "hydra.mode.")
@@ -78,6 +86,8 @@ def unreadable(word: str) -> str:
     proposed = f"{key}={quoted(value)}"
     if not is_readable(proposed):
         return f"{word}: its value cannot be read; give another"
+    if name in ("out", "data.root"):
+        home_path(value, f"{key}=")  # refuses ~ inside a path
     if name.partition(".")[0] in SHELVES and "." in name:
         values = values_in_entries(name)
         if found := [each for each in values if isinstance(each, list)]:
@@ -141,6 +151,11 @@ def check_words(words: Sequence[str], folder: Path | None = None, known: Callabl
             name = override.input_line.partition("=")[2]
             raise UserError(f'{override.input_line}: one folder is expected; write "out={quoted(name)}" for this name')
         elif override.is_sweep_override():
+            group, _, option = key.partition(".")
+            options = {name for entry in entries(group, folder).values() for name in entry}
+            is_new = override.is_add() or override.is_force_add() or "." in option or choices(key, folder)
+            if not (is_new or key in SETTINGS or option in options):
+                raise no_such_setting(key)
             raise UserError(
                 f"{override.input_line}: several values at once are a sweep; add -m to train them all, "
                 "or write one value (a list is written key=[a,b])"
@@ -209,8 +224,6 @@ def check_value(key: str, value: Any, given: str) -> None:
     """Raise :class:`UserError` for a value that a run-level setting cannot hold; ``given`` is the user's text."""
     try:
         _empty_config()[key] = value
-        if isinstance(value, list) and any(not isinstance(each, str) and str(each) not in given for each in value):
-            raise ValueError("a number or true, which would be written in another way")
     except Exception as error:
         if "${" in str(value):
             raise UserError(f"{given}: what begins with ${{ is not the name of a setting; write ${{NAME}}") from error
@@ -236,13 +249,15 @@ def no_such_setting(key: str, known: Collection[str] = ()) -> UserError:
         return UserError(f"{key}: there is no such probe{nearest(name, probes)}; choose among {', '.join(probes)}")
     if group == "probe" and f"probe.{name}._target_" not in known:
         return UserError(f"{key}: the probe {name} is not chosen; choose it by probe=[{name}]")
+    if is_hydras(key):
+        return UserError(f"{key}: Hydra has no such setting; correct the name, or write +{key}=... for a new one")
     if not known or group not in GROUPS or not option:
         return UserError(
             f"{key}: there is no such setting{nearest_setting(key, known)}; bnexp train --help lists them all"
         )
     others = [entry for entry, options in entries(group).items() if option in options]
     where = f" in the chosen entries, it belongs to {group}={', '.join(others)}"
-    where = where if others else nearest(option, own, lambda name: f"{group}.{name}")
+    where = where if others else nearest_synonym(key) or nearest(option, own, lambda name: f"{group}.{name}")
     return UserError(f"{key}: there is no such setting{where}; the chosen {group} has {', '.join(own) or 'no options'}")
 
 
@@ -251,6 +266,8 @@ def nearest_setting(key: str, known: Collection[str] = ()) -> str:
     usual = (f"{group}.{option}" for group, name in defaults().items() for option in entries(group)[name])
     known = [each for each in known or [*SETTINGS, *usual] if "._" not in each]
     last = key.rpartition(".")[2]
+    if found := nearest_synonym(last):
+        return found
     ends = {name.rpartition(".")[2]: name for name in reversed(known)}
     alike = [each for each in known if each.startswith(key) or re.fullmatch(f"{re.escape(each)}[a-z]+", key)]
     if last in ends or alike:
@@ -259,7 +276,15 @@ def nearest_setting(key: str, known: Collection[str] = ()) -> str:
         for entry, options in entries(group).items():
             if last in options:
                 return f" (did you mean {group}.{last}, with {group}={entry}?)"
-    return nearest(key, known) or nearest(last, ends, ends.__getitem__)
+    group = key.partition(".")[0]
+    inside = {name: f"{group}.{name}" for entry in entries(group).values() for name in entry}
+    return nearest(last, inside, inside.__getitem__) or nearest(key, known) or nearest(last, ends, ends.__getitem__)
+
+
+def nearest_synonym(key: str) -> str:
+    """`` (did you mean X?)`` if other programs call the setting X by the last part of ``key``, else nothing."""
+    name = key.rpartition(".")[2].lower()
+    return next((f" (did you mean {each}?)" for each, names in SYNONYMS.items() if name in names.split()), "")
 
 
 @contextmanager

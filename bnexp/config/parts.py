@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection
 from functools import partial, wraps
+from inspect import iscoroutine
 from typing import Any
 
 import torch
@@ -168,6 +169,8 @@ def describe_result(value: Any) -> str:
     """``None``, ``an object of type tuple``, ``a tensor of shape (64, 10) and type float32``."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    if iscoroutine(value):
+        value.close()  # or Python warns of it
     return "None" if value is None else f"an object of type {type(value).__name__}"
 
 
@@ -196,6 +199,8 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
         raise UserError(
             f"{target_of(cfg, 'optimizer')}: takes sparse gradients only, and this model has none; choose another"
         )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"{target_of(cfg, 'model')}: has no parameter that takes a gradient, nothing can be trained")
     options = dict(optimizer.keywords)
     for key, value in options.items():
         if isinstance(value, list) and all(isinstance(number, int | float) for number in value):
@@ -207,12 +212,13 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
         except PartFailed:
             raise
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            numbers = {key: value for key, value in options.items() if type(value) in (int, float, tuple)}
+            numbers = {k: v for k, v in options.items() if type(v) in (int, float, tuple) or v is True}
             names = {key: "learning rate" if key == "lr" else key.rstrip("s") for key in numbers}  # as torch says
             named = [key for key, name in names.items() if re.search(rf"\b{name}", str(error), re.IGNORECASE)]
             numbers = {key: numbers[key] for key in named or numbers}
             given = ", ".join(f"optimizer.{key}={as_typed(value)}" for key, value in numbers.items()) or "optimizer"
-            raise UserError(f"{given}: the optimizer refuses its options: {error}") from error
+            remedy = "; give optimizer.momentum=0.9, say" if "nesterov" in named else ""
+            raise UserError(f"{given}: the optimizer refuses its options: {error}{remedy}") from error
         return check_kind(target_of(cfg, "optimizer"), made, Optimizer)
 
     return make_optimizer(make, model, **decays)

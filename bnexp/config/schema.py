@@ -106,6 +106,8 @@ def is_tensor(hint: Any) -> bool:
 
 
 def is_text(hint: Any) -> bool:
-    """Whether ``hint`` takes text and no numbers."""
+    """Whether ``hint`` takes text, or a list of texts, and no numbers."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return str in options and not {int, float, bool} & set(options)
+    lists = [each for each in options if inspect.isclass(get_origin(each)) and issubclass(get_origin(each), Sequence)]
+    items = {*options, *(item for each in lists for item in get_args(each))}
+    return str in items and not {int, float, bool} & items

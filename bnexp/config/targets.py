@@ -7,7 +7,6 @@ torch, torchvision's models, and packages that the person at the keyboard names 
 import importlib.util
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_type_hints
@@ -17,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnexp.config.choices import choices
+from bnexp.config.explain import is_readable, parse_words
 from bnexp.config.schema import fits, in_words
 from bnexp.errors import UserError
 from bnexp.store.settings import as_typed
@@ -93,6 +93,7 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     target = find_target(group, options["_target_"], allow)
     accepted = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    ours = options["_target_"].startswith("bnexp.")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for key, value in options.items():
         if key in ("_target_", "_partial_"):
@@ -105,14 +106,16 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
             given = f"{label}.{key}={as_typed(value)}"
             raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
         hint = float if is_decay else hints.get(key, Any)
+        plain = unquoted(value)
+        if plain is not value and hint is Any and not isinstance(accepted[key].default, str) and ours:
+            hint = type(plain)  # bnexp leaves the type out where an option takes several
         if not fits(value, hint):
             if isinstance(value, dict) and value:
                 key = f"{label}.{key}"
                 raise UserError(
                     f"{key}.{next(iter(value))}: nothing is inside {key}, {in_words(hint)} is expected; write {key}=..."
                 )
-            is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false|null", value)
-            shown, how = (f"'{value}'", ", without quotes") if is_number else (as_typed(value), "")
+            shown, how = (as_typed(value), "") if plain is value else (f"'{value}'", ", without quotes")
             raise UserError(f"{label}.{key}={shown}: {in_words(hint)} is expected{how}")
     positional, named = CALLS[group]
     named = named | {key: value for key, value in options.items() if key in accepted}
@@ -121,6 +124,15 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     except TypeError as error:
         path = options["_target_"]
         raise UserError(f"{label}._target_={path}: cannot be called as a {group} is ({error})") from error
+
+
+def unquoted(value: Any) -> Any:
+    """The number, true, false or null that Hydra would read in the text ``value``; else ``value`` itself."""
+    if not isinstance(value, str) or not is_readable(f"a={value}"):
+        return value
+    (override,) = parse_words([f"a={value}"])
+    plain = None if override.is_sweep_override() else override.value()
+    return plain if isinstance(plain, bool | int | float) or value.lower() == "null" else value
 
 
 def _mentions_target(value: Any) -> bool:

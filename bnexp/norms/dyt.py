@@ -1,27 +1,25 @@
 """Dynamic tanh: a norm's scale and shift around a tanh, without statistics."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from bnexp.errors import UserError
-from bnexp.norms.base import Norm, check_activation, check_input, finish, scale_and_shift
+from bnexp.norms.base import FLOAT32, Norm, check_activation, check_input, finish, scale_and_shift
 
 
 class DynamicTanh(Norm):
     """``activation(weight * tanh(alpha * x) + bias + residual)``; Zhu et al. 2025, arXiv:2503.10622, equation 2.
 
-    ``alpha`` is one learnable scalar, ``alpha_init`` at the start; :class:`UserError` unless it is finite and not 0.
-    Weight, 1 at the start, and bias, 0, are one per channel. Half-precision inputs are computed in float32 and rounded
-    once, to the input's dtype.
+    ``alpha`` is one learnable scalar, ``alpha_init`` at the start; :class:`UserError` unless this is finite and not 0
+    in float32. Weight, 1 at the start, and bias, 0, are one per channel. Half-precision inputs are computed in float32
+    and rounded once, to the input's dtype.
     """
 
     def __init__(
         self, num_features: int, alpha_init: float = 0.5, *, activation: str = "identity", bias: bool = True
     ) -> None:
         super().__init__()
-        if alpha_init == 0 or not math.isfinite(alpha_init):
+        if not FLOAT32.tiny <= abs(alpha_init) <= FLOAT32.max:
             raise UserError(f"norm.alpha_init={alpha_init}: the tanh would be the same for every input; give 0.5, say")
         self.num_features = num_features
         self.activation = check_activation(activation)

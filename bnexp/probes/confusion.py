@@ -27,7 +27,7 @@ class Confusion(Probe):
         if split not in SPLIT_CHOICES:
             raise self.refusal("split", split, f"no part of the data; choose one of {', '.join(SPLIT_CHOICES)}")
         self.split = split
-        self.images = self.at_least("images", images, 1, "images that are classified")
+        self.images = self.at_least("images", images, 2, "images that are classified")
 
     def look(self, run: Run, before: object) -> Iterator[Reading]:
         name = self.split if len(getattr(run.dataset, self.split)) else "train"

@@ -49,7 +49,7 @@ def check_free(out: str | Path, mark: str = "") -> None:
         foreign = others(path)
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as error:  # such as a name that is too long
-        raise UserError(f"out={path}: cannot be made ({error.strerror}); choose another folder") from error
+        raise not_made(error, path) from error
     if found:
         if is_taken(path):
             raise in_other_hands(path)
@@ -96,7 +96,7 @@ def claim(path: Path, config: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         is_first = write_new(path / CONFIG, config)
     except OSError as error:
-        raise UserError(f"out={path}: cannot be written to ({error.strerror}); choose another folder") from error
+        raise not_made(error, path) from error
     if not is_first:
         raise UserError(f"out={path}: another run has just taken this folder; choose another")
     return path
@@ -118,7 +118,13 @@ def new_folder(parent: Path, name: str) -> Path:
                 return path
             path = parent / f"{name}-{number}"
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder with out=DIR") from error
+        raise not_made(error, path) from error
+
+
+def not_made(error: OSError, path: Path) -> UserError:
+    """The error for a run's folder that the system does not let us make or write to."""
+    remedy = f"{REMEDIES[error.errno]}, or " if error.errno in REMEDIES else ""
+    return UserError(f"out={path}: cannot be made ({error.strerror}); {remedy}choose another folder with out=DIR")
 
 
 @contextmanager

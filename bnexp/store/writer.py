@@ -142,6 +142,8 @@ def try_out(reading: Reading) -> None:
     """Raise an error if ``reading`` cannot be written."""
     if not isinstance(reading, Reading):
         raise TypeError(f"an object of type {type(reading).__name__} is no reading")
+    if not isinstance(reading.tag, str):
+        raise TypeError(f"the tag {reading.tag!r} is no text")
     if isinstance(reading, Scalar):
         Summary.Value(tag=reading.tag, simple_value=reading.value)
         json.dumps(reading.value)

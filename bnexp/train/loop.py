@@ -2,6 +2,7 @@
 
 import math
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -20,6 +21,11 @@ from bnexp.train.probe import Probe
 from bnexp.train.recorder import Recorder
 from bnexp.train.run import Run
 
+RUN_TAGS = {  # of the run's own readings and columns; no probe may use them
+    "step", "epoch", "seconds", "optimizer/lr", "gradient/non_finite", "time/setup", "time/step", "time/probes",
+    "throughput/images_per_s",
+    *(f"{what}/{split}" for what in ("loss", "accuracy") for split in ("train", "train_eval", "valid", "test")),
+}  # fmt: skip
 LONG = 0.1  # seconds; a step with evaluations and probes that takes longer may be broken off by a signal to stop
 
 
@@ -261,8 +267,19 @@ def read_probes(run: Run, due: Sequence[tuple[Probe, object]]) -> list[Reading]:
     """The readings of probes, each given with the result of its ``before``, and the seconds that they took."""
     began = perf_counter()
     with forked_rng(run.device):
-        readings = [reading for probe, before in due for reading in look(probe, run, before)]
+        looks = [(probe.label, look(probe, run, before)) for probe, before in due]
+    check_tags(looks)
+    readings = [reading for _, found in looks for reading in found]
     return [*readings, Scalar("time/probes", perf_counter() - began)]
+
+
+def check_tags(looks: Sequence[tuple[str, Sequence[Reading]]]) -> None:
+    """Raise :class:`UserError` if a probe of the user's own, one with a label, yields a tag that is in use."""
+    counts = Counter((type(each), each.tag) for _, found in looks for each in found)
+    for label, each in ((label, each) for label, found in looks if label for each in found):
+        if each.tag in RUN_TAGS or counts[type(each), each.tag] > 1:
+            whose = "the run itself" if each.tag in RUN_TAGS else "another reading of this step"
+            raise UserError(f"{label}: yields the tag {each.tag}, which {whose} has; give it another")
 
 
 def look(probe: Probe, run: Run, before: object) -> list[Reading]:

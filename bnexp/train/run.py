@@ -229,7 +229,7 @@ def depends_on_company(model: nn.Module, images: Tensor) -> bool:
     """Whether the results of ``images`` (prepared) in evaluation mode depend on the other images, by trying.
 
     Half of the images pass a copy of the model among the others and among black ones. Weights that are 0 are 0.1 in the
-    copy, because they can hide what comes before them. An error counts as yes.
+    copy, because they can hide what comes before them. An error counts as yes; a result on another device raises one.
     """
     model = copy.deepcopy(model).eval()
     for p in model.parameters():
@@ -244,6 +244,8 @@ def depends_on_company(model: nn.Module, images: Tensor) -> bool:
             among = model(black)[half]
     except FAILURES:
         return True
+    if results.device != images.device:
+        raise ValueError(f"its forward returns a tensor on {results.device}, and {images.device} is expected")
     size = float(results.nan_to_num().abs().max()) if len(half) else 0.0
     return not torch.allclose(results, among, rtol=0, atol=1e-3 * size, equal_nan=True)  # half precision rounds
 

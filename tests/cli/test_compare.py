@@ -216,6 +216,8 @@ def test_a_baseline_may_be_any_value(bnexp, swept, baseline, label):
         (["seed=0,1"], "nothing varies but the seed"),
         (["seed=0,1", "eval_train=true,false"], "nothing varies but the seed"),
         ([], "nothing varies but the seed"),
+        (["norm=none,library", "hydra/launcher=joblib"], "hydra/launcher=joblib: these runs take turns in one process"),
+        (["norm=none,library", "+hydra.launcher.n_jobs=2"], "hydra.launcher.n_jobs=2: these runs take turns"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(bnexp, capsys, arguments, message):

@@ -106,6 +106,7 @@ def test_a_bnexp_yaml_that_names_no_folder_is_refused(text, told, mine, bnexp, c
         (["train", "--info", "all", "norm=foo"], "norm=foo: there is no such norm"),
         (["train", "--info", "norm=none,library"], "--info"),
         (["train", "--info", "searchpath", "a,b"], "a,b: not a setting"),
+        (["inspect", "run", "--config-dir", "x"], "--config-dir x (the config of a run is complete)"),
         (["train", "--no-such-flag"], "--no-such-flag"),
         (["train", "--experimental-rerun", "x"], "can hold code"),
         (["train", "hydra/sweeper=optuna"], "bnexp makes the jobs of a sweep itself"),

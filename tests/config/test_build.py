@@ -258,7 +258,7 @@ def test_the_seed_gives_the_same_batches_whatever_the_norm_and_the_model():
         (["optimizer.lr=true"], ["optimizer.lr=true: a number is expected"]),
         (["optimizer.lr=-1"], ["-1"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]: a list of 2 numbers is expected"]),
-        (["optimizer=sgd", "optimizer.nesterov=true"], ["momentum"]),
+        (["optimizer=sgd", "optimizer.nesterov=true"], ["optimizer.nesterov=true", "give optimizer.momentum=0.9"]),
         (["optimizer=other"], ["optimizer._target_", "has to be given"]),
         (["+schedule.gamma=0.1"], ["schedule.gamma=0.1", "warmup_steps"]),
         (["schedule.warmup_steps=1.5"], ["schedule.warmup_steps=1.5: a whole number is expected"]),

@@ -5,14 +5,13 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
 from bnexp.config import build, check
 from bnexp.config.choices import choices, conf_dir
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
-from bnexp.optim import make_optimizer, set_learning_rate
+from bnexp.optim import set_learning_rate
 
 SMALL = ("data.limit=64", "batch_size=16", "threads=1", "device=cpu", "model=mlp")
 TRIED = (-0.1, -1, 0, 2, math.nan, math.inf, -math.inf)
@@ -124,11 +123,6 @@ def test_a_factor_that_is_too_large_for_a_float_is_named_as_the_schedules():
     with pytest.raises(UserError, match="the learning rate would be multiplied by inf at step 19"):
         milestones = f"schedule.milestones=[{','.join(['0.9'] * 9)}]"
         check.check(composed([*SMALL, "schedule=step", "schedule.gamma=1e38", milestones, "steps=20"]))
-
-
-def test_a_model_with_nothing_to_train_is_named_and_not_the_optimizer():
-    with pytest.raises(UserError, match="the model has no parameter that takes a gradient"):
-        make_optimizer(torch.optim.SGD, torch.nn.ReLU())
 
 
 @pytest.mark.parametrize("factor", [None, math.nan, -1.0, math.inf])

@@ -192,6 +192,19 @@ class NoForward(MLP):
     forward = nn.Module.forward
 
 
+class Parameterless(nn.Module):
+    def __init__(self, *args, **options):
+        super().__init__()
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+
+
+class Elsewhere(MLP):
+    def forward(self, x):
+        return super().forward(x).to("meta")
+
+
 class SparseLogits(MLP):
     def forward(self, images):
         return super().forward(images).to_sparse()
@@ -386,6 +399,11 @@ class LateOptimizer(torch.optim.SGD):
         return super().step(closure if self.calls < 9 else closure())
 
 
+class Later(Good):
+    async def load(self):
+        return super().load()
+
+
 class NoFile(Good):
     def load(self):
         open("/nowhere/at/all")
@@ -415,6 +433,22 @@ class LooksTensor(Looks):
 
 class LooksBins(Looks):
     readings = [Histogram("a/b", (), ())]
+
+
+class LooksColumn(Looks):
+    readings = [Scalar("step", 99.0)]
+
+
+class LooksRun(Looks):
+    readings = [Histogram("loss/test", (0.0, 1.0), (1,))]
+
+
+class LooksTwice(Looks):
+    readings = [Scalar("a/b", 1.0), Scalar("a/b", 2.0)]
+
+
+class LooksBytes(Looks):
+    readings = [Scalar(b"a/b", 1.0)]
 
 
 class LooksFile(Looks):
@@ -585,6 +619,10 @@ def ended(bnexp, capfd, group, name):
         ("probe", "LooksDict", "failed after step 4: TypeError: an object of type str is no reading"),
         ("probe", "LooksTensor", "failed after step 4: "),
         ("probe", "LooksBins", "failed after step 4: IndexError: "),
+        ("probe", "LooksColumn", "yields the tag step, which the run itself has"),
+        ("probe", "LooksRun", "yields the tag loss/test, which the run itself has"),
+        ("probe", "LooksTwice", "yields the tag a/b, which another reading of this step has"),
+        ("probe", "LooksBytes", "failed after step 4: TypeError: the tag b'a/b' is no text"),
         ("probe", "LooksFile", "failed after step 4: FileNotFoundError: "),
         ("probe", "LooksBefore", "failed after step 3: ValueError: before (HERE)"),
         ("probe", "LooksNever", "failed after step 3: ZeroDivisionError: division by zero (HERE)"),
@@ -614,6 +652,9 @@ def test_a_part_that_fails_during_the_run_is_named_and_what_was_computed_stays(
         ("model", "NoGradient", "no weight has a part in what forward returns"),
         ("norm", "Argumentless", "TypeError: Argumentless.reduces_over() takes 1 positional argument"),
         ("norm", "Undecided", "KeyError: 2 ("),
+        ("model", "Parameterless", "has no parameter that takes a gradient"),
+        ("data", "Later", "load() returns an object of type coroutine"),
+        ("model", "Elsewhere", "its forward returns a tensor on meta, and cpu is expected"),
         ("model", "SparseLogits", "return one dense floating-point tensor"),
         ("model", "InPlace", "modified by an inplace operation"),
         ("model", "Uninitialized", "has no attribute '_"),

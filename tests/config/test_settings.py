@@ -201,6 +201,13 @@ def test_rerun_keeps_the_overrides_beside_one_with_a_reference_or_a_resolver(tra
         (["lr=1"], "optimizer.lr"),
         (["+lr=1"], "optimizer.lr"),
         (["~lr"], "optimizer.lr"),
+        *[([f"{name}=1"], "optimizer.lr") for name in ("LR", "learning_rate", "learningrate")],
+        *[([f"{name}=1"], "optimizer.weight_decay") for name in ("wd", "weight_decay", "WD")],
+        *[([f"{name}=1"], "batch_size") for name in ("bs", "batch", "model.bs")],
+        *[([f"{name}=1"], "model") for name in ("net", "network", "arch")],
+        *[([f"{name}=1"], "norm") for name in ("bn", "normalization")],
+        (["gpu=0"], "device"),
+        (["eta=1"], "optimizer.betas"),
         (["dataset=mnist"], "data"),
         (["opt=sgd"], "optimizer"),
         (["batch=32"], "batch_size"),
@@ -236,7 +243,23 @@ def test_a_setting_that_is_proposed_exists(words, key):
         (["norm.momentum='0.1'"], "norm.momentum='0.1': a number or null is expected, without quotes"),
         (["out=a,b"], "write \"out='a,b'\" for this name"),
         (["out=a\n=b"], "control characters in the name"),
-        (["allow=[1e3]"], "allow=[1e3]: a list of texts, written allow=[a,b], is expected"),
+        (["allow=[1e3,0_1]"], "allow=[1e3]: there is no package 1e3 here"),
+        (["allow=[ 'a,b' ,true]"], "allow=[a,b]: there is no package a,b here"),
+        (["vary=[seed,1e3]"], "vary=[seed,1e3]: not known"),
+        (["probe=[activations]", "probe.activations.layers=[1e3,0010]"], "layers=['1e3', '0010']: 1e3 is no norm"),
+        (["optimizer.lr=0.1.2"], "optimizer.lr=0.1.2: a number is expected"),
+        (["optimizer.lr=."], "optimizer.lr=.: a number is expected"),
+        (["optimizer.lr=0010"], "optimizer.lr=0010: a number is expected"),
+        (["data.limit='64'"], "data.limit='64': a whole number is expected, without quotes"),
+        (["data.normalize='false'"], "data.normalize='false': true or false is expected, without quotes"),
+        (["out='  '"], "out='  ': names no folder"),
+        (["data=mnist", "data.root=' '"], "data.root=' ': names no folder"),
+        (["seeds=0,1"], "seeds: there is no such setting (did you mean seed?)"),
+        (["optimizer.lrr=0,1"], "optimizer.lrr: there is no such setting (did you mean optimizer.lr?)"),
+        (["optimizer.learning_rate=1"], "(did you mean optimizer.lr?); the chosen optimizer has lr"),
+        (["hydra.callbacks={a:1}"], "hydra.callbacks: Hydra has no such setting; correct the name, or write +hydra."),
+        (["hydra.job.env_set.FOO=1"], "or write +hydra.job.env_set.FOO=... for a new one"),
+        (["norm=dyt", "norm.alpha_init=1e-50"], "norm.alpha_init=1e-50: the tanh would be the same"),
         (["data=mnist", "data.root="], "data.root=: names no folder"),
         (["~norm.foo"], "norm.foo: there is no such setting; the chosen norm has eps, momentum"),
         (["norm.momentum.x=1"], "norm.momentum.x: there is no such setting (did you mean norm.momentum?)"),
@@ -410,6 +433,8 @@ def test_the_stored_config_is_utf8_whatever_the_locale(bnexp, tmp_path, monkeypa
         ("data.limit=(5)", "a number or null is expected"),
         ("schedule.warmup_steps=a=b", "a whole number or null is expected"),
         ("out=x='${y}'", "${...} would be looked up; give another value"),
+        ("out=a~", "the sign ~ in its value is read only in quotes; write \"out='a~'\""),
+        ("out=file:~/x", "the sign ~ in its value is read only in quotes; write \"out='file:~/x'\""),
         ("data.root=a=b", "write \"data.root='a=b'\""),
         ("+optimizer.mine=a=b", "write \"+optimizer.mine='a=b'\""),
     ],
@@ -417,6 +442,12 @@ def test_the_stored_config_is_utf8_whatever_the_locale(bnexp, tmp_path, monkeypa
 def test_only_a_word_that_can_work_is_proposed(word, text):
     assert text in unreadable(word)
     assert ('write "' in unreadable(word)) == ('write "' in text)
+
+
+@pytest.mark.parametrize("key", ["out", "data.root"])
+def test_no_quotes_are_proposed_for_a_path_that_is_refused_in_them(key):
+    with pytest.raises(UserError, match=f"{key}=a/~/x: ~ is the home folder at the beginning only"):
+        composed([f"{key}=a/~/x"])
 
 
 def test_the_word_whose_lookup_fails_is_named():

@@ -112,6 +112,17 @@ def test_space_is_asked_for_only_where_space_is_missing(number, tmp_path):
     assert ("free some space" in told) == (number == errno.EDQUOT)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("words", [["out=run"], []], ids=["named", "new"])
+def test_a_folder_that_cannot_be_made_is_told_with_the_remedy_of_its_error(number, words, bnexp, capsys, monkeypatch):
+    def fail(*_, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("bnexp.store.run_folder.Path.mkdir", fail)
+    assert bnexp("train", *TINY, *words) == 2
+    assert f"{REMEDIES[number]}, or choose another folder" in capsys.readouterr().err
+
+
 READ_REMEDIES = {
     errno.EIO: "check its disk", errno.EACCES: "check its permissions", errno.ESTALE: REMEDIES[errno.ESTALE],
 }  # fmt: skip

@@ -24,6 +24,7 @@ from bnexp.report.records import RunRecord, read_runs
 from bnexp.store.readings import Histogram, Image, Scalar, Table
 from bnexp.store.run_folder import claim, claim_new, read_status
 from bnexp.store.writer import NullWriter, Writer
+from bnexp.train.loop import RUN_TAGS
 
 SMALL = ("data.limit=128", "batch_size=32", "model=mlp")
 CLOCKED = ("seconds", "time/step", "throughput/images_per_s")
@@ -61,6 +62,7 @@ def test_metrics_hold_one_object_per_reading_step_and_nothing_else(train):
     assert {line["step"]: set(line) - {"step", "epoch", "seconds"} for line in lines} == {
         3: trained, 4: valid, 6: trained, 8: trained | valid | test,
     }  # fmt: skip
+    assert {tag for line in lines for tag in line} <= RUN_TAGS  # which no probe may use
     assert [line["step"] for line in lines] == [3, 4, 6, 8]
     assert [line["epoch"] for line in lines] == [0.75, 1.0, 1.5, 2.0]
     assert all(list(line)[:3] == ["step", "epoch", "seconds"] for line in lines)

@@ -19,6 +19,7 @@ from bnexp.cli.sweep.lockstep import LAST, race, tell_alone, together
 from bnexp.cli.sweep.worker import cached_datasets, run_job
 from bnexp.config.compose import composed_with_hydra
 from bnexp.config.explain import explained
+from bnexp.errors import UserError
 from bnexp.store.run_folder import DONE, STATUS, holder, is_taken, read_status
 from bnexp.train.interrupt import Interrupted, blocked_in_children, deferred_signals
 
@@ -108,6 +109,13 @@ def hydra_config(words: Sequence[str], folder: Path = Path()) -> DictConfig:
     with explained(words):
         fixed = [f"hydra.sweep.dir='{folder}'", "hydra.sweep.subdir=."]
         return composed_with_hydra([*fixed, *words, "hydra.job.chdir=false"], RunMode.MULTIRUN)  # null means true
+
+
+def refuse_launcher(hydra: Sequence[str]) -> None:
+    """Raise :class:`UserError` for a launcher: runs in lockstep have none."""
+    for word in hydra:
+        if word.lstrip("+~").replace("/", ".").startswith("hydra.launcher"):
+            raise UserError(f"{word}: these runs take turns in one process, without a launcher; leave it out")
 
 
 def written_at(folder: Path) -> int:
