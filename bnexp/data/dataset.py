@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from bnexp.data.corrupt import check_corruption, corrupt
 from bnexp.errors import UserError, home_path
 
 AUGMENTATIONS = ("none", "flip", "crop_flip")
@@ -170,6 +171,8 @@ class Options:
     limit: int | None
     augment: str
     normalize: bool
+    corrupt: str = "none"
+    strength: float | None = None
     test: float | int = 0
 
     def __post_init__(self):
@@ -187,6 +190,7 @@ class Options:
             raise UserError(f"data.augment={self.augment}: not known; choose one of {choices}")
         if type(self.normalize) is not bool:
             raise UserError(f"data.normalize={self.normalize}: neither true nor false; give one of the two")
+        check_corruption(self.corrupt, self.strength)
 
 
 def check_size(size: int | None, default: int) -> int:
@@ -251,6 +255,10 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
             split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
             for split in (train, valid, test)
         )
+    if options.corrupt != "none":
+        if not len(test):
+            raise UserError(f"data.corrupt={options.corrupt}: there are no test images to change; leave it out")
+        test = Split(corrupt(test.images, options.corrupt, options.strength), test.labels)
     mean, std = channel_moments(train.images)
     return Dataset(
         source.name, train, valid, test, source.class_names, source.in_shape, mean, std,

@@ -409,7 +409,9 @@ def test_gradients_are_those_of_the_very_step_and_updates_what_it_did():
     images, labels = twin.batches.next()
     F.cross_entropy(twin.forward(images), labels).backward()
     names = ["conv1", "conv2", "dense1", "dense2", "classifier"]
-    assert set(found) == {f"{kind}/{name}" for kind in ("gradient", "update", "angle") for name in names} | {"gradient/all"}
+    assert set(found) == {f"{kind}/{name}" for kind in ("gradient", "update", "angle") for name in names} | {
+        "gradient/all"
+    }
     for name in names:
         weight = twin.model.get_submodule(name).weight
         length = float(weight.grad.double().norm())
