@@ -55,9 +55,9 @@ def test_the_initial_weights_and_the_batches_are_those_of_a_run_that_trains_all(
 def test_several_runs_at_once_keep_what_is_not_trained_too(bnexp, tmp_path):
     words = ("model=mlp", *SMALL, "optimizer.only=norm", "quiet=true", "out=s")
     assert bnexp("train", "-m", *words, "seed=0,1", "replicas=2") == 0
-    for folder in tmp_path.glob("s/mlp*"):
-        state = torch.load(folder / "checkpoint.pt", weights_only=True)["run"]["model"]
-        seed = int(folder.name[-1])
+    folders = sorted(path.parent for path in tmp_path.glob("s/*/checkpoint.pt"))
+    for seed, folder in zip((0, 1), folders, strict=True):
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
         start = run_of("model=mlp", f"seed={seed}").model.state_dict()
         kept = [name for name in start if "dense" in name or "classifier" in name]
         assert all(torch.equal(state[name], start[name]) for name in kept)

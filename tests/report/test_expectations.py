@@ -36,6 +36,15 @@ def test_a_number_is_held_against_its_limits_in_each_seed():
     assert not judge(expect(above=0.91), runs).holds, "a number on the limit is outside"
 
 
+def test_the_other_role_can_have_another_tag_even_in_the_same_run():
+    runs = {"a": [record(seed, {"x": {1: 5.0 + seed}, "y": {1: 2.0 * seed + 1}}) for seed in range(3)]}
+    found = judge(expect(tag="x", minus="a", other_tag="y", above=1.9), runs)
+    assert found.numbers == (4, 3, 2) and found.holds
+    assert judge(expect(tag="x", over="a", other_tag="y", above=0), runs).numbers == (5, 2, 7 / 5)
+    with pytest.raises(UserError, match="other_tag without minus or over is never read"):
+        expect(tag="x", other_tag="y", above=0).check(["a"])
+
+
 def test_an_interval_must_lie_within_the_limits_as_a_whole():
     runs = {"a": accuracies(0.91, 0.95, 0.93)}  # mean 0.93, t(2) = 4.303, interval 0.8803 to 0.9797
     assert judge(expect(above=0.88, seeds="interval"), runs).holds
