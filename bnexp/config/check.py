@@ -90,7 +90,9 @@ def check_model(cfg: DictConfig, runs: bool, device: torch.device) -> None:
     source = parts.part(cfg, "data")()
     check_source(cfg, source)
     model = parts.meta_model(cfg, source)
-    parts.build_optimizer(cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters()))
+    parts.build_optimizer(
+        cfg, nn.ParameterList(torch.zeros([1] * p.dim()) for p in model.parameters() if p.requires_grad)
+    )
     if runs:
         for module in model.modules():
             contract_of(module).require_device(device)

@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from bnexp.config.choices import GROUPS
-from bnexp.config.targets import DECAYS, check_options, find_target
+from bnexp.config.only import train_only
+from bnexp.config.targets import DECAYS, OURS, check_options, find_target
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer, without_compiler
@@ -182,19 +183,19 @@ def make_model(cfg: DictConfig, source: Any) -> nn.Module:
     if any(p.is_meta for p in model.parameters()):
         raise UserError(f"{', '.join(own_parts(cfg))}: keeps a module for the next model; make every module anew")
     initialize(model, torch.Generator().manual_seed(cfg.seed))
-    return model
+    return train_only(model, cfg.optimizer.get("only"))
 
 
 def meta_model(cfg: DictConfig, source: Any) -> nn.Module:
     """The model on torch's meta device, without weights. Its parts refuse wrong settings as always."""
     with torch.device("meta"):
-        return plain_model(cfg, source)
+        return train_only(plain_model(cfg, source), cfg.optimizer.get("only"))
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> Optimizer:
     """The optimizer of the config over the parameters of ``model``."""
     decays = {key: cfg.optimizer.get(key, 0.0) for key in DECAYS}
-    optimizer = part(cfg, "optimizer", without=DECAYS)
+    optimizer = part(cfg, "optimizer", without=OURS)
     if optimizer.func is torch.optim.SparseAdam and not is_foreign(cfg):
         raise UserError(
             f"{target_of(cfg, 'optimizer')}: takes sparse gradients only, and this model has none; choose another"

@@ -23,10 +23,13 @@ class CIFAR10:
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     )  # fmt: skip
 
-    def __init__(self, root: str | None = None, size=None, valid=5000, limit=None, augment="none", normalize=True):
+    def __init__(
+        self, root: str | None = None, size=None, valid=5000, limit=None, augment="none", normalize=True,
+        corrupt="none", strength=None,
+    ):  # fmt: skip
         size = check_size(size, default=32)
         self.in_shape = (3, size, size)
-        self.options = Options(valid, limit, augment, normalize)
+        self.options = Options(valid, limit, augment, normalize, corrupt, strength)
         self.root = find_root(root)
         self.folder = self.root / "cifar-10-batches-py"
         self.archive = self.root / "cifar-10-python.tar.gz"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from bnexp.data.corrupt import check_corruption, corrupt
 from bnexp.data.stored import Stored, block_of, free_memory
 from bnexp.errors import UserError, home_path
 
@@ -209,6 +210,8 @@ class Options:
     limit: int | None
     augment: str
     normalize: bool
+    corrupt: str = "none"
+    strength: float | None = None
     test: float | int = 0
     resident: bool | str = True
 
@@ -234,6 +237,7 @@ class Options:
             raise UserError(f"data.augment={self.augment}: not known; choose one of {choices}")
         if type(self.normalize) is not bool:
             raise UserError(f"data.normalize={self.normalize}: neither true nor false; give one of the two")
+        check_corruption(self.corrupt, self.strength)
 
 
 def check_size(size: int | None, default: int) -> int:
@@ -298,6 +302,10 @@ def assemble(source, train: Split, test: Split | None = None, valid: Split | Non
             split if len(split) <= options.limit else split.take(_shuffled(len(split))[: options.limit])
             for split in (train, valid, test)
         )
+    if options.corrupt != "none":
+        if not len(test):
+            raise UserError(f"data.corrupt={options.corrupt}: there are no test images to change; leave it out")
+        test = Split(corrupt(test.images.to("cpu"), options.corrupt, options.strength), test.labels)
     mean, std = noted("moments", source, lambda *_: [each.tolist() for each in channel_moments(train.images)], train)
     dataset = Dataset(
         source.name, train, valid, test, source.class_names, source.in_shape,

@@ -24,7 +24,7 @@ class HuggingFace(Pairs):
     def __init__(
         self, name: str | None = None, args: Mapping[str, Any] = MappingProxyType({}), image: str = "image",
         label: str | None = None, size=None, valid=0.1, test=None, limit=None, augment="none", normalize=True,
-        channels=None, resident="auto",
+        channels=None, corrupt="none", strength=None, resident="auto",
     ):  # fmt: skip
         if not name:
             raise UserError("data=huggingface: which set? Name a folder or a repository with data.name=...")
@@ -60,7 +60,8 @@ class HuggingFace(Pairs):
             {split: Columns(rows, image, label, number) for split, rows in splits.items()},
             [*map(str, names)], ("huggingface", name, dict(args), image, label), self._files_of,
             size=size, valid=valid, test=test, limit=limit,
-            augment=augment, normalize=normalize, channels=channels, resident=resident,
+            augment=augment, normalize=normalize, channels=channels, corrupt=corrupt, strength=strength,
+            resident=resident,
         )  # fmt: skip
 
     def _files_of(self) -> list:

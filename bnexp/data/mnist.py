@@ -26,10 +26,13 @@ class _IdxSource:
     ``published`` is the data set's name in torchvision, which downloads missing files.
     """
 
-    def __init__(self, root: str | None = None, size=None, valid=5000, limit=None, augment="none", normalize=True):
+    def __init__(
+        self, root: str | None = None, size=None, valid=5000, limit=None, augment="none", normalize=True,
+        corrupt="none", strength=None,
+    ):  # fmt: skip
         size = check_size(size, default=28)
         self.in_shape = (1, size, size)
-        self.options = Options(valid, limit, augment, normalize)
+        self.options = Options(valid, limit, augment, normalize, corrupt, strength)
         self.root = find_root(root)
         self.folder = self.root / self.published / "raw"
 

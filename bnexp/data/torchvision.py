@@ -30,7 +30,7 @@ class Torchvision(Pairs):
     def __init__(
         self, name: str | None = None, root: str | None = None, args: Mapping[str, Any] = MappingProxyType({}),
         classes=None, size=None, valid=0.1, test=None, limit=None, augment="none", normalize=True,
-        channels=None, resident="auto",
+        channels=None, corrupt="none", strength=None, resident="auto",
     ):  # fmt: skip
         from torchvision import datasets  # takes a second to import
 
@@ -60,7 +60,8 @@ class Torchvision(Pairs):
         super().__init__(
             opened, classes, ("torchvision", name, str(self.root.resolve()), self._args),
             lambda: files_of(opened["train"], self.root), size=size, valid=valid, test=test, limit=limit,
-            augment=augment, normalize=normalize, channels=channels, resident=resident,
+            augment=augment, normalize=normalize, channels=channels, corrupt=corrupt, strength=strength,
+            resident=resident,
         )  # fmt: skip
 
     def fetch(self, root: Path) -> None:

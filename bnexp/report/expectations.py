@@ -46,7 +46,7 @@ class Expectation:
     * ``best``: a setting, instead of a tag. The number is its value with the best validation accuracy in that seed;
       diverged runs are never best.
     * ``of``: the role; ``minus``: the role whose number is subtracted; ``over``: the role by whose number is divided.
-      ``minus_tag``: the curve of the role that is subtracted, if it is another one.
+      ``other_tag`` is the curve that is read of that role, by default ``tag``; the role can then be ``of`` itself.
     * ``only``: settings that the runs must have, ``{optimizer.lr: 0.1}``. All such runs of a seed count.
     * ``above``, ``below``: the limits; a number on a limit is outside.
     * ``seeds``: what must be within the limits: the 95% ``interval`` of the mean; for ``equivalent`` its 90% interval,
@@ -63,8 +63,8 @@ class Expectation:
     where: Mapping[str, Sequence[float]] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     minus: str | None = None
-    minus_tag: str | None = None
     over: str | None = None
+    other_tag: str | None = None
     above: float | None = None
     below: float | None = None
     seeds: str = "interval"
@@ -77,8 +77,8 @@ class Expectation:
             ((self.tag is None) == (self.best is None), "give either a tag or best: which number to read"),
             (self.take not in TAKES, f"take={self.take} is not known; choose one of {', '.join(TAKES)}"),
             (self.seeds not in SEEDS, f"seeds={self.seeds} is not known; choose one of {', '.join(SEEDS)}"),
-            (self.minus_tag and not self.minus, "minus_tag without minus; say which role is subtracted"),
             (self.minus is not None and self.over is not None, "minus and over exclude each other; give one"),
+            (self.other_tag and not (self.minus or self.over), "other_tag without minus or over is never read"),
             (self.above is None and self.below is None, "without above or below it cannot fail; give one"),
             (self.seeds == "equivalent" and None in (self.above, self.below), "equivalent needs above and below"),
         ):
@@ -145,7 +145,7 @@ def _numbers(expectation: Expectation, runs: Mapping[str, Sequence[RunRecord]]) 
     if other is None:
         return list(own.values()), _mean_of(own.values())
     other_runs = _runs_of(expectation, other, runs)
-    partners = _by_seed(replace(expectation, tag=expectation.minus_tag or expectation.tag), other_runs)
+    partners = _by_seed(replace(expectation, tag=expectation.other_tag or expectation.tag), other_runs)
     combine = operator.sub if expectation.minus else _divide
     is_paired = _batches(own_runs) == _batches(other_runs)
     first = 0 if is_paired else 1  # without pairs, a key without its seed names all seeds of a setting

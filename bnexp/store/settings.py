@@ -46,10 +46,15 @@ DECIDES = {
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with the options that older versions did not have, at the values that they trained with.
 
-    Weights were torch's, and norm=none had a shift beside the biases of the layers.
+    Weights were torch's, norm=none had a shift beside the biases of the layers, test images were as stored, and all
+    parameters were trained.
     """
     model, norm = (each if isinstance(each := config.get(key), Mapping) else {} for key in ("model", "norm"))
     found = dict(config)
+    if isinstance(data := config.get("data"), Mapping) and str(data.get("_target_")).startswith("bnexp.data."):
+        found["data"] = {"corrupt": "none", "strength": None, **data}
+    if isinstance(optimizer := config.get("optimizer"), Mapping):
+        found["optimizer"] = {"only": None, **optimizer}
     if str(model.get("_target_")).startswith("bnexp.models.") and "fuse" not in model:
         found["model"] = {"init": "torch", **model}
         if norm.get("_target_") == "bnexp.norms.none.Shift" and model.get("bias") and "init" not in model:

@@ -411,7 +411,9 @@ def test_gradients_are_those_of_the_very_step_and_updates_what_it_did():
     images, labels = twin.batches.next()
     F.cross_entropy(twin.forward(images), labels).backward()
     names = ["conv1", "conv2", "dense1", "dense2", "classifier"]
-    assert set(found) == {f"{kind}/{name}" for kind in ("gradient", "update") for name in names} | {"gradient/all"}
+    assert set(found) == {f"{kind}/{name}" for kind in ("gradient", "update", "angle") for name in names} | {
+        "gradient/all"
+    }
     for name in names:
         weight = twin.model.get_submodule(name).weight
         length = float(weight.grad.double().norm())
@@ -426,6 +428,44 @@ def test_layers_can_be_chosen_norms_among_them():
     found = looked(Gradients(layers=["norm2"]), a_run("model=mlp"))
     assert set(found) == {"gradient/norm2", "update/norm2", "gradient/all"}
     assert 0 < found["update/norm2"] < 1
+
+
+def test_rows_turn_by_the_angle_of_plane_geometry_and_equilibrium_is_its_share_of_root_2_lr_wd():
+    run = a_run("model=mlp", "model.hidden=[2]", "data.size=1", "optimizer=sgd", "optimizer.weight_decay=0.02")
+    weight, before = run.model.classifier.weight, torch.tensor([[3.0, 0.0]] * 9 + [[0.0, 2.0]])
+    before_all = Gradients().before(run) | {"classifier": before}
+    tiny, right = 1e-5, math.pi / 2  # the cosine of 1e-5 rounds to 1 in float32
+    with torch.no_grad():
+        weight[:9] = torch.tensor([math.cos(tiny), math.sin(tiny)]) * 7
+        weight[9] = torch.tensor([-5.0, 0.0])
+    found = {reading.tag: reading.value for reading in Gradients().look(run, before_all)}
+    assert found["angle/classifier"] == pytest.approx((9 * tiny + right) / 10, rel=1e-6)
+    run.optimizer.param_groups[0]["lr"] = 0.5
+    found = {reading.tag: reading.value for reading in Gradients().look(run, before_all)}
+    assert found["equilibrium/classifier"] == pytest.approx(found["angle/classifier"] / math.sqrt(2 * 0.5 * 0.02))
+    assert "angle/norm1" not in looked(Gradients(layers=["norm1"]), run), "a vector has no rows"
+    assert not [tag for tag in looked(Gradients(), a_run("model=mlp")) if "equilibrium" in tag], "no weight decay"
+
+
+def test_a_row_that_only_shrinks_does_not_turn_and_decay_alone_does_nothing_else():
+    run = a_run("model=mlp", "optimizer=sgd", "optimizer.lr=0.1", "optimizer.weight_decay=0.5")
+    before = Gradients().before(run)
+    with torch.no_grad():
+        for weight in (run.model.dense1.weight, run.model.dense2.weight):
+            weight *= 0.95
+    found = {reading.tag: reading.value for reading in Gradients().look(run, before)}
+    assert found["update/dense1"] == pytest.approx(0.05, rel=1e-5)
+    assert found["angle/dense1"] < 1e-7
+
+
+def test_growth_is_the_geometric_mean_of_the_factor_of_the_squared_gradient_from_layer_to_layer():
+    names = ["dense2", "dense3", "dense4"]
+    run = a_run("model=mlp", "model.hidden=[8,8,8,8]")
+    found = looked(Gradients(layers=names), run)
+    squares = [found[f"gradient/{name}"] ** 2 for name in names]
+    factors = [squares[0] / squares[1], squares[1] / squares[2]]
+    assert found["gradient/growth"] == pytest.approx(math.sqrt(math.prod(factors)), rel=1e-5)
+    assert "gradient/growth" not in looked(Gradients(), run), "layers of other shapes have other gradients"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "other"])

@@ -36,6 +36,15 @@ def test_a_number_is_held_against_its_limits_in_each_seed():
     assert not judge(expect(above=0.91), runs).holds, "a number on the limit is outside"
 
 
+def test_the_other_role_can_have_another_tag_even_in_the_same_run():
+    runs = {"a": [record(seed, {"x": {1: 5.0 + seed}, "y": {1: 2.0 * seed + 1}}) for seed in range(3)]}
+    found = judge(expect(tag="x", minus="a", other_tag="y", above=1.9), runs)
+    assert found.numbers == (4, 3, 2) and found.holds
+    assert judge(expect(tag="x", over="a", other_tag="y", above=0), runs).numbers == (5, 2, 7 / 5)
+    with pytest.raises(UserError, match="other_tag without minus or over is never read"):
+        expect(tag="x", other_tag="y", above=0).check(["a"])
+
+
 def test_an_interval_must_lie_within_the_limits_as_a_whole():
     runs = {"a": accuracies(0.91, 0.95, 0.93)}  # mean 0.93, t(2) = 4.303, interval 0.8803 to 0.9797
     assert judge(expect(above=0.88, seeds="interval"), runs).holds
@@ -73,7 +82,7 @@ def test_another_curve_of_the_other_role_may_be_subtracted():
     runs = {"a": [record(0, curves)], "b": [record(0, curves)]}
     given = {"tag": "accuracy/valid_recomputed", "minus": "b", "above": 0}
     assert judge(expect(**given), runs).numbers == (0.0,)
-    assert judge(expect(**given, minus_tag="accuracy/valid_running"), runs).numbers == pytest.approx((0.2,))
+    assert judge(expect(**given, other_tag="accuracy/valid_running"), runs).numbers == pytest.approx((0.2,))
 
 
 def test_seeds_that_have_no_partner_are_no_evidence():
@@ -161,7 +170,7 @@ def test_a_diverged_run_has_no_last_value_but_a_largest():
         ({"above": 0, "take": "middle"}, "take=middle is not known"),
         ({"above": 0, "seeds": "most"}, "seeds=most is not known"),
         ({"above": 0, "minus": "b", "over": "b"}, "exclude each other"),
-        ({"above": 0, "minus_tag": "loss/test"}, "say which role is subtracted"),
+        ({"above": 0, "other_tag": "loss/test"}, "without minus or over is never read"),
         ({}, "cannot fail"),
     ],
 )
