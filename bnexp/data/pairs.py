@@ -48,7 +48,7 @@ class Pairs:
 
     def __init__(
         self, splits: Mapping[str, Sequence], class_names: Sequence[str], settings: Sequence, files: Callable[[], list],
-        *, size, valid, test, limit, augment, normalize, channels, corrupt, strength, resident,
+        *, size, valid, test, limit, augment, normalize, channels, resident, corrupt="none", strength=None,
     ):  # fmt: skip
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels={channels}: not 1 (grey), 3 (colour) or null (as the images are)")

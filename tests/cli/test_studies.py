@@ -224,3 +224,37 @@ def test_a_study_that_says_nonsense_is_refused_before_any_run(bnexp, tiny, tmp_p
     assert bnexp("study", tiny, "out=s") == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+SWAPPED = {  # a study, and the roles whose runs change places
+    "gradient_explosion": ("none", "batch_norm"),
+    "only_norm": ("norms", "classifier"),
+    "shifted_test": ("running", "batch"),
+    "skipinit_depth": ("none", "skipinit"),
+    "equilibrium": ("none", "batch_norm"),
+    "precise_statistics": ("fast", "slow"),
+}
+
+
+def holds(name, arguments, folder, swap=None):
+    """Whether every expectation holds for the runs in ``folder``, with the runs of two roles swapped if given."""
+    study, _ = choose(load(name), arguments)
+    runs = {role: read_runs(Path(folder).glob(f"{role}-s*"))[0] for role in study.variants}
+    if swap:
+        runs[swap[0]], runs[swap[1]] = runs[swap[1]], runs[swap[0]]
+    return all(judge(each, runs).holds for each in study.expectations())
+
+
+def test_the_explosion_of_gradients_is_seen_in_digits_too_and_swapped_sides_fail(bnexp):
+    words = ["data=digits", "data.limit=512", "seed=range(20,25)", "quiet=true", "threads=1", "out=g"]
+    assert bnexp("study", "gradient_explosion", *words) == 0
+    assert holds("gradient_explosion", [], "g")
+    assert not holds("gradient_explosion", [], "g", SWAPPED["gradient_explosion"])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("mnist_root")
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_study_holds_on_seeds_of_its_own_and_fails_with_two_sides_swapped(name, bnexp):
+    assert bnexp("study", name, "quick=true", "quiet=true", "out=s") == 0
+    assert not holds(name, ["quick=true"], "s", SWAPPED[name])
