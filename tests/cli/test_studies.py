@@ -1,6 +1,7 @@
 """A study runs its variants, writes what a comparison writes, and says whether what it expects holds."""
 
 import json
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,6 +11,8 @@ from bnexp.config import check
 from bnexp.config.choices import choices
 from bnexp.config.compose import composed, session
 from bnexp.config.study import choose, load
+from bnexp.report.expectations import judge
+from bnexp.report.records import read_runs
 
 TINY = """\
 title: A network that is trained knows more than one that is not

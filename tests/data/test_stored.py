@@ -338,7 +338,7 @@ def test_resident_loading_needs_hardly_more_memory_than_the_data(tmp_path):
         settle()
         def source():
             return SimpleNamespace(name="x", class_names=("a", "b"), in_shape=(3, 500, 500),
-                                   options=Options(0.3, None, "none", True, 0.1, True))
+                                   options=Options(0.3, None, "none", True, test=0.1, resident=True))
         def peak():
             (line,) = [each for each in open("/proc/self/status") if each.startswith("VmHWM")]
             return int(line.split()[1]) * 1024  # ru_maxrss would count the process that started this one
