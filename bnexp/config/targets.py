@@ -92,14 +92,14 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     for key, value in options.items():
         if key in ("_target_", "_partial_"):
             continue
-        is_ours = group == "optimizer" and key in OURS
+        is_ours = group == "optimizer" and key in OURS or group == "data" and is_unasked(target, key, value)
         if not isinstance(key, str) or key.startswith("_") or _mentions_target(value):
             raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
         if not is_ours and key not in accepted and not takes_any:
             known = ", ".join(k for k in accepted if k in options) or "none"
             given = f"{label}.{key}={as_typed(value)}"
             raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
-        hint = OURS[key] if is_ours else hints.get(key, Any)
+        hint = OURS.get(key, Any) if is_ours else hints.get(key, Any)
         if not fits(value, hint):
             if isinstance(value, dict) and value:
                 key = f"{label}.{key}"
@@ -116,6 +116,12 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     except TypeError as error:
         path = options["_target_"]
         raise UserError(f"{label}._target_={path}: cannot be called as a {group} is ({error})") from error
+
+
+def is_unasked(target: Callable[..., Any], key: str, value: Any) -> bool:
+    """Whether ``target``, a source of the user's own, does not take an option of data that changes nothing."""
+    is_idle = (key, value) in (("corrupt", "none"), ("strength", None))
+    return is_idle and key not in inspect.signature(target).parameters
 
 
 def _mentions_target(value: Any) -> bool:
