@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from bnexp.config.choices import GROUPS
 from bnexp.config.only import train_only
-from bnexp.config.targets import DECAYS, OURS, check_options, find_target
+from bnexp.config.targets import DECAYS, OURS, check_options, find_target, is_unasked
 from bnexp.errors import UserError
 from bnexp.models.initialize import initialize
 from bnexp.optim import make_optimizer, without_compiler
@@ -83,6 +83,8 @@ def filled_in(
     target = find_target(group, options.pop("_target_"), allow)
     options.pop("_partial_", None)
     if is_own(node):
+        if group == "data":
+            options = {key: value for key, value in options.items() if not is_unasked(target, key, value)}
         target = naming(label or label_of(group, node))(target)
     if node._target_ in OWN:
         if options["path"] is None:

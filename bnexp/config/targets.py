@@ -99,14 +99,14 @@ def check_options(group: str, node: DictConfig, allow: Collection[str], label: s
     for key, value in options.items():
         if key in ("_target_", "_partial_"):
             continue
-        is_ours = group == "optimizer" and key in OURS
+        is_ours = group == "optimizer" and key in OURS or group == "data" and is_unasked(target, key, value)
         if not isinstance(key, str) or key.startswith("_") or _mentions_target(value):
             raise UserError(f"{label}.{key}: an entry names one _target_ and plain options, nothing else")
         if not is_ours and key not in accepted and not takes_any:
             known = ", ".join(k for k in accepted if k in options) or "none"
             given = f"{label}.{key}={as_typed(value)}"
             raise UserError(f"{given}: {options['_target_']} takes no such option; set here: {known}")
-        hint = OURS[key] if is_ours else hints.get(key, Any)
+        hint = OURS.get(key, Any) if is_ours else hints.get(key, Any)
         plain = unquoted(value)
         if plain is not value and hint is Any and not isinstance(accepted[key].default, str) and ours:
             hint = type(plain)  # bnexp leaves the type out where an option takes several

@@ -25,7 +25,7 @@ SUPPLIED = {
     "engine": {"run"},
 }
 # The loop splits the parameters into groups; torch never sees this one.
-NOT_TORCHS = {"norm_weight_decay"}
+NOT_TORCHS = {"norm_weight_decay", "only"}
 
 
 def read(path):

@@ -517,6 +517,12 @@ def test_a_source_says_what_it_holds_and_loads_a_dataset(name, words):
     assert words in refusal("data", name)
 
 
+def test_a_source_need_not_take_corrupt_and_is_refused_where_it_is_asked_for():
+    assert built("data._target_=own_parts.Good").dataset.name == "digits"
+    with pytest.raises(UserError, match="data.corrupt=noise: own_parts.Good takes no such option"):
+        built("data._target_=own_parts.Good", "data.corrupt=noise")
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
