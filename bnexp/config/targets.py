@@ -136,6 +136,12 @@ def unquoted(value: Any) -> Any:
     return plain if isinstance(plain, bool | int | float) or value.lower() == "null" else value
 
 
+def is_unasked(target: Callable[..., Any], key: str, value: Any) -> bool:
+    """Whether ``target``, a source of the user's own, does not take an option of data that changes nothing."""
+    is_idle = (key, value) in (("corrupt", "none"), ("strength", None))
+    return is_idle and key not in inspect.signature(target).parameters
+
+
 def _mentions_target(value: Any) -> bool:
     """Whether ``value`` holds a ``_target_`` at any depth."""
     if isinstance(value, Mapping):

@@ -37,9 +37,10 @@ NAMES = ("Identity", "NeverUpdates", "WrongSign")
 OWN = """\
 title: Batch norm learns where the inputs of a tanh saturate
 source: the study preactivations
-takes: 5 s
-settings: [model=mlp, "model.hidden=[30,30,30]", model.activation=tanh, model.weight_init_std=1, data=digits,
-  optimizer.lr=0.01, batch_size=32, steps=60, threads=1, quiet=true]
+takes: 2 s
+how: sweep
+settings: [model=mlp, "model.hidden=[20,20]", model.activation=tanh, model.weight_init_std=1, data=digits,
+  optimizer.lr=0.03, batch_size=32, steps=30, threads=1, quiet=true]
 seeds: 3
 variants:
   none: norm=none
