@@ -29,7 +29,7 @@ class CIFAR10:
     ):  # fmt: skip
         size = check_size(size, default=32)
         self.in_shape = (3, size, size)
-        self.options = Options(valid, limit, augment, normalize, corrupt, strength)
+        self.options = Options(valid, limit, augment, normalize, corrupt=corrupt, strength=strength)
         self.root = find_root(root)
         self.folder = self.root / "cifar-10-batches-py"
         self.archive = self.root / "cifar-10-python.tar.gz"

@@ -210,10 +210,10 @@ class Options:
     limit: int | None
     augment: str
     normalize: bool
-    corrupt: str = "none"
-    strength: float | None = None
     test: float | int = 0
     resident: bool | str = True
+    corrupt: str = "none"
+    strength: float | None = None
 
     def __post_init__(self):
         words = {"true": True, "false": False}  # the command line reads a text, as the default is one

@@ -25,7 +25,7 @@ class Digits:
     def __init__(self, size=28, valid=0.1, limit=None, augment="none", normalize=True, corrupt="none", strength=None):
         size = check_size(size, default=28)
         self.in_shape = (1, size, size)
-        self.options = Options(valid, limit, augment, normalize, corrupt, strength)
+        self.options = Options(valid, limit, augment, normalize, corrupt=corrupt, strength=strength)
 
     def load(self) -> Dataset:
         pixels, labels = read_digits()

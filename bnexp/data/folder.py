@@ -67,7 +67,7 @@ class Folder:
         self._is_flat = self._folders["train"] == self.root
         if test is None:
             test = 0.1 if self._is_flat else 0
-        self.options = Options(valid, limit, augment, normalize, corrupt, strength, test, resident)
+        self.options = Options(valid, limit, augment, normalize, test, resident, corrupt, strength)
         self.class_names = tuple(dict.fromkeys(map(_class_name, _folders_in(self._folders["train"]))))
         for name in self.class_names:
             check_name(self._folders["train"] / name)

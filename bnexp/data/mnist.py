@@ -32,7 +32,7 @@ class _IdxSource:
     ):  # fmt: skip
         size = check_size(size, default=28)
         self.in_shape = (1, size, size)
-        self.options = Options(valid, limit, augment, normalize, corrupt, strength)
+        self.options = Options(valid, limit, augment, normalize, corrupt=corrupt, strength=strength)
         self.root = find_root(root)
         self.folder = self.root / self.published / "raw"
 

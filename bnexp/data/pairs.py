@@ -53,7 +53,7 @@ class Pairs:
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels={channels}: not 1 (grey), 3 (colour) or null (as the images are)")
         test = (0 if "test" in splits else 0.1) if test is None else test
-        self.options = Options(valid, limit, augment, normalize, corrupt, strength, test, resident)
+        self.options = Options(valid, limit, augment, normalize, test, resident, corrupt, strength)
         self.class_names, self._splits = tuple(class_names), dict(splits)
         self._settings, self._files, self._may_have_colour = settings, files, channels is not None
         train = self._splits["train"]

@@ -472,7 +472,10 @@ def test_results_are_never_overwritten(small, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["sums"], "sums: no setting of bench"),
-        (["norms", "quick"], "quick: no setting of bench; settings are set, dtype, layout, device, rounds, out"),
+        (
+            ["norms", "quick"],
+            "quick: no setting of bench; settings are set, dtype, layout, device, rounds, contestants, out",
+        ),
         (["set=quick", "norms"], "norms: no setting of bench"),
         (["dtyp=float32"], "dtyp=float32: no setting of bench (did you mean dtype?)"),
         (["command=x"], "command=x: no setting of bench"),
@@ -504,7 +507,7 @@ def test_an_argument_that_cannot_be_is_refused_in_one_sentence(bnexp, tmp_path, 
 def test_settings_have_defaults_and_are_kept_as_typed(monkeypatch):
     assert read_settings([]) == BenchSettings()
     given = read_settings(["set=lenet", "layout=nhwc", "dtype=bfloat16", "rounds=7", "device=cpu", "out=1e3"])
-    assert given == BenchSettings("lenet", "bfloat16", "nhwc", "cpu", 7, "1e3")
+    assert given == BenchSettings("lenet", "bfloat16", "nhwc", "cpu", 7, out="1e3")
     assert read_settings(["out=a=b"]).out == "a=b"
     monkeypatch.setenv("HOME", "/home/me")
     assert read_settings(["out=~/x"]).out == "/home/me/x"

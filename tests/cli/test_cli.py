@@ -45,7 +45,7 @@ def refused(bnexp, capsys, tmp_path):
     [
         (["trian"], "trian: not a command", ["did you mean train?", "summary"]),
         (["model=lenet"], "model=lenet: not a command", ["train"]),
-        (["train", "model=resnett"], "model=resnett", ["did you mean resnet?", "densenet, lenet, mlp, resnet"]),
+        (["train", "model=resnett"], "model=resnett", ["did you mean resnet?", "densenet, lenet, mlp, own, resnet"]),
         (["train", "norm=libary"], "norm=libary", ["did you mean library?", "none", "scratch"]),
         (["train", "data=mnsit"], "data=mnsit", ["did you mean mnist?"]),
         (["train", "norm=none,library"], "norm=none,library", ["-m", "key=[a,b]"]),
