@@ -208,7 +208,7 @@ def look_at_run(run: Run, name: str, indices: Sequence[int], layers: Sequence[st
     score, dead = evaluate_units(run, split, model)
     yield norm_table(model, recomputed, dead)
     yield score_by_statistics(run, split, model, recomputed, score)
-    yield from Confusion(split=name, images=len(split)).look(run, None)
+    yield from Confusion(split=name, images=max(2, len(split))).look(run, None)
     layers = layers or choose_layers(layers_of(run))
     yield from look_at_images(run, split, indices, layers)
 

@@ -79,7 +79,8 @@ def attack(bnexp, tmp_path, capfd, monkeypatch):
 
     def call(*arguments: str, asks_for_help: bool = False) -> tuple[int, str, str]:
         capfd.readouterr()
-        with watching(tmp_path / "run", tmp_path / "outputs") as strays, within(20):
+        decoded = Path(os.environ["XDG_CACHE_HOME"], "bnexp")
+        with watching(tmp_path / "run", tmp_path / "outputs", decoded) as strays, within(20):
             code = bnexp(*arguments)
         out, err = capfd.readouterr()
         assert not strays
@@ -665,7 +666,7 @@ def test_a_class_may_be_called_anything_else(of, photos, attack, tmp_path):
     assert attack(*command)[0] == 0
     if of == "[red]x":
         code, out, _ = attack("inspect", "outputs/x")
-        assert code == 0 and "true class [red]x" in out
+        assert code == 0 and "true class [red]x" in out, _
 
 
 @pytest.mark.parametrize("name", [b"a\nb.png", b"\x1b[2J.png", b"\xff.png", b"x" * 251 + b".png"])

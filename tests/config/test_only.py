@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_models import MODELS
 
 from bnexp.config import build, check
-from bnexp.config.choices import choices
 from bnexp.config.compose import composed
 from bnexp.errors import UserError
 
@@ -32,7 +32,7 @@ def moved(*overrides):
     return before.keys() - same, same
 
 
-@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("model", MODELS)
 def test_only_the_chosen_parameters_move_even_with_decay(model):
     words = (f"model={model}", *NARROW.get(model, ()), "optimizer=adamw", *DECAYED)
     trained, kept = moved(*words, "optimizer.only=norm")

@@ -66,8 +66,18 @@ def closed_form(x, mean, var, weight, bias, eps, dy, residual=None, activation="
     z = channels(weight, x) * xhat + channels(bias, x)
     if residual is not None:
         z = z + residual.detach().double()
-    y = {"identity": z, "relu": z.clamp(min=0), "sigmoid": 1 / (1 + (-z).exp()), "tanh": z.tanh()}[activation]
-    dz = dy * {"identity": 1, "relu": (z > 0).double(), "sigmoid": y * (1 - y), "tanh": 1 - y**2}[activation]
+    y = {
+        "identity": z, "relu": z.clamp(min=0), "sigmoid": 1 / (1 + (-z).exp()), "tanh": z.tanh(),
+        "relu6": z.clamp(0, 6), "silu": z / (1 + (-z).exp()), "hardswish": z * (z + 3).clamp(0, 6) / 6,
+        "gelu": z * (1 + torch.erf(z / 2**0.5)) / 2,
+    }[activation]  # fmt: skip
+    sigmoid, normal = 1 / (1 + (-z).exp()), (-(z**2) / 2).exp() / (2 * torch.pi) ** 0.5
+    dz = dy * {
+        "identity": 1, "relu": (z > 0).double(), "sigmoid": y * (1 - y), "tanh": 1 - y**2,
+        "relu6": ((z > 0) & (z < 6)).double(), "silu": sigmoid + z * sigmoid * (1 - sigmoid),
+        "hardswish": torch.where(z.abs() < 3, (2 * z + 3) / 6, (z > 0).double()),
+        "gelu": (1 + torch.erf(z / 2**0.5)) / 2 + z * normal,
+    }[activation]  # fmt: skip
     dweight, dbias = (dz * xhat).sum(dims), dz.sum(dims)
     through = (channels(dbias, x) + xhat * channels(dweight, x)) / m if training else 0
     dx = channels(weight, x) * rstd * (dz - through)
