@@ -72,10 +72,14 @@ class Batches:
         """The images float32 (B, *in_shape) and labels int64 (B,) of the next batch."""
         start, end = self.advance()
         if not self._ahead_start <= start < self._ahead_end:
-            if self._stored is None or start != self._ahead_end:  # an epoch begins, or a fold took steps in between
-                self._stored = self._read_from(start)
+            is_next = start == self._ahead_end  # else an epoch begins, or a fold took steps in between
             self._ahead_start, self._ahead_end = start, min(start + self._num_ahead, self.num_images)
-            self._ahead = self._finish(next(self._stored), self.order[start : self._ahead_end])
+            picked = self.order[start : self._ahead_end]
+            if self.dataset.is_resident:
+                self._ahead = self.gather(picked)
+            else:
+                self._stored = self._stored if is_next and self._stored else self._read_from(start)
+                self._ahead = self._finish(next(self._stored), picked)
         images, labels = self._ahead
         if end == self._ahead_end:
             self._ahead = None  # the memory is free for the next batches
@@ -84,7 +88,7 @@ class Batches:
 
     def _read_from(self, start: int) -> Iterator[Tensor]:
         """Yield the stored images of the epoch from ``start`` on, as many at a time as are prepared together."""
-        order, size = self.order if self.dataset.is_resident else self.order.cpu(), self._num_ahead
+        order, size = self.order.cpu(), self._num_ahead
         return self.dataset.train.images_in(
             order[i : min(i + size, self.num_images)] for i in range(start, self.num_images, size)
         )
