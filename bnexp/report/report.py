@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bnexp.errors import UserError
 from bnexp.report.evidence import Evidence
+from bnexp.report.figures.style import describe_runs
 from bnexp.report.question import Question
 from bnexp.report.records import read_runs
 from bnexp.report.tables import comparison_tables, print_comparison, remarks
@@ -95,6 +96,8 @@ def comparison_content(comparison: Comparison) -> dict:
         **{key: getattr(comparison.question, key) for key in ("primary", "margin", "target", "best_over", "choose_on")},
         "looks": comparison.looks,
         "verdict": comparison.sentences,
+        "all_runs": describe_runs(comparison.variants),
+        "computed_on": sorted({run.computed for variant in comparison.variants for run in variant.all_runs}),
         "variants": variants,
         "chosen": comparison.chosen,
         "chosen_on": comparison.tuning and comparison.tuning.chose,

@@ -49,7 +49,9 @@ def _difference_words(metric: Metric, found: stats.Difference, evidence: Evidenc
     words += f"by {metric.show(abs(found.difference))}{unit}"
     if evidence.low is None or evidence.high is None:
         return words + (" in every seed, so there is no spread for an interval" if found.n > 1 else "")
-    interval = f"95% interval {metric.show(evidence.low, '+')} to {metric.show(evidence.high, '+')}{unit}"
+    is_one_of_many = evidence.low != found.low
+    ends = " to ".join(metric.show(end, "+") for end in (evidence.low, evidence.high))
+    interval = f"{'simultaneous ' * is_one_of_many}95% interval {ends}{unit}"
     if evidence.word == "equivalent":
         return f"{metric.title} is equivalent within {margin:g}{unit} ({interval})"
     if evidence.word == "undecided":
@@ -59,7 +61,7 @@ def _difference_words(metric: Metric, found: stats.Difference, evidence: Evidenc
             words += f"; {found.n} seeds find a difference of {metric.show(evidence.detectable)}{unit} in 4 of 5 cases"
         return f"{words})"
     words += " where both finish" * evidence.word.endswith("finish")
-    return f"{words} ({interval}, p {show_p(evidence.p, '= ')})"
+    return f"{words} ({interval}, p {show_p(evidence.p, '= ')}{' after Holm' * is_one_of_many})"
 
 
 def _speed_words(speed: SpeedUp, base: str) -> str:

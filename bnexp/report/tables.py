@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bnexp.report import stats
 from bnexp.report.differences import Against
+from bnexp.report.figures.style import describe_runs
 from bnexp.report.records import METRICS, Metric, Problem, RunRecord, read_runs
 from bnexp.report.sentences import show_p
 from bnexp.report.steps import SpeedUp
@@ -30,7 +31,8 @@ PRIMARY_CAPTION = (
     "sd: standard deviation over seeds; difference: from {}, with intervals that hold for all variants together "
     "(Bonferroni); p: by the paired t-test, corrected for the number of variants (Holm); better in: seeds in which the "
     "variant is better, a tie counts half, and the 95% interval of its chance in a new seed (Wilson); r: correlation "
-    "over seeds with {}"
+    "over seeds with {}; evidence: better or worse where p < 0.05, equivalent where the difference lies within "
+    "margin={:g}, else undecided"
 )
 FLIPS_CAPTION = "; flips: another p, by flipping the signs of whole seeds, which assumes no normal distribution"
 BREAKS = ("(?!)", r" (?=\[)", r" (?=[\[±])|(?<=,) ")  # spaces at which cells are broken, the first that fits
@@ -97,7 +99,9 @@ def _primary_table(comparison: Comparison) -> TableContent:
         cells += ["-" if mean.sd is None else metric.show(mean.sd), *_evidence_cells(comparison, label, any_flips)]
         rows.append(cells if mean.n or comparison.against else [])
     base = comparison.baseline.label
-    caption = f"{SEEDS_CAPTION}; {PRIMARY_CAPTION.format(base, base)}" + FLIPS_CAPTION * any_flips
+    caption = (
+        f"{SEEDS_CAPTION}; {PRIMARY_CAPTION.format(base, base, comparison.question.margin)}" + FLIPS_CAPTION * any_flips
+    )
     caption += _unpaired_caption(comparison) + _computed_caption(comparison)
     caption += DIVERGED_CAPTION.format("diverged") * any_diverged
     return f"{metric.heading}, against {base}", head, [row for row in rows if row], caption
@@ -172,10 +176,11 @@ def _tuning_table(comparison: Comparison) -> TableContent:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """The notes of the comparison, then the runs that were left out, with the reasons."""
+    """The settings that all runs share, the notes, then the runs that were left out, with the reasons."""
     left_out = [f"left out, {each.status}: {printable(each.path)} ({each.reason})" for each in comparison.left_out]
     count = [f"{len(left_out)} run{'s' * (len(left_out) > 1)} left out."] if left_out else []
-    return comparison.notes + count + left_out
+    runs = [f"All runs: {words}." for words in [describe_runs(comparison.variants)] if words]
+    return runs + comparison.notes + count + left_out
 
 
 def mean_cell(metric: Metric, mean: stats.Mean) -> str:

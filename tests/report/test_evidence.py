@@ -124,7 +124,7 @@ def test_the_p_of_several_variants_are_corrected_and_their_intervals_wider(tmp_p
     assert both.p == pytest.approx(2 * found.p) and both.low < alone.low and both.p_flips >= alone.p_flips
     assert (both.low, both.high) == found.interval(1 - 0.05 / 2)
     assert (both.word, comparison.evidence["scratch"].word) == ("better", "equivalent")
-    assert "is equivalent within 0.5 points (95% interval" in comparison.sentences[1]
+    assert "is equivalent within 0.5 points (simultaneous 95% interval" in comparison.sentences[1]
     assert all("at one learning rate, tuned for neither." in sentence for sentence in comparison.sentences)
     assert any("the p of 2 variants are corrected together (Holm)" in note for note in comparison.notes)
     assert comparison.evidence["library"].wins == 6 and "6 of 6 [61%, 100%]" in printed(paths=[tmp_path])
