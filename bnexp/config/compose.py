@@ -28,7 +28,7 @@ from bnexp.config.explain import check_hydra, check_words, explained, is_readabl
 from bnexp.config.schema import SETTINGS, Train, is_text
 from bnexp.errors import UserError, home_path
 from bnexp.startup import quick_imports
-from bnexp.store.settings import code_of, flatten, numbers, short_name
+from bnexp.store.settings import flatten, numbers, short_name, stands_for
 from bnexp.store.untrusted import as_file_name, keep_texts
 
 ORDERS = ("product", "zip")  # of sweep_order
@@ -219,7 +219,7 @@ def run_name(cfg: DictConfig) -> str:
 
 
 def _label(cfg: DictConfig) -> str:
-    return "-".join(as_file_name(short_name(code_of(each))) for each in (cfg.model, cfg.norm))
+    return "-".join(as_file_name(short_name(stands_for(each))) for each in (cfg.model, cfg.norm))
 
 
 def hparams(cfg: DictConfig) -> dict[str, bool | int | float | str]:

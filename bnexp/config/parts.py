@@ -27,7 +27,7 @@ from bnexp.train.own import PartFailed, naming
 from bnexp.train.probe import Probe
 
 FOREIGN = ("bnexp.models.foreign.", "bnexp.norms.own.")  # parts of libraries, and of the user's own by their path
-OWN = tuple(f"{home}own" for home in FOREIGN)
+BY_PATH = tuple(f"{home}own" for home in FOREIGN)
 
 
 def probes_of(cfg: DictConfig) -> list[Probe]:
@@ -86,7 +86,7 @@ def filled_in(
         if group == "data":
             options = {key: value for key, value in options.items() if not is_unasked(target, key, value)}
         target = naming(label or label_of(group, node))(target)
-    if node._target_ in OWN:
+    if node._target_ in BY_PATH:
         if options["path"] is None:
             raise UserError(
                 f"{group}.path=null: names nothing; give your class or function, {group}.path=mypackage.Name"

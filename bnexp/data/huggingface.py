@@ -8,7 +8,7 @@ from typing import Any
 from bnexp.data.pairs import Pairs
 from bnexp.errors import UserError, first_line, home_path
 
-SPLITS = {"train": ("train",), "valid": ("validation", "valid", "val"), "test": ("test",)}
+PARTS = {"train": ("train",), "valid": ("validation", "valid", "val"), "test": ("test",)}
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 
 
@@ -42,7 +42,7 @@ class HuggingFace(Pairs):
             raise UserError(f"data.name={name}: datasets cannot load it: {first_line(error)}") from error
         if not isinstance(found, dict):
             found = {"train": found}
-        splits = {split: found[each] for split, names in SPLITS.items() for each in names if each in found}
+        splits = {split: found[each] for split, names in PARTS.items() for each in names if each in found}
         if "train" not in splits:
             raise UserError(f"data.name={name}: has no split train, but {', '.join(found)}; give data.args.split=...")
         features = splits["train"].features

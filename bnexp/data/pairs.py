@@ -12,7 +12,7 @@ from bnexp.data.stored import Decoder, Stored, decode_once
 from bnexp.errors import UserError
 
 NUM_TRIED = 16  # images of a set that are looked at for colours before all are decoded
-LARGEST = 64  # pixels: the side of the images where none is given
+LARGEST_SIDE = 64  # pixels: the side of the images where none is given
 
 
 def load_decoded(source, settings: Sequence, files: Sequence, counts: Mapping[str, int], decode: Decoder) -> Dataset:
@@ -60,7 +60,7 @@ class Pairs:
         tried = [self._pair("train", i)[0] for i in range(0, len(train), -(-len(train) // NUM_TRIED))]
         channels = channels or (3 if any(map(is_colour, tried)) else 1)
         size = check_size(
-            size, min(LARGEST, max(tried[0].shape[:2] if isinstance(tried[0], np.ndarray) else tried[0].size))
+            size, min(LARGEST_SIDE, max(tried[0].shape[:2] if isinstance(tried[0], np.ndarray) else tried[0].size))
         )
         self.in_shape = (channels, size, size)
 

@@ -196,7 +196,7 @@ def decode_once(
     name, state = (sha256(repr(each).encode()).hexdigest()[:20] for each in ((shape[1:], settings), files))
     path = folder / f"{name}-{state}.u8"
     try:
-        if not is_whole(path, shape):
+        if not is_complete(path, shape):
             folder.mkdir(parents=True, exist_ok=True)
             make_flat(path, folder / f".{name}", shape, decode, show)
         flat = Flat(path, shape)
@@ -216,7 +216,7 @@ def decode_once(
     return images, torch.cat(labels)
 
 
-def is_whole(path: Path, shape: Sequence[int]) -> bool:
+def is_complete(path: Path, shape: Sequence[int]) -> bool:
     """Whether the flat file is there with all images and labels."""
     return path.is_file() and path.stat().st_size == math.prod(shape) + 8 * shape[0]
 
@@ -228,7 +228,7 @@ def make_flat(path: Path, stem: Path, shape: Sequence[int], decode: Decoder, sho
         with suppress(OSError):  # from file systems without locks
             fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that decodes the same images
             is_alone = True
-        if is_whole(path, shape):
+        if is_complete(path, shape):
             return
         if is_alone:
             for left in stem.parent.glob(f"{stem.name}.new-*"):  # by a process that was killed

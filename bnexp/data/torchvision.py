@@ -14,7 +14,7 @@ from bnexp.errors import UserError, nearest
 SPLITS = {  # what torchvision's argument split calls them
     "train": ("train", "trainval", "train-standard"), "valid": ("val", "valid"), "test": ("test",),
 }  # fmt: skip
-FOLDERS = ("raw_folder", "_base_folder", "base_folder", "_data_dir", "_data_path", "split_folder")
+FOLDER_ATTRIBUTES = ("raw_folder", "_base_folder", "base_folder", "_data_dir", "_data_path", "split_folder")
 LABELS = ("labels", "targets", "_labels", "y")
 ABSENT = (RuntimeError, FileNotFoundError)  # what torchvision raises where files are missing
 
@@ -100,6 +100,6 @@ def names_of(opened) -> list[str] | None:
 
 def files_of(opened, root: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of the files of a set of torchvision: of its own folders, or of those in ``root``."""
-    folders = {root / getattr(opened, each) for each in FOLDERS if getattr(opened, each, None)}
+    folders = {root / getattr(opened, each) for each in FOLDER_ATTRIBUTES if getattr(opened, each, None)}
     paths = {path for folder in folders for path in folder.rglob("*")} or {*root.glob("*")}
     return stats_of(sorted(path for path in paths if path.is_file()), root)

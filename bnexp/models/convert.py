@@ -23,16 +23,16 @@ from bnexp.errors import UserError, first_line
 
 EXACT = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 TIMMS = "timm.layers.norm_act.BatchNormAct2d"  # batch norm, then its own modules drop and act
-ACTIVATIONS = {  # those that a norm takes: a function, and what else computes it in a graph
+SPELLINGS = {  # those that a norm takes: a function, and what else computes it in a graph
     "relu": (F.relu, nn.ReLU, torch.relu, torch.relu_, "relu", "relu_"), "relu6": (F.relu6, nn.ReLU6),
     "silu": (F.silu, nn.SiLU), "hardswish": (F.hardswish, nn.Hardswish),
     "gelu": (F.gelu, nn.GELU, "timm.layers.activations.GELU"),
     "sigmoid": (torch.sigmoid, nn.Sigmoid, F.sigmoid, "sigmoid"), "tanh": (torch.tanh, nn.Tanh, F.tanh, "tanh"),
 }  # fmt: skip
-NAMES = {each: name for name, spellings in ACTIVATIONS.items() for each in spellings}
+NAMES = {each: name for name, spellings in SPELLINGS.items() for each in spellings}
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-PLANS: dict[Hashable, tuple] = {}  # what plan() has found, by the key of the model
-SAME = 1e-8  # float64 rounds to 1e-16, deep networks amplify it, and sums of gradients may come in another order
+PLANS: dict[Hashable, tuple] = {}  # what plan_fusion() has found, by the key of the model
+ROUNDING = 1e-8  # float64 rounds to 1e-16, deep networks amplify it, and sums of gradients may come in another order
 
 
 class Conversion(NamedTuple):
@@ -75,7 +75,7 @@ def convert(
             raise UserError(f"{label}: {name} is a {kind}, {what} can be exchanged")
     if not found:
         raise UserError(f"{label}: has no batch norm, so norm= would change nothing; choose a model with batch norm")
-    sites, forward, biases, note = PLANS[key] if key in PLANS else plan(model, images, fuse, label)
+    sites, forward, biases, note = PLANS[key] if key in PLANS else plan_fusion(model, images, fuse, label)
     if not images.is_meta:
         PLANS[key] = (sites, forward, biases, note)
     for name in biases:
@@ -87,13 +87,15 @@ def convert(
     if forward:
         use_forward(model, forward)
     others = [m for m in model.modules() if re.search(r"Norm(\dd)?$", type(m).__name__) and m not in made.values()]
-    own = {k: sorted({getattr(bn, k) for bn in made}, key=str) for k in ("eps", "momentum") if k in options_of(norm)}
+    own = {k: sorted({getattr(bn, k) for bn in made}, key=str) for k in ("eps", "momentum") if k in options_left(norm)}
     kinds = {name: " + ".join(["add"] * adds + [act] * (act != "identity")) for name, (act, adds) in sites.items()}
     left = Counter(type(module).__name__ for module in others)
     model.conversion = Conversion(dict.fromkeys(found, "") | kinds, biases, left, own, note)
 
 
-def plan(model: nn.Module, images: Tensor, fuse: bool, label: str) -> tuple[dict, Callable | None, list[str], str]:
+def plan_fusion(
+    model: nn.Module, images: Tensor, fuse: bool, label: str
+) -> tuple[dict, Callable | None, list[str], str]:
     """Fused calls, the forward that makes them, layers that lose their biases, and why nothing is fused."""
     sites, forward, biases, note = {}, None, [], ""
     try:
@@ -124,7 +126,7 @@ class Tracer(fx.Tracer):
         return module.act(y if type(module.drop) is nn.Identity else module.drop(y))
 
 
-class Shapes(fx.Interpreter):
+class ShapeNotes(fx.Interpreter):
     """Notes the shape of every tensor in the graph."""
 
     def run_node(self, node: fx.Node) -> Any:
@@ -169,7 +171,7 @@ def rewritten(graph: fx.Graph, model: nn.Module, images: Tensor) -> tuple[dict[s
         inputs = (images,)
         for hook in twin._forward_pre_hooks.values():
             inputs = hook(twin, inputs) or inputs
-        Shapes(fx.GraphModule(twin, graph)).run(*inputs)
+        ShapeNotes(fx.GraphModule(twin, graph)).run(*inputs)
     twin.load_state_dict(state)
     sites = fuse_calls(graph, twin)
     forward = type(fx.GraphModule(twin, graph)).forward
@@ -177,7 +179,7 @@ def rewritten(graph: fx.Graph, model: nn.Module, images: Tensor) -> tuple[dict[s
         twin.set_submodule(name, Stand(twin.get_submodule(name), activation))
     use_forward(twin, forward)
     for mine, theirs in zip(observed(twin, images) if expected else [], expected, strict=True):
-        if not (mine - theirs).double().norm() <= SAME * (1 + theirs.double().norm()):
+        if not (mine - theirs).double().norm() <= ROUNDING * (1 + theirs.double().norm()):
             raise ValueError("outputs, gradients or running statistics of the fused network differ")
     return sites, forward
 
@@ -217,7 +219,7 @@ class Stand(nn.Module):
 
     def __init__(self, bn: _BatchNorm, activation: str) -> None:
         super().__init__()
-        self.bn, self.activation = bn, ACTIVATIONS[activation][0] if activation in ACTIVATIONS else nn.Identity()
+        self.bn, self.activation = bn, SPELLINGS[activation][0] if activation in SPELLINGS else nn.Identity()
         for name, child in bn.named_children():  # timm's drop and act, which the graph may call
             self.add_module(name, child)
 
@@ -248,7 +250,7 @@ def given_to(norm: Callable[..., nn.Module]) -> Mapping[str, Any]:
     return getattr(inspect.unwrap(norm), "keywords", {})
 
 
-def options_of(norm: Callable[..., nn.Module]) -> set[str]:
+def options_left(norm: Callable[..., nn.Module]) -> set[str]:
     """The options that ``norm`` takes and the config does not give; with ``decay`` it gives the momentum."""
     given = given_to(norm)
     return set(inspect.signature(norm).parameters) - {*given, *["momentum"] * (given.get("decay") is not None)}
@@ -287,7 +289,7 @@ def drop_and_act(norm: nn.Module, args: tuple, output: Tensor) -> Tensor:
 
 def norm_like(bn: _BatchNorm, norm: Callable[..., nn.Module], activation: str) -> nn.Module:
     """A norm with the width, eps, momentum, weight and bias of ``bn``, as far as it takes or has them."""
-    options = {key: getattr(bn, key) for key in ("eps", "momentum") if key in options_of(norm)}
+    options = {key: getattr(bn, key) for key in ("eps", "momentum") if key in options_left(norm)}
     taken = inspect.signature(norm).parameters
     options |= {k: False for k in ("affine", "track_running_stats") if k in taken and not getattr(bn, k)}
     made = norm(bn.num_features, activation=activation, **options).train(bn.training)

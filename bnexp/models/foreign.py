@@ -19,7 +19,7 @@ from bnexp.models.initialize import Weights
 NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 DOWNLOADS = ("weights", "pretrained", "checkpoint")  # how arguments begin that read or download weights
 AUXILIARY = dict.fromkeys(("googlenet", "inception_v3"), {"init_weights": True, "aux_logits": False})
-SIZES = range(32, 513, 32)  # pixels, tried where images are too small
+TRIED_SIZES = range(32, 513, 32)  # pixels, tried where images are too small
 
 
 def torchvision(
@@ -29,7 +29,7 @@ def torchvision(
     """The classification network of this name in ``torchvision.models``, without trained weights."""
     from torchvision import models
 
-    check_name("torchvision", name, models.list_models(module=models), args)
+    check_model_name("torchvision", name, models.list_models(module=models), args)
     args = {**AUXILIARY.get(name, {}), **args}
     if args.get("aux_logits"):
         raise UserError("model.args.aux_logits=true: its further logits in training are not trained on; leave it out")
@@ -46,7 +46,7 @@ def timm(
         import timm as library
     except ImportError:
         raise UserError("model=timm: timm is not installed; pip install 'bnexp[timm]'") from None
-    check_name("timm", name, library.list_models(), args)
+    check_model_name("timm", name, library.list_models(), args)
     make = partial(library.create_model, name, pretrained=False, num_classes=num_classes, **args)
     return finished(make, in_shape, norm, fuse, f"model.name={name}", str(args))
 
@@ -66,7 +66,7 @@ def own(
     return finished(make, in_shape, norm, fuse, label, (path, str(args)))
 
 
-def check_name(library: str, name: str | None, known: Sequence[str], args: Mapping[str, Any]) -> None:
+def check_model_name(library: str, name: str | None, known: Sequence[str], args: Mapping[str, Any]) -> None:
     """Raise :class:`UserError` for a name that the library does not have, and for arguments that ask for weights."""
     if name not in known:
         found = f"{library} has no such model{nearest(str(name), known)}; it has {len(known)}, such as resnet18"
@@ -100,7 +100,7 @@ def finished(
     channels = next((m.in_channels for m in model.modules() if isinstance(m, _ConvNd)), in_shape[0])
     shape = (channels if in_shape[0] == 1 else in_shape[0], *in_shape[1:])
     if key not in PLANS:
-        check_size(model, shape, label)
+        check_image_size(model, shape, label)
     if shape[0] != in_shape[0]:
         model.register_forward_pre_hook(partial(expand_grey, shape[0]))
     with torch.random.fork_rng(devices=[]):
@@ -116,7 +116,7 @@ def expand_grey(channels: int, model: nn.Module, args: tuple[Tensor]) -> tuple[T
     return (args[0].expand(-1, channels, *args[0].shape[2:]), *args[1:])
 
 
-def check_size(model: nn.Module, shape: Sequence[int], label: str) -> None:
+def check_image_size(model: nn.Module, shape: Sequence[int], label: str) -> None:
     """Raise :class:`UserError` if images of this ``shape`` are too small, with the smallest size that works.
 
     Any other error of the model's forward is raised as it is, once there are weights.
@@ -134,7 +134,7 @@ def check_size(model: nn.Module, shape: Sequence[int], label: str) -> None:
 
     if (error := fault(shape[1:])) is None:
         return
-    if works := next((size for size in SIZES if fault((size, size)) is None), 0):
+    if works := next((size for size in TRIED_SIZES if fault((size, size)) is None), 0):
         least = works - 31 + bisect_left(range(works - 31, works + 1), True, key=lambda size: not fault((size, size)))
         raise UserError(
             f"{label}: {shape[1]}x{shape[2]} images do not fit ({first_line(error)}); "

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-NO_ARGS: Mapping[str, Any] = MappingProxyType({})
+NONE_GIVEN: Mapping[str, Any] = MappingProxyType({})
 
 
 def own(
     num_features: int, *, activation: str = "identity", path: Any = None,
-    args: Mapping[str, Any] = NO_ARGS,
+    args: Mapping[str, Any] = NONE_GIVEN,
 ) -> nn.Module:  # fmt: skip
     """What ``path(num_features, activation=..., **args)`` returns: the user's class or function.
 

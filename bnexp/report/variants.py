@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bnexp.errors import UserError
 from bnexp.report.records import Problem, RunRecord
-from bnexp.store.settings import NUMBERS, as_typed, code_of, decides, names_code, numbers, short_name
+from bnexp.store.settings import NUMBERS, as_typed, decides, names_code, numbers, short_name, stands_for
 from bnexp.store.untrusted import printable
 
 VIEWS = ("data.size", "data.augment", "data.normalize", "data.channels")  # the other settings of data choose the images
@@ -58,11 +58,11 @@ def group_names(run: RunRecord) -> dict[str, str]:
     names = {}
     for group, options in run.config.items():
         if isinstance(options, dict) and isinstance(options.get("_target_"), str):
-            names[group] = short_name(code_of(options))
+            names[group] = short_name(stands_for(options))
     for override in run.overrides:
         key, _, value = override.lstrip("+").partition("=")
         group = key.split("@")[0]
-        if group in names and value and code_of(run.config[group]) == run.config[group]["_target_"]:
+        if group in names and value and stands_for(run.config[group]) == run.config[group]["_target_"]:
             names[group] = value
     return names
 

@@ -118,7 +118,7 @@ def names_code(key: str) -> bool:
     return option in ("_target_", "path", "name") and group in DECIDES
 
 
-def code_of(options: Mapping) -> str:
+def stands_for(options: Mapping) -> str:
     """What an entry stands for: the code that its path or name names, by default its ``_target_``."""
     given = options.get("path") or options.get("name") if "args" in options else None
     return str(given or options["_target_"])
