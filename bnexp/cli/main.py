@@ -9,7 +9,6 @@ from importlib import import_module
 from bnexp import startup
 from bnexp.cli.help import COMMANDS, USAGE, completion, help_text
 from bnexp.errors import UserError, nearest, remedy_of
-from bnexp.store.untrusted import check_name, printable
 from bnexp.train.interrupt import raised_signals
 
 HOMES = {"resume": "train", "rerun": "train", "summary": "inspect"}  # the file of a command, if not its own name
@@ -42,6 +41,8 @@ def run_command(arguments: list[str] | None) -> int:
     if command in USAGE and {"-h", "--help"} & set(rest):
         print(USAGE[command])
         return 0
+    from bnexp.store.untrusted import check_name  # --help does without
+
     try:
         if command == "completion":
             return completion(rest)
@@ -78,6 +79,8 @@ def run_command(arguments: list[str] | None) -> int:
 
 def complain(what: object) -> None:
     """Print an error on stderr."""
+    from bnexp.store.untrusted import printable
+
     print(f"bnexp: error: {printable(what)}", file=sys.stderr)
 
 
