@@ -1,6 +1,5 @@
 """How long does each implementation of batch norm take on one case, when no input is in a cache?"""
 
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from bnexp.bench.cases import PHASES, REFERENCE, SITES, Case
 from bnexp.bench.parity import CHUNK, Inputs, State, copy_inputs, differences_from_float64, make_inputs, parity_failure
 from bnexp.bench.settings import BenchSettings
+from bnexp.data.stored import free_memory
 from bnexp.engines.capture import CudaGraphs
 from bnexp.errors import UserError, first_line
 from bnexp.norms.base import contract_of
@@ -304,7 +304,4 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still allocate; on Linux this includes the cache of files."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
-    return int(match[1]) * 2**10 if match else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory(device)

@@ -48,7 +48,8 @@ def check_allow(allow: Collection[str]) -> None:
         except (ImportError, ValueError):
             is_here = False
         if not is_here:
-            raise UserError(f"allow=[{name}]: there is no package {name} here; install it, or leave it out")
+            what = f"there is no package {name} here, and no {name}.py in this folder"
+            raise UserError(f"allow=[{name}]: {what}; install it, or correct the name in allow= or path=")
 
 
 def find_target(group: str, path: str, allow: Collection[str], key: str = "_target_") -> Callable[..., Any]:
